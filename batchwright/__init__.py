@@ -1,0 +1,32 @@
+"""Batchwright: an offline batch inference engine for LLMs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from batchwright.errors import BatchwrightError, RequestError
+from batchwright.request import Completion, FinishReason, Request, Result, SamplingParams
+
+if TYPE_CHECKING:
+    from batchwright.llm import LLM
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "BatchwrightError",
+    "Completion",
+    "FinishReason",
+    "Request",
+    "RequestError",
+    "Result",
+    "SamplingParams",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the engine, and torch with it, only when it is asked for."""
+    if name == "LLM":
+        from batchwright.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

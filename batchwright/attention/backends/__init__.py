@@ -1,0 +1,1 @@
+"""Attention backends: one file each, each defining `Backend`; see `attention/backend.py`."""

@@ -1,0 +1,108 @@
+"""Attention on CPU by Numba kernels: one call per layer for the whole step, no copy of the context.
+
+Level bits: see `kernels/paged_attention/numba.py`. Keys and values are kept in fp32 whatever the
+model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from batchwright.attention.backend import AttentionBatch, view_numpy
+from batchwright.attention.spec import AttentionSpec
+from batchwright.kernels.paged_attention.layout import cache_shapes
+from batchwright.kernels.paged_attention.numba import paged_attention
+from batchwright.kernels.paged_attention.plan import AttentionPlan, plan_attention
+from batchwright.kernels.rotary_kv_write.numba import rotary_kv_write
+from batchwright.request import Float32Array, Int32Array
+
+
+@dataclass(slots=True, eq=False)
+class NumbaKV:
+    """Keys and values of one layer, laid out as `kernels/paged_attention/layout.py` says."""
+
+    keys: Float32Array
+    values: Float32Array
+
+    def copy_blocks(self, pairs: Int32Array) -> None:
+        """Copy blocks: pairs [n, 2] of (source, destination); sources are read first."""
+        self.keys[pairs[:, 1]] = self.keys[pairs[:, 0]]
+        self.values[pairs[:, 1]] = self.values[pairs[:, 0]]
+
+
+@dataclass(slots=True, eq=False)
+class _StepPlan:
+    """A step, and the kernel's work items by (window, query heads, kv heads), made when needed."""
+
+    batch: AttentionBatch
+    work: dict[tuple[int | None, int, int], AttentionPlan] = field(default_factory=dict)
+
+    def for_layer(self, spec: AttentionSpec) -> AttentionPlan:
+        key = (spec.window, spec.num_q_heads, spec.num_kv_heads)
+        if key not in self.work:
+            self.work[key] = plan_attention(
+                self.batch.cu_seqlens_q,
+                self.batch.slots,
+                self.batch.positions,
+                num_q_heads=spec.num_q_heads,
+                num_kv_heads=spec.num_kv_heads,
+                window=spec.window,
+            )
+        return self.work[key]
+
+
+class Backend:
+    """The CPU backend; see `attention/backend.py` for the contract."""
+
+    def allocate(
+        self, spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype
+    ) -> NumbaKV:
+        shapes = cache_shapes(num_blocks, spec.num_kv_heads, spec.head_dim, block_size)
+        # np.zeros takes pages only when they are first written
+        return NumbaKV(*(np.zeros(shape, np.float32) for shape in shapes))
+
+    def plan(self, batch: AttentionBatch) -> _StepPlan:
+        return _StepPlan(batch)
+
+    def run(
+        self,
+        spec: AttentionSpec,
+        group: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv: NumbaKV,
+        plan: _StepPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = q.dtype
+        queries, keys, values = (view_numpy(x.float()) for x in (q, k, v))
+        table = spec.rotary
+        rotary_kv_write(
+            queries,
+            keys,
+            values,
+            kv.keys,
+            kv.values,
+            plan.batch.positions,
+            plan.batch.groups[group].slot_mapping,
+            None if table is None else view_numpy(table.cos),
+            None if table is None else view_numpy(table.sin),
+            interleaved=table is not None and table.interleaved,
+        )
+        out = torch.empty(q.shape)
+        lse = torch.empty(q.shape[:2])
+        paged_attention(
+            queries,
+            kv.keys,
+            kv.values,
+            plan.batch.groups[group].block_table,
+            plan.for_layer(spec),
+            scale=spec.scale,
+            soft_cap=spec.soft_cap,
+            out=view_numpy(out),
+            lse=view_numpy(lse),
+        )
+        return out.to(dtype), lse

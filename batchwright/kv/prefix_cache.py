@@ -1,0 +1,135 @@
+"""PrefixCache: which nodes of the prefix tree have their KV in blocks, and who computes the rest.
+
+The cache holds one reference per group on the block of a resident node, as long as some waiting
+row will use it; the tree knows. "Resident" means scheduled: a Step writes all KV of a layer before
+any token attends, and Steps run in order, so a block may be read from the Step that fills it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from batchwright.kv.block_table import BlockTable
+from batchwright.plan.prefix_tree import PrefixTree
+from batchwright.request import Int32Array
+
+ABSENT = -1
+
+
+class PrefixCache:
+    """Resident blocks by prefix-tree node, one column per KV group."""
+
+    def __init__(self, tree: PrefixTree, tables: Sequence[BlockTable]) -> None:
+        self._tree = tree
+        self._tables = tables
+        self._blocks: Int32Array = np.full((len(tables), tree.capacity), ABSENT, np.int32)
+        self._computing: Int32Array = np.full(tree.capacity, ABSENT, np.int32)
+
+    def match(self, nodes: Int32Array, limit: int) -> int:
+        """Longest prefix, in blocks, from whose end a sequence can go on.
+
+        A full group needs all its blocks; a windowed group only those the next token can see.
+
+        Args:
+            nodes: the prompt's nodes, root first.
+            limit: first position that must be computed whatever is resident.
+        """
+        self._fit_capacity()
+        num_nodes = len(nodes)
+        usable = np.ones(num_nodes + 1, np.bool_)
+        lengths = np.arange(num_nodes + 1)
+        for group, table in enumerate(self._tables):
+            resident = self._blocks[group, nodes] != ABSENT
+            last_absent = np.maximum.accumulate(np.where(resident, 0, lengths[1:]))
+            run_start = np.concatenate(([0], last_absent))  # resident blocks [run_start, length)
+            usable &= run_start <= _first_needed(table, lengths, limit)
+        return int(np.flatnonzero(usable)[-1])
+
+    def adopt(self, slot: int, nodes: Int32Array, limit: int) -> None:
+        """Let an empty slot hold the blocks of a matched prefix; `limit` as in `match`."""
+        for group, table in enumerate(self._tables):
+            first = int(_first_needed(table, np.array(len(nodes)), limit))
+            table.adopt(slot, first, self._blocks[group, nodes[first:]])
+
+    def computing_slot(self, node: int) -> int:
+        """The slot that is going to compute this node, or ABSENT."""
+        return int(self._computing[node])
+
+    def announce(self, slot: int, nodes: Int32Array) -> None:
+        """Slot `slot` is going to compute these nodes; who shares them can wait for it."""
+        self._fit_capacity()
+        self._computing[nodes[self._computing[nodes] == ABSENT]] = slot
+
+    def retract(self, slot: int, nodes: Int32Array) -> Int32Array:
+        """Slot `slot` gives up. Returns the nodes it had announced and not computed."""
+        given_up = nodes[self._computing[nodes] == slot]
+        self._computing[given_up] = ABSENT
+        return given_up
+
+    def insert(self, slot: int, nodes: Int32Array, first: int, end: int) -> None:
+        """Blocks [first, end) of the slot's prompt are scheduled: keep those with future users."""
+        self._fit_capacity()
+        fresh = nodes[first:end]
+        self._computing[fresh] = ABSENT
+        indices = np.arange(first, end)[self._tree.num_waiting[fresh] > 0]
+        for group, table in enumerate(self._tables):
+            held = indices[(indices >= table.start[slot]) & (indices < table.end[slot])]
+            held = held[self._blocks[group, nodes[held]] == ABSENT]
+            blocks = table.table[slot, held]
+            table.pool.share(blocks)
+            self._blocks[group, nodes[held]] = blocks
+
+    def drop(self, nodes: Int32Array) -> None:
+        """Give up the cache's references on these nodes."""
+        for group, table in enumerate(self._tables):
+            blocks = self._blocks[group, nodes]
+            table.pool.release(blocks[blocks != ABSENT])
+            self._blocks[group, nodes] = ABSENT
+
+    def num_adopted(self, group: int, nodes: Int32Array, limit: int) -> tuple[int, int]:
+        """Blocks `adopt` would share in a group, and how many of them only the cache holds."""
+        first = int(_first_needed(self._tables[group], np.array(len(nodes)), limit))
+        blocks = self._blocks[group, nodes[first:]]
+        cache_only = self._tables[group].pool.ref_counts[blocks] == 1
+        return len(blocks), int(np.count_nonzero(cache_only))
+
+    def num_evictable(self, group: int) -> int:
+        """Blocks of a group that only the cache holds."""
+        return len(self._evictable(group))
+
+    def evict(self, group: int, num_blocks: int) -> None:
+        """Free up to `num_blocks` blocks of a group: fewest future users first, deepest first.
+
+        Zero is always safe. A node is dropped from every group, because a prefix is usable only
+        if all groups have it.
+        """
+        nodes = self._evictable(group)
+        order = np.lexsort((-self._tree.depth[nodes], self._tree.num_waiting[nodes]))
+        self.drop(nodes[order[:num_blocks]])
+
+    def held(self, group: int) -> Int32Array:
+        """The cache's references in a group, for the integrity check."""
+        blocks = self._blocks[group]
+        return blocks[blocks != ABSENT]
+
+    def _evictable(self, group: int) -> Int32Array:
+        blocks = self._blocks[group]
+        nodes = np.flatnonzero(blocks != ABSENT).astype(np.int32)
+        return nodes[self._tables[group].pool.ref_counts[blocks[nodes]] == 1]
+
+    def _fit_capacity(self) -> None:
+        missing = self._tree.capacity - len(self._computing)
+        if missing > 0:
+            self._blocks = np.pad(self._blocks, ((0, 0), (0, missing)), constant_values=ABSENT)
+            self._computing = np.pad(self._computing, (0, missing), constant_values=ABSENT)
+
+
+def _first_needed(table: BlockTable, num_blocks: np.ndarray, limit: int) -> np.ndarray:
+    """First block that is visible when computing goes on after `num_blocks` resident blocks."""
+    if table.window is None:
+        return np.zeros_like(num_blocks)
+    next_position = np.minimum(num_blocks * table.block_size, limit)
+    first_key = np.maximum(next_position - table.window + 1, 0)
+    return np.minimum(first_key // table.block_size, num_blocks)

@@ -1,0 +1,253 @@
+"""LLM: the Python entry point, a few lines on top of the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from batchwright import techniques
+from batchwright.attention.backend import AttentionBackend, block_bytes
+from batchwright.config import EngineConfig, ResolvedConfig
+from batchwright.engine import Engine
+from batchwright.errors import ConfigError
+from batchwright.exec.local import LocalExecutor
+from batchwright.exec.memory import available_memory_bytes
+from batchwright.kv.groups import windows_of_layers
+from batchwright.models.causal_lm import CausalLM
+from batchwright.models.loader import load_model
+from batchwright.models.row_invariance import ensure_row_invariance
+from batchwright.request import Request, Result, SamplingParams, Task
+from batchwright.sched.scheduler import Scheduler
+from batchwright.text.tokenizer import Tokenizer, load_tokenizer
+from batchwright.weights.checkpoint import open_checkpoint, text_config
+from batchwright.weights.locate import locate_model
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model ready to run batches.
+
+    Args:
+        model: "smollm2", a Hugging Face directory, a GGUF file, or a hub id.
+        settings: fields of `EngineConfig`.
+    Raises:
+        ConfigError, ModelError: before any request runs.
+
+    Example:
+        >>> llm = LLM("smollm2")  # doctest: +SKIP
+        >>> results = llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))
+        >>> print(results[0].outputs[0].text)
+    """
+
+    def __init__(self, model: str | Path, **settings: Any) -> None:
+        fields = {field.name for field in dataclasses.fields(EngineConfig)}
+        if unknown := sorted(settings.keys() - fields):
+            raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {sorted(fields)}")
+        path = locate_model(str(model))
+        self.tokenizer: Tokenizer = load_tokenizer(path)
+        self.engine, self.config = build_engine(path, self.tokenizer, EngineConfig(**settings))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Result]:
+        """Complete texts or token-id lists; results in input order, failures in `.error`."""
+        return _in_order(self.stream(prompts, params))
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[Result]:
+        """The same as rows finish; `request_id` is the row's index in the input."""
+        rows = _as_list(prompts)
+        encoded = (self._encode(prompt) for prompt in rows)
+        return self._run(encoded, _per_row(params, len(rows)))
+
+    def chat(
+        self,
+        conversations: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Result]:
+        """Answer message lists through the model's chat template; results in input order."""
+        rows = [conversations] if _is_message_list(conversations) else list(conversations)
+        encoded = (
+            self.tokenizer.encode_chat(row, tools=tools, template_kwargs=chat_template_kwargs)
+            for row in rows
+        )
+        return _in_order(self._run(encoded, _per_row(params, len(rows))))
+
+    def score(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Result]:
+        """Log-likelihood of each continuation given its context, in `.score`.
+
+        An empty context is the model's begin (or end) token; a text pair is encoded as one text
+        and split where the context's own tokens end.
+        """
+        requests = (self._score_request(str(i), *pair) for i, pair in enumerate(pairs))
+        return _in_order(self.engine.run(requests))
+
+    def embed(self, texts: Prompt | Sequence[Prompt], pooling: str = "mean") -> list[Result]:
+        """Mean or last final hidden state of each text, in `.embedding`."""
+        if pooling not in ("mean", "last"):
+            raise ConfigError(f"pooling is {pooling!r}, must be 'mean' or 'last'")
+        requests = (
+            _request(str(i), *self._encode(text), task=Task.EMBED, pooling=pooling)
+            for i, text in enumerate(_as_list(texts))
+        )
+        return _in_order(self.engine.run(requests))
+
+    def _run(
+        self,
+        encoded: Iterable[tuple[str | None, Sequence[int]]],
+        params: Sequence[SamplingParams],
+    ) -> Iterator[Result]:
+        rows = zip(encoded, params, strict=True)
+        return self.engine.run(
+            _request(str(i), text, ids, params=row_params)
+            for i, ((text, ids), row_params) in enumerate(rows)
+        )
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        return None, prompt
+
+    def _score_request(self, id: str, context: Prompt, continuation: Prompt) -> Request:
+        ids, score_start = self._join(context, continuation)
+        return _request(id, None, ids, task=Task.SCORE, score_start=score_start)
+
+    def _join(self, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
+        """(token ids, number of context tokens)."""
+        if isinstance(context, str) and isinstance(continuation, str) and context:
+            whole = self.tokenizer.encode(context + continuation)
+            return whole, len(self.tokenizer.encode(context))
+        before = list(self._encode(context)[1]) if context else []
+        after = continuation
+        if isinstance(continuation, str):
+            after = self.tokenizer.encode(continuation, add_special_tokens=False)
+        before = before or [self.prefix_token_id]
+        return [*before, *after], len(before)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: the begin token, else the end token."""
+        tokenizer = self.tokenizer
+        token_id = tokenizer.bos_token_id
+        if token_id is None:
+            token_id = tokenizer.eos_token_id
+        return token_id if token_id is not None else 0
+
+
+def build_engine(
+    path: Path, tokenizer: Tokenizer, config: EngineConfig
+) -> tuple[Engine, ResolvedConfig]:
+    """Load a model and put an engine around it."""
+    checkpoint = open_checkpoint(path)
+    model_config = text_config(checkpoint.config)
+    free = available_memory_bytes()
+    resolved = config.resolve(
+        context_length=context_length(model_config), free_memory_bytes=free
+    )
+    torch.set_num_threads(resolved.num_threads)
+    dtype = getattr(torch, resolved.dtype)
+    backend = _backend(resolved)
+    model = load_model(checkpoint, dtype=dtype, max_positions=resolved.max_model_len)
+    ensure_row_invariance(model, resolved.max_num_batched_tokens)
+    windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
+    groups = resolved.kv_groups(windows, _block_bytes(model, group_of_layer, resolved, dtype))
+    logger.info("KV memory: %s", ", ".join(f"{g.num_blocks} blocks (window {g.window})" for g in groups))
+    executor = LocalExecutor(
+        model,
+        backend,
+        groups,
+        group_of_layer,
+        block_size=resolved.block_size,
+        max_num_seqs=resolved.max_num_seqs,
+        max_model_len=resolved.max_model_len,
+        vocab_size=model_config["vocab_size"],
+        kv_dtype=dtype,
+    )
+    scheduler = Scheduler(
+        groups,
+        block_size=resolved.block_size,
+        max_num_seqs=resolved.max_num_seqs,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        max_model_len=resolved.max_model_len,
+        prefix_sharing=resolved.prefix_sharing,
+    )
+    engine = Engine(
+        scheduler,
+        executor,
+        tokenizer,
+        max_model_len=resolved.max_model_len,
+        vocab_size=model_config["vocab_size"],
+        job_seed=resolved.seed,
+        look_ahead=resolved.look_ahead,
+    )
+    return engine, resolved
+
+
+def context_length(model_config: Mapping[str, Any]) -> int:
+    """Positions a model was made for."""
+    for key in ("max_position_embeddings", "n_positions"):
+        if model_config.get(key):
+            return int(model_config[key])
+    return 2048
+
+
+def _backend(config: ResolvedConfig) -> AttentionBackend:
+    return techniques.find("attention.backends", config.attention).Backend()
+
+
+def _block_bytes(
+    model: CausalLM, group_of_layer: Sequence[int], config: ResolvedConfig, dtype: torch.dtype
+) -> list[int]:
+    """Bytes of one block in all layers of each KV group."""
+    totals = [0] * (max(group_of_layer) + 1)
+    for spec, group in zip(model.attention_specs, group_of_layer, strict=True):
+        totals[group] += block_bytes(spec, config.block_size, dtype)
+    return totals
+
+
+def _request(id: str, prompt: str | None, token_ids: Sequence[int], **fields: Any) -> Request:
+    ids = np.asarray(token_ids, np.int32)
+    return Request(id=id, prompt=prompt, prompt_token_ids=ids, **fields)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list; a flat list of ints is one prompt."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _is_message_list(conversations: Messages | Sequence[Messages]) -> bool:
+    return len(conversations) > 0 and isinstance(conversations[0], Mapping)
+
+
+def _per_row(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_rows: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_rows
+    if len(params) != num_rows:
+        raise ConfigError(f"{len(params)} sampling params for {num_rows} prompts; give one or all")
+    return list(params)
+
+
+def _in_order(results: Iterable[Result]) -> list[Result]:
+    return sorted(results, key=lambda result: int(result.request_id))

@@ -1,0 +1,470 @@
+"""Scheduler: decides what every Step computes. No torch, no wall clock, no tokens in Python.
+
+There is no prefill and no decode: a sequence has tokens that exist and tokens whose KV is
+scheduled, and each Step lets it catch up, within a token budget. Sequences that lack one token go
+first, then those that lack more, each in job order; what is left of the budget admits new ones.
+
+Admission cannot deadlock: whenever nothing runs, everything but the newcomer's own blocks can be
+evicted, and `add` refuses sequences larger than the pool. The oldest running sequence is never
+preempted, so it always ends.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from batchwright.errors import RequestError
+from batchwright.kv.block_table import BlockTable
+from batchwright.kv.groups import KVGroup, blocks_per_sequence
+from batchwright.kv.prefix_cache import ABSENT, PrefixCache
+from batchwright.plan.plan import Plan
+from batchwright.plan.prefix_tree import PrefixTree
+from batchwright.request import FinishReason, Int32Array
+from batchwright.sched.slots import Slots
+from batchwright.sched.step_builder import InFlight, StepBuilder
+from batchwright.sequence import NO_SLOT, Sequence
+from batchwright.step import Step, StepResult
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counts since the start; tokens unless named otherwise."""
+
+    num_steps: int = 0
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens taken from shared blocks
+    num_generated_tokens: int = 0
+    num_recomputed_tokens: int = 0  # computed again after preemption; part of computed
+    num_preemptions: int = 0  # events
+
+
+@dataclass(slots=True)
+class Update:
+    """What a StepResult changed.
+
+    Attributes:
+        finished: sequences that ended, their tokens in `token_ids`.
+        watched: (sequence, line of the result) of tokens drawn for watched sequences.
+        scored: (sequence, first scored position, first line, end line) in the score results.
+        pooled: (sequence, slot) whose embedding is in the result.
+    """
+
+    finished: list[Sequence] = field(default_factory=list)
+    watched: list[tuple[Sequence, int]] = field(default_factory=list)
+    scored: list[tuple[Sequence, int, int, int]] = field(default_factory=list)
+    pooled: list[tuple[Sequence, int]] = field(default_factory=list)
+
+
+class Scheduler:
+    """See the module docstring.
+
+    Args:
+        groups: KV groups of the model with their pool sizes.
+        block_size: tokens per KV block.
+        max_num_seqs: slots, i.e. sequences that run at once.
+        max_num_batched_tokens: token budget of a Step, at least max_num_seqs.
+        max_model_len: most tokens of a sequence.
+        prefix_sharing: whether prompts share blocks.
+    """
+
+    def __init__(
+        self,
+        groups: Seq[KVGroup],
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        prefix_sharing: bool = True,
+    ) -> None:
+        assert max_num_batched_tokens >= max_num_seqs
+        self.block_size = block_size
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.prefix_sharing = prefix_sharing
+        self.tables = [
+            BlockTable(
+                group,
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+            )
+            for group in groups
+        ]
+        self.slots = Slots(max_num_seqs, max_model_len)
+        self.plan = Plan()
+        self.tree = PrefixTree(block_size)
+        self.cache = PrefixCache(self.tree, self.tables)
+        self.stats = SchedulerStats()
+        self.num_unfinished = 0
+        # Sequences that were started or held back before: by order, ahead of the plan.
+        self._returned: list[tuple[int, Sequence]] = []
+        self._parked: dict[int, list[Sequence]] = defaultdict(list)  # by the node they wait for
+        self._late: dict[tuple[int, int], Sequence] = {}  # (slot, epoch) left with a token in flight
+        self._in_flight: deque[InFlight] = deque()
+        self._builder = StepBuilder(self.slots, self.tables)
+
+    def add(self, sequence: Sequence) -> None:
+        """Make a sequence (with its siblings) known; it waits in the plan.
+
+        Raises:
+            RequestError: it would not fit into KV memory even alone.
+        """
+        for table in self.tables:
+            need = blocks_per_sequence(
+                table.window, sequence.max_len, self.block_size, self.max_num_batched_tokens
+            )
+            if need > table.pool.num_blocks:
+                raise RequestError(
+                    f"prompt and output may reach {sequence.max_len} tokens, KV memory holds "
+                    f"{table.pool.num_blocks * self.block_size}; lower max_tokens, shorten the "
+                    "prompt or give more KV memory",
+                    code="kv_capacity_exceeded",
+                )
+        family = [sequence, *sequence.siblings]
+        if self.prefix_sharing:
+            nodes = self.tree.add(
+                sequence.request.namespace, sequence.request.prompt_token_ids, len(family)
+            )
+            for member in family:
+                member.nodes = nodes
+        self.num_unfinished += len(family)
+        self.plan.append(sequence)
+
+    def schedule(self) -> Step | None:
+        """The next Step, or None when there is nothing to compute now.
+
+        With results outstanding, None may only mean that nothing can go on without them.
+        """
+        slots, grants, preempted = self._grant_running()
+        self._advance(slots, grants)
+        budget = self.max_num_batched_tokens - int(grants.sum())
+        if not preempted:  # what preemption freed belongs to the rows that needed it
+            self._admit(budget)
+        step, record = self._builder.build()
+        if step is None or record is None:
+            return None
+        self._in_flight.append(record)
+        self.stats.num_steps += 1
+        self.stats.num_computed_tokens += step.num_tokens
+        return step
+
+    def update(self, result: StepResult) -> Update:
+        """Take in the oldest outstanding Step's result."""
+        record = self._in_flight.popleft()
+        assert record.step_id == result.step_id, "results must come in order"
+        update = Update()
+        self._take_scores(record, update)
+        self._take_pooled(record, update)
+        self._take_tokens(record, result.token_ids, update)
+        return update
+
+    def finish(
+        self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None
+    ) -> None:
+        """End a sequence, running or waiting, and free what it holds."""
+        assert sequence.finish_reason is None
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        self.num_unfinished -= 1
+        slot = sequence.slot
+        if slot == NO_SLOT:
+            self._nobody_waits(self.tree.start(sequence.nodes))
+        else:
+            self._leave(slot)
+        self.tree.forget(sequence.nodes)
+
+    def check_integrity(self) -> None:
+        """Conservation law: every block reference is held by a slot or by the prefix cache."""
+        for group, table in enumerate(self.tables):
+            held = np.concatenate((table.held(), self.cache.held(group)))
+            table.pool.check_integrity(held)
+
+    # Running sequences -----------------------------------------------------------------------
+
+    def _grant_running(self) -> tuple[Int32Array, Int32Array, bool]:
+        """Divide the budget among running slots; preempt until their blocks suffice."""
+        preempted = False
+        while True:
+            slots, grants = self._divide(self.slots.running)
+            self._release_behind_windows(slots)
+            if self._make_room(slots, grants):
+                return slots, grants, preempted
+            self._preempt(int(self.slots.running[-1]))
+            preempted = True
+
+    def _divide(self, slots: Int32Array) -> tuple[Int32Array, Int32Array]:
+        """Tokens each slot may compute now: single tokens first, then job order."""
+        state = self.slots
+        wanted = np.minimum(state.num_tokens[slots], state.compute_end[slots])
+        wanted = wanted - state.num_computed[slots]
+        slots, wanted = slots[wanted > 0], wanted[wanted > 0]
+        singles_first = np.argsort(wanted > 1, kind="stable")
+        slots, wanted = slots[singles_first], wanted[singles_first]
+        before = np.cumsum(wanted) - wanted
+        grants = np.clip(self.max_num_batched_tokens - before, 0, wanted).astype(np.int32)
+        return slots[grants > 0], grants[grants > 0]
+
+    def _make_room(self, slots: Int32Array, grants: Int32Array) -> bool:
+        """Evict until the slots can grow. False: even that is not enough."""
+        starts, ends = self._write_range(slots, grants)
+        for group, table in enumerate(self.tables):
+            need = int(table.num_blocks_to_grow(slots, starts, ends).sum())
+            if need > table.pool.num_free:
+                self.cache.evict(group, need - table.pool.num_free)
+            if need > table.pool.num_free:
+                assert len(self.slots.running) > 1, "a sequence outgrew the pool"
+                return False
+        return True
+
+    def _advance(self, slots: Int32Array, grants: Int32Array) -> None:
+        """Schedule the next `grants` tokens of each slot; the blocks are there."""
+        if not len(slots):
+            return
+        state = self.slots
+        starts, ends = self._write_range(slots, grants)
+        for table in self.tables:
+            table.grow(slots, starts, ends)
+        computed = state.num_computed[slots]
+        repeated = np.minimum(ends, state.computed_once[slots]) - computed
+        self.stats.num_recomputed_tokens += int(np.maximum(repeated, 0).sum())
+        self._builder.add_rows(slots, computed, ends)
+        state.num_computed[slots] = ends
+        for slot, start, end in self._prompt_progress(slots, computed, ends):
+            self._keep_prefix(slot, start // self.block_size, end // self.block_size)
+        sampled = slots[state.samples[slots] & (ends == state.num_tokens[slots])]
+        state.num_tokens[sampled] += 1
+        self._builder.add_samples(sampled)
+        for slot in sampled[ends_prompt(state, sampled)].tolist():
+            self._fork_siblings(slot)
+
+    def _prompt_progress(
+        self, slots: Int32Array, starts: Int32Array, ends: Int32Array
+    ) -> list[tuple[int, int, int]]:
+        """Slots still inside their prompt, with the range they compute."""
+        inside = starts < self.slots.num_prompt[slots]
+        columns = (slots[inside].tolist(), starts[inside].tolist(), ends[inside].tolist())
+        return list(zip(*columns, strict=True))
+
+    def _write_range(
+        self, slots: Int32Array, grants: Int32Array
+    ) -> tuple[Int32Array, Int32Array]:
+        """First position each slot will write, and the end of what it will compute."""
+        computed = self.slots.num_computed[slots]
+        return np.maximum(computed, self.slots.write_from[slots]), computed + grants
+
+    def _release_behind_windows(self, slots: Int32Array) -> None:
+        for table in self.tables:
+            table.release_behind_window(slots, self.slots.num_computed[slots])
+
+    def _fork_siblings(self, slot: int) -> None:
+        """The prompt is computed: samples 1..n-1 share its blocks and draw from its logits.
+
+        Siblings that find no slot wait as sequences of their own and share the full blocks.
+        """
+        parent = self.slots.sequences[slot]
+        assert parent is not None
+        siblings, parent.siblings = parent.siblings, []
+        for sibling in siblings:
+            if sibling.finish_reason is not None:
+                continue
+            if not self.slots.num_free:
+                self._wait(sibling)
+                continue
+            computed = int(self.slots.num_computed[slot])
+            child = self.slots.occupy(sibling, computed, write_from=0)
+            for table in self.tables:
+                table.fork(slot, child)
+            self._started(sibling, num_cached=computed)
+            self.slots.num_tokens[child] += 1
+            self._builder.add_fork(child, slot)
+
+    def _preempt(self, slot: int) -> None:
+        """Send a slot back to waiting; its prompt stays resident as long as memory allows."""
+        sequence = self.slots.sequences[slot]
+        assert sequence is not None
+        self.tree.wait_again(sequence.nodes)
+        num_full = int(self.slots.num_computed[slot]) // self.block_size
+        self.cache.insert(slot, sequence.nodes, 0, min(num_full, len(sequence.nodes)))
+        epoch = int(self.slots.epoch[slot])
+        self._leave(slot)
+        if sequence.num_in_flight:
+            self._late[slot, epoch] = sequence
+        self.stats.num_preemptions += 1
+        self._wait(sequence)
+
+    def _leave(self, slot: int) -> None:
+        """Vacate a slot and drop its blocks."""
+        sequence = self.slots.vacate(slot)
+        self._builder.release(slot)
+        for table in self.tables:
+            table.release(slot)
+        self._unpark(self.cache.retract(slot, sequence.nodes))
+
+    # Admission -------------------------------------------------------------------------------
+
+    def _admit(self, budget: int) -> None:
+        """Start waiting sequences while budget, slots and blocks last."""
+        num_parked = 0
+        while budget > 0 and self.slots.num_free and num_parked <= len(self.slots.sequences):
+            sequence = self._next_waiting()
+            if sequence is None:
+                return
+            nodes, limit = sequence.nodes, sequence.first_needed_position
+            num_matched = self.cache.match(nodes, limit) if len(nodes) else 0
+            is_needed = num_matched < len(nodes) and num_matched * self.block_size < limit
+            if is_needed and self.cache.computing_slot(int(nodes[num_matched])) != ABSENT:
+                self._parked[int(nodes[num_matched])].append(sequence)
+                num_parked += 1
+                continue
+            if not self._has_room(sequence, num_matched):
+                self._wait(sequence)
+                return
+            budget -= self._start(sequence, num_matched, budget)
+
+    def _next_waiting(self) -> Sequence | None:
+        while self._returned:
+            _, sequence = heapq.heappop(self._returned)
+            if sequence.finish_reason is None:
+                assert not sequence.num_in_flight
+                return sequence
+        return self.plan.next_admission()
+
+    def _has_room(self, sequence: Sequence, num_matched: int) -> bool:
+        """Whether all known tokens fit, with one block of growth left for every running slot."""
+        num_running = len(self.slots.running)
+        if not num_running:
+            return True
+        nodes, limit = sequence.nodes[:num_matched], sequence.first_needed_position
+        for group, table in enumerate(self.tables):
+            need = blocks_per_sequence(
+                table.window,
+                len(sequence.token_ids) + 1,
+                self.block_size,
+                self.max_num_batched_tokens,
+            )
+            shared, cache_only = self.cache.num_adopted(group, nodes, limit)
+            free = table.pool.num_free + self.cache.num_evictable(group) - cache_only
+            if need - shared > free - num_running:
+                return False
+        return True
+
+    def _start(self, sequence: Sequence, num_matched: int, budget: int) -> int:
+        """Admit a sequence on top of its matched prefix; returns the tokens scheduled."""
+        limit = sequence.first_needed_position
+        covered = num_matched * self.block_size
+        slot = self.slots.occupy(sequence, min(covered, limit), write_from=covered)
+        if num_matched:
+            self.cache.adopt(slot, sequence.nodes[:num_matched], limit)
+        self._started(sequence, num_cached=int(self.slots.num_computed[slot]))
+        self.cache.announce(slot, sequence.nodes[num_matched:])
+        self._builder.add_new(slot)
+        slots, wanted = self._divide(np.array([slot], np.int32))
+        grants = np.minimum(wanted, np.int32(budget))
+        if not self._make_room(slots, grants):  # siblings' copies may have taken the rest
+            grants = grants[:0]
+            slots = slots[:0]
+        self._advance(slots, grants)
+        return int(grants.sum())
+
+    def _started(self, sequence: Sequence, num_cached: int) -> None:
+        """Book a sequence as no longer waiting."""
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
+            self.stats.num_cached_tokens += sequence.num_cached_tokens
+        self._nobody_waits(self.tree.start(sequence.nodes))
+
+    def _nobody_waits(self, nodes: Int32Array) -> None:
+        if len(nodes):
+            self.cache.drop(nodes)
+
+    def _keep_prefix(self, slot: int, first: int, end: int) -> None:
+        """Prompt blocks [first, end) of a slot are scheduled: share them, wake who waits."""
+        sequence = self.slots.sequences[slot]
+        assert sequence is not None
+        end = min(end, len(sequence.nodes))
+        if first < end:
+            self.cache.insert(slot, sequence.nodes, first, end)
+            self._unpark(sequence.nodes[first:end])
+
+    def _wait(self, sequence: Sequence) -> None:
+        heapq.heappush(self._returned, (sequence.order, sequence))
+
+    def _unpark(self, nodes: Int32Array) -> None:
+        if self._parked:
+            for node in nodes.tolist():
+                for sequence in self._parked.pop(node, ()):
+                    self._wait(sequence)
+
+    # Results ---------------------------------------------------------------------------------
+
+    def _take_tokens(self, record: InFlight, token_ids: Int32Array, update: Update) -> None:
+        state = self.slots
+        live = state.epoch[record.sample_slots] == record.sample_epochs
+        for line in np.flatnonzero(~live).tolist():
+            key = int(record.sample_slots[line]), int(record.sample_epochs[line])
+            left = self._late.pop(key, None)
+            if left is not None and left.finish_reason is None:
+                self._take_late(left, line, int(token_ids[line]), update)
+        lines = np.flatnonzero(live)
+        slots, ids = record.sample_slots[lines], token_ids[lines]
+        state.token_ids[slots, state.num_known[slots]] = ids
+        state.num_known[slots] += 1
+        self.stats.num_generated_tokens += len(lines)
+        for index in np.flatnonzero(state.watched[slots]).tolist():
+            sequence = state.sequences[slots[index]]
+            assert sequence is not None
+            update.watched.append((sequence, int(lines[index])))
+        ended = (state.end_token_ids[slots] == ids[:, None]).any(axis=1)
+        full = state.num_known[slots] == state.max_len[slots]
+        for index in np.flatnonzero(ended | full | (ids < 0)).tolist():
+            sequence = state.sequences[slots[index]]
+            assert sequence is not None
+            self._finish_by_token(sequence, int(ids[index]), bool(ended[index]), update)
+
+    def _take_late(self, sequence: Sequence, line: int, token_id: int, update: Update) -> None:
+        """A token for a sequence that was preempted meanwhile."""
+        sequence.token_ids = np.append(sequence.token_ids, np.int32(token_id))
+        sequence.num_in_flight = 0
+        self.stats.num_generated_tokens += 1
+        if sequence.is_watched:
+            update.watched.append((sequence, line))
+        ended = token_id in sequence.end_token_ids
+        if ended or token_id < 0 or len(sequence.token_ids) == sequence.max_len:
+            self._finish_by_token(sequence, token_id, ended, update)
+
+    def _finish_by_token(
+        self, sequence: Sequence, token_id: int, ended: bool, update: Update
+    ) -> None:
+        if token_id < 0:
+            self.finish(sequence, FinishReason.ERROR)
+        elif ended:
+            self.finish(sequence, FinishReason.STOP, token_id)
+        else:
+            self.finish(sequence, FinishReason.LENGTH)
+        update.finished.append(sequence)
+
+    def _take_scores(self, record: InFlight, update: Update) -> None:
+        for slot, epoch, position, first, end in record.scores:
+            sequence = self.slots.sequences[slot]
+            if sequence is not None and self.slots.epoch[slot] == epoch:
+                update.scored.append((sequence, position, first, end))
+
+    def _take_pooled(self, record: InFlight, update: Update) -> None:
+        """Sequences that draw nothing end with the Step that computes their last token."""
+        for slot, epoch in record.completed:
+            sequence = self.slots.sequences[slot]
+            if sequence is None or self.slots.epoch[slot] != epoch:
+                continue
+            if self.slots.pools[slot]:
+                update.pooled.append((sequence, slot))
+            self.finish(sequence, FinishReason.STOP)
+            update.finished.append(sequence)
+
+
+def ends_prompt(state: Slots, slots: Int32Array) -> np.ndarray:
+    """[num slots] bool: the slot draws its first output token now."""
+    return state.num_tokens[slots] == state.num_prompt[slots] + 1
