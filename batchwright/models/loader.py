@@ -1,0 +1,221 @@
+"""Model weights from a Checkpoint into a CausalLM."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import batchwright.models
+from batchwright.errors import ModelFormatError, UnsupportedModelError
+from batchwright.models.causal_lm import CausalLM
+from batchwright.models.layers import Linear
+
+logger = logging.getLogger(__name__)
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+class WeightSource(Protocol):
+    """What the loader needs of `weights.checkpoint.Checkpoint`."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    def names(self) -> list[str]: ...
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
+def model_class(config: Mapping[str, Any]) -> type[CausalLM]:
+    """The architecture file for a config.json.
+
+    Raises:
+        UnsupportedModelError: there is none for its model_type; the message lists those there are.
+    """
+    model_type = str(config.get("model_type", "")).replace("-", "_")
+    if model_type.isidentifier():
+        module_name = f"{batchwright.models.__name__}.{model_type}"
+        if importlib.util.find_spec(module_name) is not None:
+            found = getattr(importlib.import_module(module_name), "Model", None)
+            if found is not None:
+                return found
+    raise UnsupportedModelError(
+        f"unsupported: model_type {config.get('model_type')!r}; "
+        f"supported: {', '.join(supported_model_types())}"
+    )
+
+
+def supported_model_types() -> list[str]:
+    """model_type of every architecture file."""
+    names = [module.name for module in pkgutil.iter_modules(batchwright.models.__path__)]
+    modules = {name: importlib.import_module(f"batchwright.models.{name}") for name in names}
+    return sorted(name for name, module in modules.items() if hasattr(module, "Model"))
+
+
+def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json in the names common to all architectures; see `CausalLM.read_config`.
+
+    Raises:
+        UnsupportedModelError: unknown architecture.
+        ModelFormatError: an entry is missing, or a size is not a positive integer.
+    """
+    build = model_class(config)
+    try:
+        common = build.read_config(config)
+        sizes = {name: common[name] for name in _SIZES}
+    except KeyError as error:
+        raise ModelFormatError(f"config.json lacks {error.args[0]!r}") from error
+    sizes["num_key_value_heads"] = common.get("num_key_value_heads") or common[_SIZES[3]]
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ModelFormatError(f"config.json: {name} is {size!r}, expected a positive integer")
+    if common["num_attention_heads"] % sizes["num_key_value_heads"]:
+        raise ModelFormatError(
+            f"config.json: {common['num_attention_heads']} query heads cannot share "
+            f"{sizes['num_key_value_heads']} key-value heads evenly"
+        )
+    return common
+
+
+def load_model(source: WeightSource, *, dtype: torch.dtype, max_positions: int) -> CausalLM:
+    """Build the model and fill it with weights.
+
+    Args:
+        source: config and tensors by their Hugging Face names.
+        dtype: type of all parameters.
+        max_positions: longest context; rotary tables cover it.
+    Raises:
+        UnsupportedModelError: unknown architecture or setting.
+        ModelFormatError: a tensor or config entry is missing or has the wrong shape.
+        ConfigError: the model has fewer learned positions than max_positions.
+    """
+    config = read_config(source.config)
+    try:
+        with torch.device("meta"):
+            model = model_class(source.config)(config, max_positions)
+    except KeyError as error:
+        raise ModelFormatError(f"config.json lacks {error.args[0]!r}") from error
+    tensors = _Tensors(source)
+    head = model.get_submodule("lm_head")
+    is_tied = config["tie_word_embeddings"] and "lm_head.weight" not in tensors
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not (is_tied and module is head):
+                value = _value(model, tensors, module, f"{module_name}.{name}", parameter.shape)
+                value = value.to(dtype).contiguous()
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    if config["tie_word_embeddings"]:
+        _tie(model, head)
+    _warn_of_unused(tensors.unused(), model)
+    return model.eval()
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """The checkpoint as a mapping that reads on demand and remembers what was read.
+
+    Files saved from a bare decoder lack the leading `model.` or `transformer.` of the names.
+    """
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._names = set(source.names())
+        self._used: set[str] = set()
+
+    def _stored_name(self, name: str) -> str | None:
+        candidates = (name, name.partition(".")[2])
+        return next((candidate for candidate in candidates if candidate in self._names), None)
+
+    def __contains__(self, name: object) -> bool:
+        return self._stored_name(str(name)) is not None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored_name = self._stored_name(name)
+        if stored_name is None:
+            raise ModelFormatError(
+                f"the checkpoint has no tensor {name!r}, which its config.json implies; "
+                "the download is incomplete or the config belongs to another model"
+            )
+        self._used.add(stored_name)
+        return self._source.tensor(stored_name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def unused(self) -> list[str]:
+        """Names that nothing asked for, sorted."""
+        return sorted(self._names - self._used)
+
+
+def _value(
+    model: CausalLM,
+    tensors: _Tensors,
+    module: nn.Module,
+    name: str,
+    shape: torch.Size,
+) -> torch.Tensor:
+    """A parameter from the checkpoint; a merged one from its parts, which stand beside it."""
+    if not (isinstance(module, Linear) and module.parts):
+        return _checked(model.fetch(tensors, name), name, shape)
+    owner, _, kind = name.rpartition(".")
+    parent = owner.rpartition(".")[0]
+    values = []
+    for part, width in module.parts.items():
+        part_name = f"{parent}.{part}.{kind}"
+        part_shape = torch.Size((width, *shape[1:]))
+        values.append(_checked(model.fetch(tensors, part_name), part_name, part_shape))
+    return torch.cat(values)
+
+
+def _checked(value: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:
+    if value.shape != shape:
+        raise ModelFormatError(
+            f"tensor {name!r} has shape {list(value.shape)}, config.json implies {list(shape)}; "
+            "one of the two belongs to another model"
+        )
+    return value
+
+
+def _tie(model: CausalLM, head: nn.Module) -> None:
+    """Share the embedding table with the output head, unless the file has two that differ."""
+    table = next(
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(("embed_tokens.weight", "wte.weight"))
+    )
+    own = head.get_parameter("weight")
+    if own.is_meta or torch.equal(own, table):
+        head.weight = table
+    else:
+        logger.warning(
+            "config.json ties the word embeddings, but the checkpoint has an output head of its "
+            "own that differs; using that"
+        )
+
+
+def _warn_of_unused(names: list[str], model: CausalLM) -> None:
+    """Weights that are not used hint at a variant of the architecture that is not the one here."""
+    left = [name for name in names if not re.fullmatch(model.not_weights, name)]
+    if left:
+        logger.warning(
+            "%d tensors of the checkpoint are not used by model_type %s, the first is %s",
+            len(left),
+            model.config.get("model_type"),
+            left[0],
+        )

@@ -1,0 +1,100 @@
+"""Sparse mixture of experts (arXiv:1701.06538, arXiv:2401.04088): the feed-forward block.
+
+Each token goes to its `top_k` experts of highest router probability; the outputs are summed with
+those probabilities as weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from batchwright.models.layers import Linear
+from batchwright.models.llama import MLP
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+class SparseMoE(nn.Module):
+    """Router and experts.
+
+    Args:
+        hidden_size: width of a token.
+        width: inner width of an expert.
+        num_experts, top_k: experts there are, and experts a token uses.
+        renormalise: whether the chosen probabilities are scaled to sum to one.
+
+    Level bits: an expert's rows are computed by `Linear`, so they do not depend on which other
+    tokens chose it, and a token's experts are summed in the order of its own ranks, never in the
+    order of arrival.
+    """
+
+    def __init__(
+        self, hidden_size: int, width: int, num_experts: int, top_k: int, *, renormalise: bool
+    ) -> None:
+        super().__init__()
+        self.gate = Linear(hidden_size, num_experts)
+        self.experts = nn.ModuleList(MLP(hidden_size, width) for _ in range(num_experts))
+        self.top_k = top_k
+        self.renormalise = renormalise
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, hidden_size] -> the same shape and dtype; weighted and summed in fp32."""
+        weights, experts = route(self.gate(x), self.top_k, renormalise=self.renormalise)
+        outputs = self.outputs(x, experts).unflatten(0, experts.shape)
+        total = outputs[:, 0].float() * weights[:, :1]
+        for rank in range(1, self.top_k):
+            total += outputs[:, rank].float() * weights[:, rank, None]
+        return total.to(x.dtype)
+
+    def outputs(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """Every (token, rank) pair through its expert: [num_tokens * top_k, hidden_size]."""
+        pairs = experts.flatten()
+        by_expert = pairs.argsort(stable=True)
+        ends = pairs.bincount(minlength=len(self.experts)).cumsum(0).tolist()
+        outputs = x.new_empty(len(pairs), x.shape[-1])
+        for expert, start, end in zip(self.experts, [0, *ends], ends, strict=False):
+            if start < end:
+                mine = by_expert[start:end]
+                outputs[mine] = expert(x[mine // self.top_k])
+        return outputs
+
+
+def route(
+    router_logits: torch.Tensor, top_k: int, *, renormalise: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose each token's experts.
+
+    Args:
+        router_logits: [num_tokens, num_experts].
+    Returns:
+        (weights, experts): [num_tokens, top_k] fp32 and int64, most probable first.
+    """
+    probabilities = router_logits.softmax(-1, dtype=torch.float32)
+    weights, experts = probabilities.topk(top_k, dim=-1)
+    if renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, experts
+
+
+def fetch_expert(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A weight that may be stacked over experts, the gate and up projections in one tensor.
+
+    `experts.3.up_proj.weight` is the second half of row 3 of `experts.gate_up_proj`
+    [num_experts, 2 * width, hidden_size] where the checkpoint has that.
+    """
+    match = _EXPERT.fullmatch(name)
+    if match is None or name in tensors:
+        return tensors[name]
+    experts, index, part = match.groups()
+    stacked = f"{experts}.down_proj" if part == "down" else f"{experts}.gate_up_proj"
+    if stacked not in tensors:
+        return tensors[name]  # reports the usual name as missing
+    weight = tensors[stacked][int(index)]
+    if part == "down":
+        return weight
+    gate, up = weight.chunk(2)
+    return gate if part == "gate" else up
