@@ -1,0 +1,100 @@
+"""What has become of a job's rows: counted while it runs, the summary when it ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class EngineStats(Protocol):
+    """The engine's counts that a summary shows."""
+
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def num_computed_tokens(self) -> int: ...
+    @property
+    def num_cached_tokens(self) -> int: ...
+    @property
+    def num_recomputed_tokens(self) -> int: ...
+    @property
+    def num_generated_tokens(self) -> int: ...
+    @property
+    def num_preemptions(self) -> int: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class JobSummary:
+    """Counts of a job. Every row read ends as succeeded, failed or cancelled.
+
+    Attributes:
+        num_rows_read: rows taken from the input, bad lines included.
+        num_cancelled: rows read but neither answered nor failed, because the job was stopped.
+        num_length_limited: rows with an output that ended at max_tokens or the context.
+        error_codes: failed rows by error code.
+        num_prompt_tokens, num_output_tokens: of rows that succeeded.
+        num_allowed_tokens: output tokens that rows given to the engine may have (n * max_tokens).
+        num_allowed_tokens_done: the same of those that succeeded.
+        input_bytes: size of the input, None if it cannot be known (standard input).
+        num_bytes_read: input bytes of the rows read.
+        input_ended: the input was read to its end.
+        run_s: seconds from the first row read to the last row written.
+        stopped: the user asked to stop.
+        engine: the engine's own counts.
+    """
+
+    engine: EngineStats
+    input_bytes: int | None = None
+    num_rows_read: int = 0
+    num_succeeded: int = 0
+    num_failed: int = 0
+    num_cancelled: int = 0
+    num_length_limited: int = 0
+    error_codes: Counter[str] = field(default_factory=Counter)
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_allowed_tokens: int = 0
+    num_allowed_tokens_done: int = 0
+    num_bytes_read: int = 0
+    input_ended: bool = False
+    run_s: float = 0.0
+    stopped: bool = False
+
+    @property
+    def num_finished(self) -> int:
+        """Rows with a line in the output or the error file."""
+        return self.num_succeeded + self.num_failed
+
+    @property
+    def num_in_flight(self) -> int:
+        """Rows read that have no end yet."""
+        return self.num_rows_read - self.num_finished - self.num_cancelled
+
+    @property
+    def estimated_rows(self) -> int | None:
+        """Rows of the whole input: exact once it is read, before that judged by its bytes."""
+        if self.input_ended:
+            return self.num_rows_read
+        if self.input_bytes is None or not self.num_bytes_read:
+            return None
+        estimate = round(self.num_rows_read * self.input_bytes / self.num_bytes_read)
+        return max(self.num_rows_read, estimate)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left, from the output tokens still expected at the rate so far.
+
+        Rows that are not done are expected to use the same share of what they are allowed as those
+        that are; rows not read yet, to be like those read. None until a row has succeeded.
+        """
+        rows, generated = self.estimated_rows, self.engine.num_generated_tokens
+        if rows is None or not self.num_output_tokens or not self.num_allowed_tokens_done:
+            return None
+        share = self.num_output_tokens / self.num_allowed_tokens_done
+        in_engine = share * (self.num_allowed_tokens - self.num_allowed_tokens_done)
+        unread = share * self.num_allowed_tokens * (rows / self.num_rows_read - 1)
+        done_ahead = generated - self.num_output_tokens
+        # Never less than a quarter of what was expected: long rows are the last to finish.
+        tokens_left = unread + max(in_engine - done_ahead, in_engine / 4)
+        return tokens_left * self.run_s / generated

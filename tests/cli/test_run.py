@@ -1,0 +1,290 @@
+"""The run command with a model that is faked: exit codes, messages, files."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tokenizers
+from rich.console import Console
+
+from batchwright.cli import main as cli
+from batchwright.cli import run as run_command
+from batchwright.cli.numbers import parse_count
+from batchwright.cli.preflight import error_path_for
+from batchwright.cli.progress import ProgressReport, duration
+from batchwright.errors import ModelNotFoundError, RequestError
+from batchwright.job.events import Progressed, RowFailed
+from batchwright.job.summary import JobSummary
+from tests.job.fakes import ByteTokenizer, FakeEngine, chat_row, read_lines, write_lines
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _wide_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+class Command:
+    """Runs `batchwright run` in this process; `engine` and `settings` are those of the last."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capfd = monkeypatch, capfd
+        self.engine = FakeEngine()
+        self.settings: dict[str, Any] | None = None
+        monkeypatch.setattr(run_command, "load", self._load)
+
+    def _load(self, model: str, settings: dict[str, Any]) -> SimpleNamespace:
+        if model == "missing":
+            raise ModelNotFoundError("there is no model at missing")
+        self.settings = settings
+        tokenizer = ByteTokenizer()
+        tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        return SimpleNamespace(engine=self.engine, tokenizer=tokenizer)
+
+    def __call__(self, *args: object) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["batchwright", *map(str, args)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = self._capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    return Command(monkeypatch, capfd)
+
+
+def test_all_rows_succeed(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a"), chat_row("b")])
+    status, out, err = command("run", source, "-o", tmp_path / "out.jsonl", "--model", "m")
+    assert status == 0
+    assert sorted(line["custom_id"] for line in read_lines(tmp_path / "out.jsonl")) == ["a", "b"]
+    assert not (tmp_path / "out.errors.jsonl").exists()
+    assert "succeeded" in out
+    assert str(tmp_path / "out.jsonl") in out
+    assert "Traceback" not in err
+
+
+def test_a_bad_row_fails_alone_and_is_told(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a"), chat_row("b", temperature="hot")])
+    status, out, err = command("run", "-i", source, "-o", tmp_path / "out.jsonl", "--model", "m")
+    assert status == 1
+    (failure,) = read_lines(tmp_path / "out.errors.jsonl")
+    assert failure["custom_id"] == "b"
+    assert "Failed: line 2 (b): temperature must be a number, not 'hot'" in err
+    assert "invalid_request: 1" in out
+    assert "out.errors.jsonl" in out
+
+
+def test_settings_reach_the_model(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    status, _, _ = command(
+        *("run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--max-model-len", "2K"),
+        *("--max-num-seqs", "32", "--max-num-batched-tokens", "1k", "--kv-cache-memory", "1.5G"),
+        *("--dtype", "bfloat16", "--seed", "7", "--threads", "2", "--no-prefix-sharing"),
+    )
+    assert status == 0
+    assert command.settings == {
+        "dtype": "bfloat16",
+        "max_model_len": 2048,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 1000,
+        "kv_cache_bytes": 3 * 2**29,
+        "num_threads": 2,
+        "seed": 7,
+        "prefix_sharing": False,
+    }
+
+
+def test_settings_not_given_are_left_to_the_model(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    command("run", source, "-o", tmp_path / "out.jsonl", "--model", "m")
+    assert command.settings == {"dtype": "auto", "seed": 0, "prefix_sharing": True}
+
+
+def test_results_may_go_to_stdout(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a"), b"{"])
+    status, out, err = command("run", source, "-o", "-", "--model", "m")
+    assert status == 1
+    (tmp_path / "seen.jsonl").write_text(out)
+    lines = read_lines(tmp_path / "seen.jsonl")
+    assert [line["custom_id"] for line in lines] == [None, "a"]
+    assert "succeeded" in err
+
+
+Mess = Callable[[Path], list[object]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (lambda t: [t / "no.jsonl", "-o", t / "out.jsonl"], "No such file"),
+        (lambda t: [t, "-o", t / "out.jsonl"], "is a directory"),
+        (lambda t: [t / "empty.jsonl", "-o", t / "out.jsonl"], "empty_file"),
+        (lambda t: [t / "blank.jsonl", "-o", t / "out.jsonl"], "empty_file"),
+        (lambda t: [t / "in.jsonl", "-o", t / "none" / "out.jsonl"], "mkdir -p"),
+        (lambda t: [t / "in.jsonl", "-o", t], "is a directory"),
+        (lambda t: [t / "in.jsonl", "-o", t / "old.jsonl"], "--force"),
+        (lambda t: [t / "in.jsonl", "-o", t / "in.jsonl", "--force"], "is the input"),
+        (lambda t: [t / "in.jsonl", "-o", t / "o", "--error-file", t / "in.jsonl"], "is the input"),
+        (lambda t: [t / "in.jsonl", "-o", t / "o", "--error-file", f"{t}/./o"], "same file"),
+        (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--threads", 0], "--threads"),
+        (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--max-num-seqs", "0"], "at least 1"),
+        (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--dtype", "int3"], "bfloat16"),
+        (lambda t: [t / "in.jsonl", "-i", t / "in.jsonl", "-o", t / "out.jsonl"], "once"),
+        (lambda t: ["-o", t / "out.jsonl"], "once"),
+        (lambda t: [t / "in.jsonl"], "--output"),
+    ],
+)
+def test_what_cannot_work_is_told_before_loading(
+    command: Command, tmp_path: Path, arguments: Mess, words: str
+) -> None:
+    write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    before = (tmp_path / "in.jsonl").read_bytes()
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "old.jsonl").write_text("precious\n")
+    status, _, err = command("run", *arguments(tmp_path), "--model", "m")
+    assert status == 2
+    assert words in err
+    assert "Traceback" not in err
+    assert command.settings is None
+    assert (tmp_path / "old.jsonl").read_text() == "precious\n"
+    assert (tmp_path / "in.jsonl").read_bytes() == before
+
+
+def test_force_replaces_old_results(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    (tmp_path / "out.jsonl").write_text("old\n")
+    (tmp_path / "out.errors.jsonl").write_text("old\n")
+    status, _, _ = command("run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--force")
+    assert status == 0
+    assert len(read_lines(tmp_path / "out.jsonl")) == 1
+    assert not (tmp_path / "out.errors.jsonl").exists()
+
+
+def test_a_missing_model_is_one_line(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    status, _, err = command("run", source, "-o", tmp_path / "out.jsonl", "--model", "missing")
+    assert status == 2
+    assert err.splitlines()[-1] == "batchwright: there is no model at missing"
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_ctrl_c_finishes_what_runs(command: Command, tmp_path: Path) -> None:
+    rows = [chat_row(str(i), max_tokens=3) for i in range(6)]
+    source = write_lines(tmp_path / "in.jsonl", rows)
+
+    def on_step(number: int) -> None:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    command.engine = FakeEngine(max_running=2, on_step=on_step)
+    status, out, err = command("run", source, "-o", tmp_path / "out.jsonl", "--model", "m")
+    assert status == 130
+    assert len(read_lines(tmp_path / "out.jsonl")) == 2
+    assert "2 running rows are finished first" in err
+    assert "2 rows are written, 4 that were read are not" in out
+    assert "Traceback" not in err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_loading(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_command, "load", interrupted)
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    status, _, err = command("run", source, "-o", tmp_path / "out.jsonl", "--model", "m")
+    assert status == 130
+    assert "nothing was written" in err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_help_is_quick_because_it_imports_little() -> None:
+    code = (
+        "import sys, batchwright.cli.main\n"
+        "heavy = {'torch', 'numba', 'msgspec', 'tokenizers'} & sys.modules.keys()\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1", 1), ("4096", 4096), ("4k", 4000), ("4K", 4096), ("1.5G", 1610612736), ("2m", 2000000)],
+)
+def test_human_numbers(text: str, value: int) -> None:
+    assert parse_count(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "k", "1.0001k5", "1e3", "0.5", "4KB", "1.00001k"])
+def test_what_is_no_number(text: str) -> None:
+    with pytest.raises(Exception, match="whole number"):
+        parse_count(text)
+
+
+def test_error_files_lie_beside_the_results() -> None:
+    assert error_path_for("out/results.jsonl") == "out/results.errors.jsonl"
+    assert error_path_for("results") == "results.errors.jsonl"
+    assert error_path_for("-") == "-"
+
+
+def live_summary() -> JobSummary:
+    engine = SimpleNamespace(num_generated_tokens=1500)
+    return JobSummary(
+        engine=engine,
+        num_rows_read=70,
+        num_succeeded=12,
+        num_failed=1,
+        num_output_tokens=600,
+        num_allowed_tokens=7000,
+        num_allowed_tokens_done=1200,
+        input_ended=True,
+        run_s=10.0,
+    )
+
+
+def test_a_log_gets_a_line_now_and_then() -> None:
+    now_s, screen = 0.0, StringIO()
+    with ProgressReport(Console(file=screen), now=lambda: now_s) as report:
+        for step in range(100):
+            now_s = step * 0.1
+            report.on_event(Progressed(live_summary()))
+    lines = screen.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0] == "13/70 rows, 1,500 tokens, 13 s left, 1 failed"
+    assert "\x1b" not in screen.getvalue()
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    screen = StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    with ProgressReport(console) as report:
+        report.on_event(Progressed(live_summary()))
+        report.on_event(RowFailed(3, "x[red]y", RequestError("bad [bold] value")))
+    assert "13/70 rows" in screen.getvalue()
+    assert "Failed: line 3 (x[red]y): bad [bold] value" in screen.getvalue()
+
+
+def test_many_failures_do_not_flood() -> None:
+    screen = StringIO()
+    with ProgressReport(Console(file=screen)) as report:
+        for line in range(1000):
+            report.on_event(RowFailed(line, None, RequestError("bad")))
+    assert len(screen.getvalue().splitlines()) == 11
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(8.2, "8 s"), (125, "2:05 min"), (11040, "3:04 h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
