@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
-from batchwright.errors import BatchwrightError, RequestError
-from batchwright.request import Completion, FinishReason, Request, Result, SamplingParams
+# torch and Numba each bring a pool of OpenMP threads. Threads that spin after one pool's work take
+# the cores from the other's, which costs up to milliseconds per call, so they must sleep. The
+# variable is read once, when the libraries load, hence here, before anything imports them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from batchwright.errors import BatchwrightError, RequestError  # noqa: E402
+from batchwright.request import Completion, FinishReason, Request, Result, SamplingParams  # noqa: E402
 
 if TYPE_CHECKING:
     from batchwright.llm import LLM

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from batchwright.request import (
     Float32Array,
     Request,
     Result,
+    SamplingParams,
     Score,
     Task,
     TokenLogprob,
@@ -31,17 +31,10 @@ from batchwright.sched.scheduler import Scheduler, SchedulerStats, Update
 from batchwright.sequence import Sequence
 from batchwright.step import StepResult, TokenLogprobs
 from batchwright.text.detokenizer import StopMatch, StopStringChecker
+from batchwright.text.tokenizer import Tokenizer
 
 HORIZON = 4096
 """Rows `run` keeps in the engine at once: enough to see shared prefixes, bounded in memory."""
-
-
-class Tokenizer(Protocol):
-    """What the engine needs of `text.tokenizer.Tokenizer`."""
-
-    end_token_ids: tuple[int, ...]
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -124,6 +117,7 @@ class Engine:
                 code="duplicate_custom_id",
             )
         max_len = self._max_len(request)
+        self._check_token_ids(request.params)
         sequences = [self._sequence(request, index, max_len) for index in range(self._num(request))]
         first = sequences[0]
         first.siblings = sequences[1:]
@@ -169,12 +163,24 @@ class Engine:
                 return
             yield from self.step()
 
+    def waiting_ids(self) -> list[str]:
+        """Requests none of whose sequences has started."""
+        return [
+            request_id
+            for request_id, running in self._requests.items()
+            if all(stream.sequence.num_cached_tokens is None for stream in running.streams)
+        ]
+
     def cancel(self, request_id: str) -> None:
         """End a request now; its result, with what there is of it, comes out of a later `step`."""
         for stream in self._requests[request_id].streams:
             if stream.sequence.finish_reason is None:
                 self._scheduler.finish(stream.sequence, FinishReason.CANCELLED)
                 self._finish(stream.sequence)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a KV block is lost or held twice."""
+        self._scheduler.check_integrity()
 
     def close(self) -> None:
         """Give back the executor's memory."""
@@ -193,8 +199,9 @@ class Engine:
             raise RequestError("the prompt is empty; give at least one token")
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.vocab_size:
             raise RequestError(
-                f"prompt has token id {int(token_ids.max())} or below 0; the model's ids are "
-                f"0 to {self.vocab_size - 1}"
+                f"prompt has token ids from {int(token_ids.min())} to {int(token_ids.max())}; "
+                f"the model's are 0 to {self.vocab_size - 1}",
+                param="prompt",
             )
         generates = request.task is Task.GENERATE
         limit = self.max_model_len - 1 if generates else self.max_model_len
@@ -209,6 +216,16 @@ class Engine:
             return num_prompt
         max_tokens = request.params.max_tokens or DEFAULT_MAX_TOKENS
         return min(num_prompt + max_tokens, self.max_model_len)
+
+    def _check_token_ids(self, params: SamplingParams) -> None:
+        for param in ("logit_bias", "stop_token_ids"):
+            for token_id in getattr(params, param):
+                if not 0 <= token_id < self.vocab_size:
+                    raise RequestError(
+                        f"{param} names token id {token_id}; the model's ids are "
+                        f"0 to {self.vocab_size - 1}",
+                        param=param,
+                    )
 
     def _sequence(self, request: Request, index: int, max_len: int) -> Sequence:
         params = request.params

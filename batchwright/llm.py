@@ -11,21 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchwright import techniques
+from batchwright import kernels, techniques
 from batchwright.attention.backend import AttentionBackend, block_bytes
 from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.engine import Engine
 from batchwright.errors import ConfigError
 from batchwright.exec.local import LocalExecutor
 from batchwright.exec.memory import available_memory_bytes
+from batchwright.job.params import check_params
 from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
-from batchwright.models.loader import load_model
+from batchwright.models.loader import load_model, read_config
 from batchwright.models.row_invariance import ensure_row_invariance
 from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
-from batchwright.weights.checkpoint import open_checkpoint, text_config
+from batchwright.weights.checkpoint import open_checkpoint
 from batchwright.weights.locate import locate_model
 
 logger = logging.getLogger(__name__)
@@ -163,6 +164,7 @@ def build_engine(
         context_length=context_length(model_config), free_memory_bytes=free
     )
     torch.set_num_threads(resolved.num_threads)
+    kernels.set_num_threads(resolved.num_threads)
     dtype = getattr(torch, resolved.dtype)
     backend = _backend(resolved)
     model = load_model(checkpoint, dtype=dtype, max_positions=resolved.max_model_len)
@@ -201,14 +203,6 @@ def build_engine(
     return engine, resolved
 
 
-def context_length(model_config: Mapping[str, Any]) -> int:
-    """Positions a model was made for."""
-    for key in ("max_position_embeddings", "n_positions"):
-        if model_config.get(key):
-            return int(model_config[key])
-    return 2048
-
-
 def _backend(config: ResolvedConfig) -> AttentionBackend:
     return techniques.find("attention.backends", config.attention).Backend()
 
@@ -243,10 +237,10 @@ def _per_row(
     params: SamplingParams | Sequence[SamplingParams] | None, num_rows: int
 ) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_rows
+        return [check_params(params or SamplingParams())] * num_rows
     if len(params) != num_rows:
         raise ConfigError(f"{len(params)} sampling params for {num_rows} prompts; give one or all")
-    return list(params)
+    return [check_params(row) for row in params]
 
 
 def _in_order(results: Iterable[Result]) -> list[Result]:

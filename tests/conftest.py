@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import batchwright  # noqa: F401  first: it settles how OpenMP threads wait
 import pytest
 from hypothesis import settings
 

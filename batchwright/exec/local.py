@@ -11,7 +11,7 @@ from batchwright.attention.backend import AttentionBackend, AttentionBatch, Grou
 from batchwright.attention.context import AttentionContext
 from batchwright.exec.pooling import Pooler
 from batchwright.exec.slot_state import SlotState
-from batchwright.kernels.token_logprobs import token_logprobs
+from batchwright.kernels.token_logprobs.numba import token_logprobs
 from batchwright.kv.groups import KVGroup
 from batchwright.models.causal_lm import CausalLM
 from batchwright.request import Int32Array
@@ -132,6 +132,7 @@ class LocalExecutor:
             slots,
             output_positions,
         )
+        self._sampling.append(slots, token_ids)
         self._slots.note_sampled(slots, token_ids)
         return token_ids, logprobs
 
