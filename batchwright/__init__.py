@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 # variable is read once, when the libraries load, hence here, before anything imports them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from batchwright.errors import BatchwrightError, RequestError  # noqa: E402
-from batchwright.request import Completion, FinishReason, Request, Result, SamplingParams  # noqa: E402
+from batchwright.errors import BatchwrightError, RequestError
+from batchwright.request import Completion, FinishReason, Request, Result, SamplingParams
 
 if TYPE_CHECKING:
     from batchwright.llm import LLM

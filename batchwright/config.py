@@ -113,9 +113,7 @@ class ResolvedConfig:
     num_threads: int
     look_ahead: int
 
-    def kv_groups(
-        self, windows: Sequence[int | None], block_bytes: Sequence[int]
-    ) -> list[KVGroup]:
+    def kv_groups(self, windows: Sequence[int | None], block_bytes: Sequence[int]) -> list[KVGroup]:
         """Pool sizes of the model's KV groups within kv_cache_bytes, never more than can be used.
 
         Args:

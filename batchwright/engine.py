@@ -8,55 +8,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from batchwright.errors import RequestError
 from batchwright.exec.executor import Executor
+from batchwright.outputs import RunningRequest, Stream, failed, make_result, token_logprobs
 from batchwright.request import (
     DEFAULT_MAX_TOKENS,
-    Completion,
     FinishReason,
-    Float32Array,
     Request,
     Result,
     SamplingParams,
-    Score,
     Task,
-    TokenLogprob,
 )
 from batchwright.sampling.noise import noise_key
 from batchwright.sched.scheduler import Scheduler, SchedulerStats, Update
 from batchwright.sequence import Sequence
-from batchwright.step import StepResult, TokenLogprobs
-from batchwright.text.detokenizer import StopMatch, StopStringChecker
+from batchwright.step import StepResult
+from batchwright.text.detokenizer import StopStringChecker
 from batchwright.text.tokenizer import Tokenizer
 
 HORIZON = 4096
 """Rows `run` keeps in the engine at once: enough to see shared prefixes, bounded in memory."""
-
-
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """What the engine collects about one sequence while it runs."""
-
-    sequence: Sequence
-    stop_checker: StopStringChecker | None = None
-    stop_match: StopMatch | None = None
-    num_kept: int | None = None  # output tokens that count, when a stop string ended it
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Running:
-    """A request and its parts, until all of them are there."""
-
-    request: Request
-    streams: list[_Stream]
-    num_unfinished: int
-    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position
-    embedding: Float32Array | None = None
 
 
 class Engine:
@@ -90,7 +62,7 @@ class Engine:
         self.vocab_size = vocab_size
         self._job_seed = job_seed
         self._look_ahead = look_ahead
-        self._requests: dict[str, _Running] = {}
+        self._requests: dict[str, RunningRequest] = {}
         self._outstanding: deque[StepResult] = deque()
         self._num_added = 0
         self._done: list[Result] = []
@@ -121,11 +93,11 @@ class Engine:
         sequences = [self._sequence(request, index, max_len) for index in range(self._num(request))]
         first = sequences[0]
         first.siblings = sequences[1:]
-        if request.task is Task.SCORE and max_len == request.score_start:
+        if request.task is Task.SCORE and max_len <= request.score_start:
             raise RequestError("there is no token to score; give a non-empty continuation")
         self._scheduler.add(first)
-        streams = [_Stream(sequence, self._stop_checker(request)) for sequence in sequences]
-        self._requests[request.id] = _Running(request, streams, len(streams))
+        streams = [Stream(sequence, self._stop_checker(request)) for sequence in sequences]
+        self._requests[request.id] = RunningRequest(request, streams, len(streams))
 
     def step(self) -> list[Result]:
         """One round: compute a Step if there is one; returns the results that are complete."""
@@ -208,7 +180,8 @@ class Engine:
         if num_prompt > limit:
             raise RequestError(
                 f"prompt has {num_prompt} tokens, model allows {limit}"
-                f"{' and one to generate' if generates else ''}; shorten it (custom_id={request.id})",
+                f"{' and one to generate' if generates else ''}; shorten it "
+                f"(custom_id={request.id})",
                 code="context_length_exceeded",
                 param="prompt",
             )
@@ -257,7 +230,7 @@ class Engine:
             running = self._requests[sequence.request.id]
             targets = running.request.prompt_token_ids[position : position + end - first]
             lines = token_logprobs(targets.tolist(), result.score_logprobs, first)
-            running.prompt_logprobs.update(enumerate(lines, start=position))
+            running.scores.update(enumerate(lines, start=position))
         for sequence, slot in update.pooled:
             assert result.embeddings is not None
             self._requests[sequence.request.id].embedding = result.embeddings[slot]
@@ -272,7 +245,7 @@ class Engine:
             num_top = running.request.params.logprobs
             drawn = [int(result.token_ids[line])]
             stream.logprobs += token_logprobs(drawn, result.sample_logprobs, line, num_top)
-        if stream.stop_checker is None:
+        if stream.stop_checker is None or result.token_ids[line] < 0:
             return
         stream.stop_match = stream.stop_checker.append([int(result.token_ids[line])])
         if stream.stop_match is not None and sequence.finish_reason is None:
@@ -284,97 +257,4 @@ class Engine:
         running.num_unfinished -= 1
         if not running.num_unfinished:
             del self._requests[sequence.request.id]
-            self._done.append(self._result(running))
-
-    def _result(self, running: _Running) -> Result:
-        request, sequences = running.request, [stream.sequence for stream in running.streams]
-        result = Result(
-            request_id=request.id,
-            prompt_token_ids=request.prompt_token_ids.tolist(),
-            prompt=request.prompt,
-            num_cached_tokens=sequences[0].num_cached_tokens or 0,
-        )
-        if any(sequence.finish_reason is FinishReason.ERROR for sequence in sequences):
-            result.error = RequestError(
-                "the model's logits were not numbers; check the weights and the prompt",
-                code="invalid_logits",
-            )
-            return result
-        if request.params.prompt_logprobs is not None and request.task is Task.GENERATE:
-            entries = running.prompt_logprobs
-            num_prompt = len(request.prompt_token_ids)
-            result.prompt_logprobs = [entries.get(position) for position in range(num_prompt)]
-        if request.task is Task.GENERATE:
-            result.outputs = [self._completion(stream, request) for stream in running.streams]
-        elif request.task is Task.SCORE:
-            result.score = score(running.prompt_logprobs)
-        else:
-            result.embedding = running.embedding
-        return result
-
-    def _completion(self, stream: _Stream, request: Request) -> Completion:
-        sequence, params = stream.sequence, request.params
-        assert sequence.finish_reason is not None
-        token_ids = sequence.token_ids[sequence.num_prompt_tokens :].tolist()
-        reason, stop_reason = sequence.finish_reason, sequence.stop_reason
-        if stream.stop_match is not None:
-            token_ids = token_ids[: stream.stop_match.num_tokens]
-            text, reason, stop_reason = stream.stop_match.text, FinishReason.STOP, stream.stop_match.stop
-        else:
-            visible = token_ids
-            if reason is FinishReason.STOP and token_ids and token_ids[-1] == stop_reason:
-                visible = token_ids[:-1]  # the token that ended it is no part of the text
-            text = self._tokenizer.decode(visible, skip_special_tokens=params.skip_special_tokens)
-            if stop_reason in self._tokenizer.end_token_ids:
-                stop_reason = None
-        wants_logprobs = params.logprobs is not None
-        logprobs = stream.logprobs[: len(token_ids)] if wants_logprobs else None
-        return Completion(
-            index=sequence.sample_index,
-            text=text,
-            token_ids=token_ids,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            logprobs=logprobs,
-            cumulative_logprob=sum(entry.logprob for entry in logprobs) if logprobs else None,
-        )
-
-
-def token_logprobs(
-    token_ids: list[int], lines: TokenLogprobs, first: int, num_top: int | None = None
-) -> list[TokenLogprob]:
-    """Lines of a TokenLogprobs, from `first` on, one per token, with at most num_top rivals."""
-    return [
-        TokenLogprob(
-            token_id,
-            float(lines.logprobs[line]),
-            int(lines.ranks[line]),
-            tuple(
-                zip(
-                    lines.top_ids[line, :num_top].tolist(),
-                    lines.top_logprobs[line, :num_top].tolist(),
-                    strict=True,
-                )
-            ),
-        )
-        for line, token_id in enumerate(token_ids, start=first)
-    ]
-
-
-def score(entries: dict[int, TokenLogprob]) -> Score:
-    """The score of a request from its scored positions."""
-    ordered = [entries[position] for position in sorted(entries)]
-    return Score(
-        token_logprobs=np.array([entry.logprob for entry in ordered], np.float32),
-        is_greedy=all(entry.rank == 1 for entry in ordered),
-    )
-
-
-def failed(request: Request, error: RequestError) -> Result:
-    """The result of a request that could not run."""
-    return Result(
-        request_id=request.id,
-        prompt_token_ids=request.prompt_token_ids.tolist(),
-        prompt=request.prompt,
-        error=error,
-    )
+            self._done.append(make_result(running, self._tokenizer))

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Result]:
         """Answer message lists through the model's chat template; results in input order."""
-        rows = [conversations] if _is_message_list(conversations) else list(conversations)
+        rows = _as_conversations(conversations)
         encoded = (
             self.tokenizer.encode_chat(row, tools=tools, template_kwargs=chat_template_kwargs)
             for row in rows
@@ -95,8 +95,10 @@ class LLM:
     def score(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Result]:
         """Log-likelihood of each continuation given its context, in `.score`.
 
-        An empty context is the model's begin (or end) token; a text pair is encoded as one text
-        and split where the context's own tokens end.
+        An empty context is the model's begin (or end) token. A text pair is encoded as one text
+        and split where the context's own tokens end; white space at the end of a context goes to
+        the continuation first, so that a word keeps the token it has in running text. (These are
+        the rules of lm-evaluation-harness.)
         """
         requests = (self._score_request(str(i), *pair) for i, pair in enumerate(pairs))
         return _in_order(self.engine.run(requests))
@@ -133,9 +135,12 @@ class LLM:
 
     def _join(self, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
         """(token ids, number of context tokens)."""
-        if isinstance(context, str) and isinstance(continuation, str) and context:
-            whole = self.tokenizer.encode(context + continuation)
-            return whole, len(self.tokenizer.encode(context))
+        if isinstance(context, str) and isinstance(continuation, str):
+            stripped = context.rstrip()
+            context, continuation = stripped, context[len(stripped) :] + continuation
+            if context:
+                whole = self.tokenizer.encode(context + continuation)
+                return whole, len(self.tokenizer.encode(context))
         before = list(self._encode(context)[1]) if context else []
         after = continuation
         if isinstance(continuation, str):
@@ -158,20 +163,22 @@ def build_engine(
 ) -> tuple[Engine, ResolvedConfig]:
     """Load a model and put an engine around it."""
     checkpoint = open_checkpoint(path)
-    model_config = text_config(checkpoint.config)
-    free = available_memory_bytes()
+    model_config = read_config(checkpoint.config)
     resolved = config.resolve(
-        context_length=context_length(model_config), free_memory_bytes=free
+        context_length=model_config["max_position_embeddings"],
+        free_memory_bytes=available_memory_bytes(),
     )
-    torch.set_num_threads(resolved.num_threads)
     kernels.set_num_threads(resolved.num_threads)
+    torch.set_num_threads(resolved.num_threads)  # after the kernels': starting theirs resets it
     dtype = getattr(torch, resolved.dtype)
     backend = _backend(resolved)
     model = load_model(checkpoint, dtype=dtype, max_positions=resolved.max_model_len)
     ensure_row_invariance(model, resolved.max_num_batched_tokens)
     windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
     groups = resolved.kv_groups(windows, _block_bytes(model, group_of_layer, resolved, dtype))
-    logger.info("KV memory: %s", ", ".join(f"{g.num_blocks} blocks (window {g.window})" for g in groups))
+    logger.info(
+        "KV memory: %s", ", ".join(f"{g.num_blocks} blocks (window {g.window})" for g in groups)
+    )
     executor = LocalExecutor(
         model,
         backend,
@@ -225,12 +232,15 @@ def _request(id: str, prompt: str | None, token_ids: Sequence[int], **fields: An
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list; a flat list of ints is one prompt."""
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
 
 
-def _is_message_list(conversations: Messages | Sequence[Messages]) -> bool:
-    return len(conversations) > 0 and isinstance(conversations[0], Mapping)
+def _as_conversations(conversations: Messages | Sequence[Messages]) -> list[Messages]:
+    """One list of messages or many, as a list."""
+    if conversations and isinstance(conversations[0], Mapping):
+        return [cast(Messages, conversations)]
+    return list(cast(Sequence[Messages], conversations))
 
 
 def _per_row(

@@ -22,7 +22,7 @@ from batchwright.request import Float32Array, Int32Array, SamplingParams
 BoolArray = npt.NDArray[np.bool_]
 
 LAST_SAMPLED = -1
-"""Query token id meaning: the token this slot sampled last, which the scheduler may not know yet."""
+"""Query token id meaning: the token this slot sampled last; the scheduler may not know it yet."""
 
 NO_WRITE = -1
 """KV slot meaning: this token's KV is already there (a shared block); attend, do not write."""
@@ -69,7 +69,9 @@ class Step:
     cu_seqlens_q: Int32Array  # [num_rows + 1], row i owns query tokens [cu[i], cu[i+1])
     token_ids: Int32Array  # [num_tokens], or LAST_SAMPLED
     positions: Int32Array  # [num_tokens] absolute position in the sequence
-    kv_slots: tuple[Int32Array, ...]  # each [num_tokens]: block_id * block_size + offset, or NO_WRITE
+    kv_slots: tuple[
+        Int32Array, ...
+    ]  # each [num_tokens]: block_id * block_size + offset, or NO_WRITE
     parents: Int32Array | None = None  # [num_tokens] query index of the parent token (trees)
     adapter_ids: Int32Array | None = None  # [num_rows]
 

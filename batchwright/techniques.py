@@ -11,7 +11,7 @@ from batchwright.errors import ConfigError
 
 
 def names(family: str) -> list[str]:
-    """Techniques of a family, e.g. names("attention.backends"); a family is a folder ("kv.codecs")."""
+    """Techniques of a family, which is a folder, e.g. names("attention.backends")."""
     package = importlib.import_module(f"batchwright.{family}")
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 

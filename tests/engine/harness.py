@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ class Run:
 
 
 @contextmanager
-def recorded_logits(vocab_size: int) -> Iterator[Logits]:
+def recorded_logits() -> Iterator[Logits]:
     """Every row the sampler sees, by what identifies it whatever the batch."""
     logits: Logits = {}
     sample = SamplingState.sample
@@ -60,11 +60,18 @@ def recorded_logits(vocab_size: int) -> Iterator[Logits]:
         SamplingState.sample = sample
 
 
-def run(path: Path, requests: Sequence[Request], **settings) -> Run:
-    """All requests through a new engine on the checkpoint at `path`."""
+def run(
+    path: Path,
+    requests: Sequence[Request],
+    *,
+    prepare: Callable[[Engine], None] = lambda engine: None,
+    **settings,
+) -> Run:
+    """All requests through a new engine on the checkpoint at `path`; `prepare` may change it."""
     settings.setdefault("num_threads", 1)  # tiny models: waking threads costs more than they do
     engine, _ = build_engine(path, NoTokenizer(), EngineConfig(**settings))
-    with recorded_logits(engine.vocab_size) as logits:
+    prepare(engine)
+    with recorded_logits() as logits:
         results = {result.request_id: result for result in engine.run(requests)}
     engine.check_integrity()
     return Run(results, logits, engine)
@@ -78,9 +85,9 @@ def request(id: str, prompt: Sequence[int], max_tokens: int = 8, **params) -> Re
     )
 
 
-def mixed_job(seed: int = 0, max_tokens: int = 9) -> list[Request]:
+def mixed_job(max_tokens: int = 9, **params) -> list[Request]:
     """Odd lengths, a shared prefix of 37, a prompt that is another's prefix, duplicates, n > 1."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def draw(num: int) -> list[int]:
         return rng.integers(3, 90, num).tolist()
@@ -98,5 +105,5 @@ def mixed_job(seed: int = 0, max_tokens: int = 9) -> list[Request]:
         shared,
         shared + draw(60),
     ]
-    rows = [request(f"r{i}", p, max_tokens + i % 3) for i, p in enumerate(prompts)]
-    return [*rows, request("fork", shared + draw(5), max_tokens, n=3)]
+    rows = [request(f"r{i}", p, max_tokens + i % 3, **params) for i, p in enumerate(prompts)]
+    return [*rows, request("fork", shared + draw(5), max_tokens, n=3, **params)]

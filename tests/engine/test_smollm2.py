@@ -18,7 +18,7 @@ TIE = 1e-3
 @pytest.fixture(scope="module")
 def first_run():
     llm = LLM("smollm2")
-    with recorded_logits(llm.engine.vocab_size) as logits:
+    with recorded_logits() as logits:
         results = list(llm.engine.run(varied_requests(llm)))
     return {int(r.request_id): r for r in results}, logits
 
@@ -52,7 +52,7 @@ def test_budget_and_batch_limits_change_no_bit(first_run, settings):
     results, logits = first_run
     llm = LLM("smollm2", **settings)
     requests = [r for i, r in enumerate(varied_requests(llm, max_tokens=12)) if i % 4 == 1]
-    with recorded_logits(llm.engine.vocab_size) as again:
+    with recorded_logits() as again:
         for result in llm.engine.run(requests):
             expected = results[int(result.request_id)].outputs[0].token_ids[:12]
             assert result.outputs[0].token_ids == expected

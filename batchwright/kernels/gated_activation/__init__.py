@@ -1,0 +1,1 @@
+"""Feed-forward activations, gated or plain: naive.py (torch) and numba.py (CPU) are twins."""

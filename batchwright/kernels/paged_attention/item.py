@@ -1,0 +1,240 @@
+"""Attention of one item: a kv head and a few query tokens that read the same keys.
+
+The item's query rows (tokens x heads of the group) share every key and value that is loaded. Keys
+are taken in tiles of 128 aligned to the position in the sequence: scores of the tile, the softmax
+step, then o += weights @ values. Scores are in units of log2, so that exp is exp2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE as SUB
+from batchwright.kernels.paged_attention.online_softmax import RowState, weigh_tile
+from batchwright.kernels.paged_attention.plan import ALL_KEYS, TILE, AttentionPlan
+from batchwright.kernels.paged_attention.tile import fma_tile
+from batchwright.kernels.simd import LANES, horizontal_sum, load
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+F32 = np.float32
+
+
+@njit(error_model="numpy")
+def attend_item(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    plan: AttentionPlan,
+    item: int,
+    scale: float,
+    soft_cap: float,
+    sinks: Any,
+    out: Any,
+    lse: Any,
+    state: RowState,
+) -> None:
+    """Write out and lse of the item's tokens and heads; `state` is scratch."""
+    head, first = np.int64(plan.items[item, 0]), np.int64(plan.items[item, 1])
+    end, shared = np.int64(plan.items[item, 2]), np.int64(plan.items[item, 3])
+    group = q.shape[1] // k_cache.shape[1]
+    _begin(q, plan, first, end, head * group, group, scale, soft_cap, sinks, state)
+    # Keys that all entries share, then each sequence's own. `shared` is a multiple of the tile, so
+    # a row goes through the same tiles whether it shares some or not.
+    _attend_keys(k_cache, v_cache, block_table, plan, first, first, end, 0, shared, head, group,
+                 soft_cap, state)  # fmt: skip
+    entry = first
+    while entry < end and shared < ALL_KEYS:
+        stop = entry + 1
+        while stop < end and plan.slots[stop] == plan.slots[entry]:
+            stop += 1
+        _attend_keys(k_cache, v_cache, block_table, plan, first, entry, stop, shared, ALL_KEYS,
+                     head, group, soft_cap, state)  # fmt: skip
+        entry = stop
+    _finish(plan, first, end, head * group, group, state, out, lse)
+
+
+@njit(forceinline=True, error_model="numpy")
+def _begin(
+    q: Any,
+    plan: AttentionPlan,
+    first: int,
+    end: int,
+    first_head: int,
+    group: int,
+    scale: float,
+    soft_cap: float,
+    sinks: Any,
+    state: RowState,
+) -> None:
+    """Gather the item's query rows, scaled to log2 units (or to the cap's), and reset its state."""
+    factor = F32(scale * LOG2_E) if soft_cap == 0.0 else F32(scale / soft_cap)
+    for i in range(len(state.o)):
+        state.o[i] = 0.0
+    for i in range(len(state.row_sum)):
+        state.row_sum[i] = 0.0
+    for i in range(len(state.row_max)):
+        state.row_max[i] = F32(-np.inf)
+    at = row = 0
+    for entry in range(first, end):
+        for head in range(first_head, first_head + group):
+            for d in range(q.shape[2]):
+                state.q[at] = q[plan.tokens[entry], head, d] * factor
+                at += 1
+            if len(sinks):
+                state.row_max[row] = F32(sinks[head] * LOG2_E)
+                state.row_sum[row * LANES] = 1.0
+            row += 1
+
+
+@njit(error_model="numpy")
+def _attend_keys(
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    plan: AttentionPlan,
+    first_entry: int,
+    start: int,
+    end: int,
+    first_key: int,
+    end_key: int,
+    head: int,
+    group: int,
+    soft_cap: float,
+    state: RowState,
+) -> None:
+    """Add keys [first_key, end_key), through the table of entry `start`, to entries [start, end).
+
+    Keys outside [full_start, full_end) are seen by some entries only: each reads its own.
+    """
+    num_kv_heads, head_dim, block_size = k_cache.shape[1], k_cache.shape[2], k_cache.shape[3]
+    padded_dim = v_cache.shape[3]
+    slot = np.int64(plan.slots[start])
+    first_row, end_row = (start - first_entry) * group, (end - first_entry) * group
+    first, last, full_start, full_end = _key_range(plan, start, end)
+    first, last = max(first, first_key), min(last, end_key)
+    for tile in range(first // TILE * TILE, last, TILE):
+        sub_first, sub_end = max(tile, first // SUB * SUB), min(tile + TILE, last)
+        for key in range(sub_first, sub_end, SUB):
+            block = np.int64(block_table[slot, key // block_size])
+            k_at = (block * num_kv_heads + head) * head_dim * block_size + key % block_size
+            _scores(state, first_row, end_row, key - tile, k_cache, k_at)
+        weigh_tile(
+            state, first_row, end_row, tile, plan.key_start, plan.key_end, first_entry, group,
+            soft_cap,
+        )  # fmt: skip
+        for key in range(sub_first, sub_end, SUB):
+            block = np.int64(block_table[slot, key // block_size])
+            v_at = ((block * num_kv_heads + head) * block_size + key % block_size) * padded_dim
+            if full_start <= key and key + SUB <= full_end:
+                _add_values(state, first_row, end_row, key - tile, v_cache, v_at, SUB)
+                continue
+            for entry in range(start, end):
+                seen = max(np.int64(plan.key_start[entry]), key)
+                num_seen = min(np.int64(plan.key_end[entry]), key + SUB) - seen
+                row, at = (entry - first_entry) * group, v_at + (seen - key) * padded_dim
+                if num_seen > 0:
+                    _add_values(state, row, row + group, seen - tile, v_cache, at, num_seen)
+
+
+@njit(forceinline=True, error_model="numpy")
+def _key_range(plan: AttentionPlan, start: int, end: int) -> tuple[Any, Any, Any, Any]:
+    """Entries' keys: their union [first, last) and their intersection [full_start, full_end)."""
+    first = full_start = np.int64(plan.key_start[start])
+    last = full_end = np.int64(plan.key_end[start])
+    for entry in range(start + 1, end):
+        first = min(first, np.int64(plan.key_start[entry]))
+        full_start = max(full_start, np.int64(plan.key_start[entry]))
+        last = max(last, np.int64(plan.key_end[entry]))
+        full_end = min(full_end, np.int64(plan.key_end[entry]))
+    return first, last, full_start, full_end
+
+
+@njit(error_model="numpy")
+def _scores(
+    state: RowState, first_row: int, end_row: int, p_at: int, k_cache: Any, k_at: int
+) -> None:
+    """p[rows, p_at : p_at + 32] = q[rows] @ (32 keys from k_at)."""
+    q, p, dim, stride = state.q, state.p, k_cache.shape[2], k_cache.shape[3]
+    row = first_row
+    while row < end_row:
+        q_at, to = row * dim, row * TILE + p_at
+        left = end_row - row
+        if left == 1:
+            fma_tile(1, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
+            row += 1
+        elif left == 3:
+            fma_tile(3, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
+            row += 3
+        else:
+            fma_tile(2, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
+            row += 2
+
+
+@njit(error_model="numpy")
+def _add_values(
+    state: RowState,
+    first_row: int,
+    end_row: int,
+    p_at: int,
+    v_cache: Any,
+    v_at: int,
+    num_keys: int,
+) -> None:
+    """o[rows] += p[rows, p_at : p_at + num_keys] @ (values of num_keys keys from v_at)."""
+    p, o, dim = state.p, state.o, v_cache.shape[3]
+    for column in range(0, dim // 32 * 32, 32):
+        row = first_row
+        while row < end_row:
+            a, b, c = row * TILE + p_at, v_at + column, row * dim + column
+            left = end_row - row
+            if left == 1:
+                fma_tile(1, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                row += 1
+            elif left == 3:
+                fma_tile(3, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                row += 3
+            else:
+                fma_tile(2, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                row += 2
+    for column in range(dim // 32 * 32, dim, LANES):
+        row = first_row
+        while row < end_row:
+            a, b, c = row * TILE + p_at, v_at + column, row * dim + column
+            if end_row - row < 4:
+                fma_tile(1, 1, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                row += 1
+            else:
+                fma_tile(4, 1, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                row += 4
+
+
+@njit(forceinline=True, error_model="numpy")
+def _finish(
+    plan: AttentionPlan,
+    first: int,
+    end: int,
+    first_head: int,
+    group: int,
+    state: RowState,
+    out: Any,
+    lse: Any,
+) -> None:
+    """out = o / sum of weights and lse = log(sum of exp(score)), per query row of the item."""
+    dim = len(state.o) // len(state.row_max)
+    row = 0
+    for entry in range(first, end):
+        token = plan.tokens[entry]
+        for head in range(first_head, first_head + group):
+            total = horizontal_sum(load(state.row_sum, row * LANES))
+            if total == 0.0:
+                total = F32(1.0)  # no keys: o is 0 and row_max is -inf, as they should be
+            for d in range(out.shape[2]):
+                out[token, head, d] = state.o[row * dim + d] / total
+            lse[token, head] = state.row_max[row] * LN_2 + math.log(np.float64(total))
+            row += 1

@@ -1,0 +1,196 @@
+"""Paged attention on CPU: one call per layer for all rows of a step, ragged, without copies.
+
+Exactness level *bits*: all that a query row computes is a fixed sequence of operations on its own q
+and its own keys and values in order of position. Sharing an item only shares loads; masked keys
+contribute nothing at all (scores are replaced, values are not read), so neighbours, chunking,
+order, threads and block ids cannot change a bit. Source: FlashAttention (arXiv:2205.14135) and
+PagedAttention (arXiv:2309.06180). plan.py says what an item is, item.py what is done with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import get_num_threads, njit, prange, types
+from numba.extending import intrinsic
+
+from batchwright.errors import ShapeError
+from batchwright.kernels.paged_attention.item import attend_item
+from batchwright.kernels.paged_attention.online_softmax import RowState
+from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
+from batchwright.kernels.simd import LANES
+
+F32 = np.float32
+_NO_SINKS = np.empty(0, np.float32)
+
+
+def paged_attention(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: Any = None,
+    out: Any,
+    lse: Any,
+) -> None:
+    """Attention of every query token of a step over its sequence's paged keys and values.
+
+    Args:
+        q: [num_tokens, num_q_heads, head_dim] fp32 numpy array, rotated, any strides.
+        k_cache, v_cache: fp32 numpy arrays as layout.py says.
+        block_table: [max_slots, max_blocks] int32; only blocks that hold needed keys are read.
+        plan: of this step and this layer's KV group (same group size and number of heads).
+        scale: multiplies q . k.
+        soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: unchanged.
+        sinks: [num_q_heads] fp32, one more logit per head that takes weight and gives no value.
+        out: [num_tokens, num_q_heads, head_dim] fp32, written.
+        lse: [num_tokens, num_q_heads] fp32, written: natural log of the sum of exp(score), sinks
+            included. A query without keys (and sink) has lse = -inf and out = 0.
+    Raises:
+        ShapeError: arrays that disagree in shape.
+
+    Exactness level *bits*, whatever the batch and the number of threads.
+    """
+    num_tokens, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, k_dim, block_size = k_cache.shape
+    if (
+        k_dim != head_dim
+        or v_cache.shape[1:3] != (num_kv_heads, block_size)
+        or out.shape != q.shape
+        or lse.shape != (num_tokens, num_q_heads)
+        or len(plan.key_end) != num_tokens
+    ):
+        raise ShapeError(
+            f"paged_attention: q {q.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}, "
+            f"out {out.shape}, lse {lse.shape} and a plan of {len(plan.key_end)} tokens disagree"
+        )
+    _kernel()(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        plan.items,
+        plan.tokens,
+        plan.slots,
+        plan.key_start,
+        plan.key_end,
+        scale,
+        0.0 if soft_cap is None else soft_cap,
+        _NO_SINKS if sinks is None else sinks,
+        out,
+        lse,
+        get_num_threads(),
+    )
+
+
+@functools.cache
+def _kernel() -> Any:
+    """The parallel kernel, compiled (or loaded) for one signature: strided q, contiguous rest."""
+    f32, i32 = types.float32, types.int32
+    _attend.compile(
+        types.void(
+            types.Array(f32, 3, "A"),
+            types.Array(f32, 4, "C"),
+            types.Array(f32, 4, "C"),
+            types.Array(i32, 2, "C"),
+            types.Array(i32, 2, "C"),
+            types.Array(i32, 1, "C"),
+            types.Array(i32, 1, "C"),
+            types.Array(i32, 1, "C"),
+            types.Array(i32, 1, "C"),
+            types.float64,
+            types.float64,
+            types.Array(f32, 1, "C"),
+            types.Array(f32, 3, "C"),
+            types.Array(f32, 2, "C"),
+            types.int64,
+        )
+    )
+    _attend.disable_compile()
+    return _attend
+
+
+@intrinsic
+def _next_item(typingctx: Any, counter: Any) -> Any:
+    """counter[0]++ (atomic), returning the old value."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), codegen
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _attend(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    items: Any,
+    tokens: Any,
+    slots: Any,
+    key_start: Any,
+    key_end: Any,
+    scale: float,
+    soft_cap: float,
+    sinks: Any,
+    out: Any,
+    lse: Any,
+    num_threads: int,
+) -> None:
+    counter = np.empty(1, np.int64)
+    counter[0] = 0
+    # Threads take the next dearest item when they are free: no static split fits a ragged step.
+    for _ in prange(min(num_threads, len(items))):
+        _work(
+            q, k_cache, v_cache, block_table, items, tokens, slots, key_start, key_end, scale,
+            soft_cap, sinks, out, lse, counter,
+        )  # fmt: skip
+
+
+@njit(error_model="numpy")
+def _work(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    items: Any,
+    tokens: Any,
+    slots: Any,
+    key_start: Any,
+    key_end: Any,
+    scale: float,
+    soft_cap: float,
+    sinks: Any,
+    out: Any,
+    lse: Any,
+    counter: Any,
+) -> None:
+    """Take items until there are none left."""
+    max_tokens = 1
+    for i in range(len(items)):
+        max_tokens = max(max_tokens, items[i, 2] - items[i, 1])
+    max_rows = -(-max_tokens * (q.shape[1] // k_cache.shape[1]) // LANES) * LANES
+    state = RowState(
+        np.empty(max_rows * q.shape[2], F32),
+        np.empty(max_rows * TILE, F32),
+        np.empty(max_rows * v_cache.shape[3], F32),
+        np.empty(max_rows, F32),
+        np.empty(max_rows * LANES, F32),
+        np.empty(max_rows, F32),
+    )
+    plan = AttentionPlan(items, tokens, slots, key_start, key_end)
+    i = _next_item(counter)
+    while i < len(items):
+        attend_item(
+            q, k_cache, v_cache, block_table, plan, i, scale, soft_cap, sinks, out, lse, state
+        )
+        i = _next_item(counter)

@@ -1,0 +1,1 @@
+"""Root-mean-square normalisation: naive.py (torch) and numba.py (CPU) are twins."""

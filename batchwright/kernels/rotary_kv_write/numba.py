@@ -1,0 +1,215 @@
+"""Rotary embedding of queries and keys, and the write of keys and values into their blocks, on CPU.
+
+Exactness level *bits*: x * cos + rotate_half(x) * sin with every product and sum rounded on its own,
+as transformers computes it on tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import get_num_threads, njit, prange, types
+
+from batchwright.errors import ShapeError
+from batchwright.kernels.simd import (
+    LANES,
+    add,
+    load,
+    load_first,
+    mul,
+    store,
+    store_first,
+    sub,
+)
+
+_ELEMENTS_PER_THREAD = 16384
+"""Below this a second thread costs more (about 5 us) than it saves."""
+_NO_TABLE = np.empty((0, 0), np.float32)
+
+
+def rotary_kv_write(
+    q: Any,
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    positions: Any,
+    slot_mapping: Any,
+    cos: Any = None,
+    sin: Any = None,
+    *,
+    interleaved: bool = False,
+) -> None:
+    """Rotate q in place; write rotated k, and v, into the caches. k and v are left as they are.
+
+    Args:
+        q: [num_tokens, num_q_heads, head_dim] fp32 numpy array, changed in place.
+        k, v: [num_tokens, num_kv_heads, head_dim] fp32. q, k and v may be views of one merged
+            array: heads may be strided, the last dimension is contiguous.
+        k_cache, v_cache: as paged_attention/layout.py says.
+        positions: [num_tokens] int32, lines of the tables.
+        slot_mapping: [num_tokens] int32: block_id * block_size + offset, or -1: do not write.
+        cos, sin: [max_positions, rotary_dim / 2] fp32, rotary_dim <= head_dim; None: no rotation.
+        interleaved: pairs are components (2i, 2i + 1) (GPT-J); else (i, i + rotary_dim / 2).
+    Raises:
+        ShapeError: shapes disagree, or the last dimension is not contiguous.
+
+    Level *bits*.
+    """
+    cos = _NO_TABLE if cos is None else cos
+    sin = _NO_TABLE if sin is None else sin
+    num_tokens, num_kv_heads, head_dim = k.shape
+    if (
+        v.shape != k.shape
+        or q.shape[::2] != k.shape[::2]
+        or k_cache.shape[1:3] != k.shape[1:]
+        or v_cache.shape[1] != num_kv_heads
+        or v_cache.shape[2] != k_cache.shape[3]
+        or cos.shape != sin.shape
+        or 2 * cos.shape[1] > head_dim
+        or not num_tokens == len(positions) == len(slot_mapping)
+    ):
+        raise ShapeError(
+            f"rotary_kv_write: q {q.shape}, k {k.shape}, v {v.shape}, k_cache {k_cache.shape}, "
+            f"v_cache {v_cache.shape}, tables {cos.shape} and {sin.shape}, {len(positions)} "
+            f"positions and {len(slot_mapping)} slots disagree"
+        )
+    if not q.strides[2] == k.strides[2] == v.strides[2] == q.itemsize:
+        raise ShapeError("rotary_kv_write: heads must be contiguous; call .contiguous()")
+    threads = min(get_num_threads(), q.size // _ELEMENTS_PER_THREAD + 1)
+    _kernel()(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, interleaved, threads)
+
+
+@functools.cache
+def _kernel() -> Any:
+    heads, cache = types.Array(types.float32, 3, "A"), types.Array(types.float32, 4, "C")
+    tokens, table = types.Array(types.int32, 1, "C"), types.Array(types.float32, 2, "C")
+    _write.compile(
+        types.void(
+            heads,
+            heads,
+            heads,
+            cache,
+            cache,
+            tokens,
+            tokens,
+            table,
+            table,
+            types.boolean,
+            types.int64,
+        )  # fmt: skip
+    )
+    _write.disable_compile()
+    return _write
+
+
+@njit(cache=True, parallel=True)
+def _write(
+    q: Any,
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    positions: Any,
+    slot_mapping: Any,
+    cos: Any,
+    sin: Any,
+    interleaved: bool,
+    num_threads: int,
+) -> None:
+    for part in prange(num_threads):
+        start = part * len(q) // num_threads
+        end = (part + 1) * len(q) // num_threads
+        _rotate_queries(q, positions, cos, sin, interleaved, start, end)
+        _write_keys(k, k_cache, positions, slot_mapping, cos, sin, interleaved, start, end)
+        _write_values(v, v_cache, slot_mapping, start, end)
+
+
+@njit
+def _rotate_queries(
+    q: Any, positions: Any, cos: Any, sin: Any, interleaved: bool, start: int, end: int
+) -> None:
+    if cos.shape[1] == 0:
+        return
+    for token in range(start, end):
+        for head in range(q.shape[1]):
+            at = (token * q.strides[0] + head * q.strides[1]) // q.itemsize
+            _rotate(q, at, q, at, cos, sin, positions[token] * cos.shape[1], interleaved)
+
+
+@njit
+def _write_keys(
+    k: Any,
+    k_cache: Any,
+    positions: Any,
+    slot_mapping: Any,
+    cos: Any,
+    sin: Any,
+    interleaved: bool,
+    start: int,
+    end: int,
+) -> None:
+    block_size = k_cache.shape[3]
+    head_dim = k.shape[2]
+    rotated = np.empty(head_dim, np.float32)
+    for head in range(k.shape[1]):
+        for token in range(start, end):
+            slot = slot_mapping[token]
+            if slot < 0:
+                continue
+            for d in range(head_dim):
+                rotated[d] = k[token, head, d]
+            if cos.shape[1]:
+                at = positions[token] * cos.shape[1]
+                _rotate(rotated, 0, rotated, 0, cos, sin, at, interleaved)
+            block, offset = slot // block_size, slot % block_size
+            for d in range(head_dim):
+                k_cache[block, head, d, offset] = rotated[d]
+
+
+@njit
+def _write_values(v: Any, v_cache: Any, slot_mapping: Any, start: int, end: int) -> None:
+    block_size = v_cache.shape[2]
+    for token in range(start, end):
+        slot = slot_mapping[token]
+        if slot >= 0:
+            block, offset = slot // block_size, slot % block_size
+            for head in range(v.shape[1]):
+                for d in range(v.shape[2]):
+                    v_cache[block, head, offset, d] = v[token, head, d]
+
+
+@njit(forceinline=True)
+def _rotate(
+    x: Any, x_at: int, out: Any, out_at: int, cos: Any, sin: Any, angle_at: int, interleaved: bool
+) -> None:
+    """Rotate one head in place or into `out`; angle_at is the element of the tables to start at."""
+    half = cos.shape[1]
+    if interleaved:
+        for i in range(half):
+            _rotate_pair(x, x_at, out, out_at, cos, sin, angle_at, i)
+        return
+    whole = half // LANES * LANES
+    for i in range(0, whole, LANES):
+        a, b = load(x, x_at + i), load(x, x_at + half + i)
+        c, s = load(cos, angle_at + i), load(sin, angle_at + i)
+        store(out, out_at + i, sub(mul(a, c), mul(b, s)))
+        store(out, out_at + half + i, add(mul(b, c), mul(a, s)))
+    if whole < half:
+        rest, i = half - whole, whole
+        a, b = load_first(x, x_at + i, rest), load_first(x, x_at + half + i, rest)
+        c, s = load_first(cos, angle_at + i, rest), load_first(sin, angle_at + i, rest)
+        store_first(out, out_at + i, rest, sub(mul(a, c), mul(b, s)))
+        store_first(out, out_at + half + i, rest, add(mul(b, c), mul(a, s)))
+
+
+@njit(forceinline=True)
+def _rotate_pair(
+    x: Any, x_at: int, out: Any, out_at: int, cos: Any, sin: Any, angle_at: int, i: int
+) -> None:
+    a, b = load_first(x, x_at + 2 * i, 1), load_first(x, x_at + 2 * i + 1, 1)
+    c, s = load_first(cos, angle_at + i, 1), load_first(sin, angle_at + i, 1)
+    store_first(out, out_at + 2 * i, 1, sub(mul(a, c), mul(b, s)))
+    store_first(out, out_at + 2 * i + 1, 1, add(mul(b, c), mul(a, s)))

@@ -1,0 +1,140 @@
+"""From what an engine collected about a request to its Result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from batchwright.errors import RequestError
+from batchwright.request import (
+    Completion,
+    FinishReason,
+    Float32Array,
+    Request,
+    Result,
+    Score,
+    Task,
+    TokenLogprob,
+)
+from batchwright.sequence import Sequence
+from batchwright.step import TokenLogprobs
+from batchwright.text.detokenizer import StopMatch, StopStringChecker
+from batchwright.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """What is collected about one sequence while it runs."""
+
+    sequence: Sequence
+    stop_checker: StopStringChecker | None = None
+    stop_match: StopMatch | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class RunningRequest:
+    """A request and its parts, until all of them are there."""
+
+    request: Request
+    streams: list[Stream]
+    num_unfinished: int
+    scores: dict[int, TokenLogprob] = field(default_factory=dict)  # by position in the prompt
+    embedding: Float32Array | None = None
+
+
+def make_result(running: RunningRequest, tokenizer: Tokenizer) -> Result:
+    """The result of a request whose sequences have all ended."""
+    request, sequences = running.request, [stream.sequence for stream in running.streams]
+    result = Result(
+        request_id=request.id,
+        prompt_token_ids=request.prompt_token_ids.tolist(),
+        prompt=request.prompt,
+        num_cached_tokens=sequences[0].num_cached_tokens or 0,
+    )
+    reasons = {sequence.finish_reason for sequence in sequences}
+    if FinishReason.ERROR in reasons:
+        result.error = RequestError(
+            "the model's logits were not numbers; check the weights and the prompt",
+            code="invalid_logits",
+        )
+    elif request.task is Task.GENERATE:
+        result.outputs = [_completion(stream, request, tokenizer) for stream in running.streams]
+        if request.params.prompt_logprobs is not None:
+            positions = range(len(request.prompt_token_ids))
+            result.prompt_logprobs = [running.scores.get(position) for position in positions]
+    elif FinishReason.CANCELLED in reasons:
+        result.error = RequestError("the request was cancelled", code="cancelled")
+    elif request.task is Task.SCORE:
+        result.score = _score(running.scores)
+    else:
+        result.embedding = running.embedding
+    return result
+
+
+def failed(request: Request, error: RequestError) -> Result:
+    """The result of a request that could not run."""
+    return Result(
+        request_id=request.id,
+        prompt_token_ids=request.prompt_token_ids.tolist(),
+        prompt=request.prompt,
+        error=error,
+    )
+
+
+def token_logprobs(
+    token_ids: list[int], lines: TokenLogprobs, first: int, num_top: int | None = None
+) -> list[TokenLogprob]:
+    """Lines of a TokenLogprobs, from `first` on, one per token, with at most num_top rivals."""
+    return [
+        TokenLogprob(
+            token_id,
+            float(lines.logprobs[line]),
+            int(lines.ranks[line]),
+            tuple(
+                zip(
+                    lines.top_ids[line, :num_top].tolist(),
+                    lines.top_logprobs[line, :num_top].tolist(),
+                    strict=True,
+                )
+            ),
+        )
+        for line, token_id in enumerate(token_ids, start=first)
+    ]
+
+
+def _completion(stream: Stream, request: Request, tokenizer: Tokenizer) -> Completion:
+    sequence, params = stream.sequence, request.params
+    assert sequence.finish_reason is not None
+    token_ids = sequence.token_ids[sequence.num_prompt_tokens :].tolist()
+    reason, stop_reason = sequence.finish_reason, sequence.stop_reason
+    if stream.stop_match is not None:
+        # found in the token that also ended it otherwise, or just before: the string counts
+        reason, stop_reason = FinishReason.STOP, stream.stop_match.stop
+        token_ids, text = token_ids[: stream.stop_match.num_tokens], stream.stop_match.text
+    else:
+        visible = token_ids[:-1] if isinstance(stop_reason, int) else token_ids
+        text = tokenizer.decode(visible, skip_special_tokens=params.skip_special_tokens)
+        if stop_reason in tokenizer.end_token_ids:
+            stop_reason = None  # the model's own end is no stop the user set
+    logprobs = None if params.logprobs is None else stream.logprobs[: len(token_ids)]
+    return Completion(
+        index=sequence.sample_index,
+        text=text,
+        token_ids=token_ids,
+        finish_reason=reason,
+        stop_reason=stop_reason,
+        logprobs=logprobs,
+        cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
+    )
+
+
+def _score(entries: Mapping[int, TokenLogprob]) -> Score:
+    """The score of a request from its scored positions."""
+    ordered = [entries[position] for position in sorted(entries)]
+    return Score(
+        token_logprobs=np.array([entry.logprob for entry in ordered], np.float32),
+        is_greedy=all(entry.rank == 1 for entry in ordered),
+    )
