@@ -132,7 +132,8 @@ class ResolvedConfig:
         if min(group.num_blocks for group in groups) < 2:
             raise ConfigError(
                 f"KV memory of {self.kv_cache_bytes} bytes does not hold two blocks of "
-                f"{self.block_size} tokens ({sum(block_bytes)} bytes each); raise kv_cache_bytes"
+                f"{self.block_size} tokens ({sum(block_bytes)} bytes each); raise kv_cache_bytes "
+                "(--kv-cache-memory)"
             )
         return [dataclasses.replace(group, num_blocks=self._useful(group)) for group in groups]
 

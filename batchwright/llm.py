@@ -95,10 +95,10 @@ class LLM:
     def score(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Result]:
         """Log-likelihood of each continuation given its context, in `.score`.
 
-        An empty context is the model's begin (or end) token. A text pair is encoded as one text
-        and split where the context's own tokens end; white space at the end of a context goes to
-        the continuation first, so that a word keeps the token it has in running text. (These are
-        the rules of lm-evaluation-harness.)
+        An empty context is the model's begin (or end) token. A text pair is scored as
+        lm-evaluation-harness does: white space that ends the context goes to the continuation, so
+        that a word keeps the token it has in running text; then what the two texts together have
+        beyond the context's own number of tokens is the continuation.
         """
         requests = (self._score_request(str(i), *pair) for i, pair in enumerate(pairs))
         return _in_order(self.engine.run(requests))
@@ -139,9 +139,9 @@ class LLM:
             stripped = context.rstrip()
             context, continuation = stripped, context[len(stripped) :] + continuation
             if context:
-                whole = self.tokenizer.encode(context + continuation)
-                return whole, len(self.tokenizer.encode(context))
-        before = list(self._encode(context)[1]) if context else []
+                before, whole = self.tokenizer.encode_batch([context, context + continuation])
+                return before + whole[len(before) :], len(before)
+        before = list(self._encode(context)[1]) if len(context) else []
         after = continuation
         if isinstance(continuation, str):
             after = self.tokenizer.encode(continuation, add_special_tokens=False)
@@ -177,7 +177,13 @@ def build_engine(
     windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
     groups = resolved.kv_groups(windows, _block_bytes(model, group_of_layer, resolved, dtype))
     logger.info(
-        "KV memory: %s", ", ".join(f"{g.num_blocks} blocks (window {g.window})" for g in groups)
+        "memory for keys and values: up to %s, %.1f GB, taken as needed",
+        " and ".join(
+            f"{group.num_blocks * resolved.block_size:,} tokens"
+            + (f" (window {group.window})" if group.window else "")
+            for group in groups
+        ),
+        resolved.kv_cache_bytes / 1e9,
     )
     executor = LocalExecutor(
         model,
