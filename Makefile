@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench setup clean
+.PHONY: demo test test-slow test-lm-eval lint bench setup clean
 
 demo: $(STAMP)
 	rm -rf out/demo && mkdir -p out/demo
@@ -17,6 +17,11 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# accelerate: the harness's own model class, which ours is compared with, wants it.
+test-lm-eval: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lm-eval]' accelerate
+	$(BIN)/python -m pytest tests/integrations
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

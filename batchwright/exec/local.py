@@ -118,9 +118,7 @@ class LocalExecutor:
         rows = hidden[torch.from_numpy(tokens).long()]
         return self._model.logits(rows).float().contiguous().numpy()
 
-    def _sample(
-        self, step: Step, hidden: torch.Tensor
-    ) -> tuple[Int32Array, TokenLogprobs | None]:
+    def _sample(self, step: Step, hidden: torch.Tensor) -> tuple[Int32Array, TokenLogprobs | None]:
         if not len(step.sample_tokens):
             return np.empty(0, np.int32), None
         tokens, row_of_sample = np.unique(step.sample_tokens, return_inverse=True)

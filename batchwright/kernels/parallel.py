@@ -28,3 +28,15 @@ def run_tasks(task, num_tasks, *args):  # type: ignore[no-untyped-def]
     """Call task(i, num_tasks, *args) for i in [0, num_tasks), in parallel."""
     for i in prange(num_tasks):
         task(np.int64(i), np.int64(num_tasks), *args)
+
+
+def read_only(array: Any) -> Any:
+    """A read-only view: kernels that only read take this type, whatever the caller has."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def own(array: Any, dtype: Any) -> Any:
+    """The array as C-contiguous and writable with this dtype, copied only if it is not."""
+    return np.require(array, dtype, ["C", "W"])

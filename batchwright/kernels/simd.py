@@ -2,12 +2,12 @@
 
 Numba's auto-vectoriser may neither keep a tile of accumulators in registers nor promise the same
 rounding in a loop's body and in its tail. Here a kernel says what it wants: `Float32x8` is a type
-that njit code can hold in a variable, and every operation below is one LLVM instruction (lowered to
-AVX on x86, to pairs of NEON registers on ARM). Nothing is reordered or contracted by the compiler:
-`fma` is fused everywhere, `add` and `mul` are rounded separately everywhere. So a lane's bits depend
-on the operations written in the kernel and on nothing else (contract 1, level *bits*).
+that njit code can hold in a variable, and every operation below is a few LLVM instructions (AVX on
+x86, pairs of NEON registers on ARM). Nothing is reordered or contracted by the compiler: `fma` is
+fused everywhere, `add` and `mul` are rounded separately everywhere. So a lane's bits depend on the
+operations written in the kernel and on nothing else (contract 1, level *bits*).
 
-Offsets count elements from an array's first element, whatever its strides; nothing is bounds-checked.
+Offsets count elements from an array's first element, whatever its strides; no bounds are checked.
 """
 
 from __future__ import annotations

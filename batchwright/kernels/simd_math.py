@@ -1,7 +1,7 @@
 """exp, exp2, tanh and erf of eight fp32 lanes, for Numba kernels.
 
 Polynomials and exact scaling only: no table, no branch, the same operations for every argument, so
-the same bits wherever a number stands. Bounds on the error are checked in tests/kernels/test_simd.py.
+the same bits wherever a number stands. tests/kernels/test_simd.py checks the bounds on the error.
 """
 
 from __future__ import annotations

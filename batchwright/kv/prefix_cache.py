@@ -25,6 +25,7 @@ class PrefixCache:
         self._tree = tree
         self._tables = tables
         self._blocks: Int32Array = np.full((len(tables), tree.capacity), ABSENT, np.int32)
+        self._node_of_block = [np.full(t.pool.num_blocks, ABSENT, np.int32) for t in tables]
         self._computing: Int32Array = np.full(tree.capacity, ABSENT, np.int32)
 
     def match(self, nodes: Int32Array, limit: int) -> int:
@@ -80,13 +81,17 @@ class PrefixCache:
             blocks = table.table[slot, held]
             table.pool.share(blocks)
             self._blocks[group, nodes[held]] = blocks
+            self._node_of_block[group][blocks] = nodes[held]
 
     def drop(self, nodes: Int32Array) -> None:
         """Give up the cache's references on these nodes."""
+        self._fit_capacity()
         for group, table in enumerate(self._tables):
             blocks = self._blocks[group, nodes]
-            table.pool.release(blocks[blocks != ABSENT])
+            blocks = blocks[blocks != ABSENT]
+            table.pool.release(blocks)
             self._blocks[group, nodes] = ABSENT
+            self._node_of_block[group][blocks] = ABSENT
 
     def num_adopted(self, group: int, nodes: Int32Array, limit: int) -> tuple[int, int]:
         """Blocks `adopt` would share in a group, and how many of them only the cache holds."""
@@ -115,9 +120,8 @@ class PrefixCache:
         return blocks[blocks != ABSENT]
 
     def _evictable(self, group: int) -> Int32Array:
-        blocks = self._blocks[group]
-        nodes = np.flatnonzero(blocks != ABSENT).astype(np.int32)
-        return nodes[self._tables[group].pool.ref_counts[blocks[nodes]] == 1]
+        nodes = self._node_of_block[group]
+        return nodes[(nodes != ABSENT) & (self._tables[group].pool.ref_counts == 1)]
 
     def _fit_capacity(self) -> None:
         missing = self._tree.capacity - len(self._computing)

@@ -14,7 +14,9 @@ from numba import get_num_threads
 
 from batchwright.errors import RequestError, ShapeError
 from batchwright.kernels.sample.layout import SLOT
+from batchwright.kernels.sample.numba import Scratch, argmax_rows, make_scratch, sample_rows
 from batchwright.kernels.sample.rowmath import MAX_VOCAB_SIZE
+from batchwright.kernels.token_logprobs.numba import logprob_rows
 from batchwright.request import Float32Array, Int32Array, SamplingParams
 from batchwright.step import NewSequence, TokenLogprobs
 
@@ -44,7 +46,7 @@ class SamplingState:
         self._suppressed_ids = np.empty((max_num_seqs, 8), np.int32)
         # Only lines of slots with penalties are ever touched, so only they take memory.
         self._history = np.empty((max_num_seqs, max_model_len + 1), np.int32)
-        self._scratch: Any = None
+        self._scratch: Scratch | None = None
 
     def add(self, new: NewSequence) -> None:
         """Install a sequence in its slot, whatever was there.
@@ -135,16 +137,12 @@ class SamplingState:
         """
         _check(logits, self.vocab_size)
         if allowed is None and bool(self._is_greedy[slots].all()):
-            from batchwright.kernels.sample.numba import argmax_rows
-
             token_ids = argmax_rows(logits, row_of_sample)
         else:
             token_ids = self._draw(logits, row_of_sample, slots, output_positions, allowed)
         num_top = self._num_logprobs[slots]
         if not bool((num_top >= 0).any()):
             return token_ids, None
-        from batchwright.kernels.token_logprobs.numba import logprob_rows
-
         return token_ids, logprob_rows(logits, row_of_sample, token_ids, num_top)
 
     def _draw(
@@ -155,8 +153,6 @@ class SamplingState:
         output_positions: Int32Array,
         allowed: npt.NDArray[np.uint32] | None,
     ) -> Int32Array:
-        from batchwright.kernels.sample.numba import make_scratch, sample_rows
-
         if self._scratch is None or len(self._scratch.words) < get_num_threads():
             self._scratch = make_scratch(get_num_threads(), self.vocab_size)
         if allowed is None:

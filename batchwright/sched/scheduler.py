@@ -104,7 +104,8 @@ class Scheduler:
         # Sequences that were started or held back before: by order, ahead of the plan.
         self._returned: list[tuple[int, Sequence]] = []
         self._parked: dict[int, list[Sequence]] = defaultdict(list)  # by the node they wait for
-        self._late: dict[tuple[int, int], Sequence] = {}  # (slot, epoch) left with a token in flight
+        # Preempted with a token in flight, by the (slot, epoch) they left.
+        self._late: dict[tuple[int, int], Sequence] = {}
         self._in_flight: deque[InFlight] = deque()
         self._builder = StepBuilder(self.slots, self.tables)
 
@@ -125,6 +126,8 @@ class Scheduler:
                     "prompt or give more KV memory",
                     code="kv_capacity_exceeded",
                 )
+        draws_a_token = sequence.max_len > sequence.num_prompt_tokens or not sequence.samples
+        assert draws_a_token and sequence.first_needed_position < sequence.compute_end
         family = [sequence, *sequence.siblings]
         if self.prefix_sharing:
             nodes = self.tree.add(
@@ -176,6 +179,10 @@ class Scheduler:
         else:
             self._leave(slot)
         self.tree.forget(sequence.nodes)
+        heirs = [sibling for sibling in sequence.siblings if sibling.finish_reason is None]
+        if heirs:  # it ended before they forked: the next one computes the prompt
+            heirs[0].siblings = heirs[1:]
+            self._wait(heirs[0])
 
     def check_integrity(self) -> None:
         """Conservation law: every block reference is held by a slot or by the prefix cache."""
@@ -249,9 +256,7 @@ class Scheduler:
         columns = (slots[inside].tolist(), starts[inside].tolist(), ends[inside].tolist())
         return list(zip(*columns, strict=True))
 
-    def _write_range(
-        self, slots: Int32Array, grants: Int32Array
-    ) -> tuple[Int32Array, Int32Array]:
+    def _write_range(self, slots: Int32Array, grants: Int32Array) -> tuple[Int32Array, Int32Array]:
         """First position each slot will write, and the end of what it will compute."""
         computed = self.slots.num_computed[slots]
         return np.maximum(computed, self.slots.write_from[slots]), computed + grants
@@ -288,7 +293,7 @@ class Scheduler:
         assert sequence is not None
         self.tree.wait_again(sequence.nodes)
         num_full = int(self.slots.num_computed[slot]) // self.block_size
-        self.cache.insert(slot, sequence.nodes, 0, min(num_full, len(sequence.nodes)))
+        self._keep_prefix(slot, 0, num_full)
         epoch = int(self.slots.epoch[slot])
         self._leave(slot)
         if sequence.num_in_flight:
@@ -347,8 +352,8 @@ class Scheduler:
                 self.max_num_batched_tokens,
             )
             shared, cache_only = self.cache.num_adopted(group, nodes, limit)
-            free = table.pool.num_free + self.cache.num_evictable(group) - cache_only
-            if need - shared > free - num_running:
+            missing = need - shared + num_running - table.pool.num_free
+            if missing > 0 and missing > self.cache.num_evictable(group) - cache_only:
                 return False
         return True
 
@@ -360,7 +365,8 @@ class Scheduler:
         if num_matched:
             self.cache.adopt(slot, sequence.nodes[:num_matched], limit)
         self._started(sequence, num_cached=int(self.slots.num_computed[slot]))
-        self.cache.announce(slot, sequence.nodes[num_matched:])
+        num_to_compute = sequence.compute_end // self.block_size
+        self.cache.announce(slot, sequence.nodes[num_matched:num_to_compute])
         self._builder.add_new(slot)
         slots, wanted = self._divide(np.array([slot], np.int32))
         grants = np.minimum(wanted, np.int32(budget))
@@ -449,8 +455,10 @@ class Scheduler:
 
     def _take_scores(self, record: InFlight, update: Update) -> None:
         for slot, epoch, position, first, end in record.scores:
-            sequence = self.slots.sequences[slot]
-            if sequence is not None and self.slots.epoch[slot] == epoch:
+            is_live = self.slots.epoch[slot] == epoch
+            # A preempted sequence may end with its late token and never be scored again.
+            sequence = self.slots.sequences[slot] if is_live else self._late.get((slot, epoch))
+            if sequence is not None and sequence.finish_reason is None:
                 update.scored.append((sequence, position, first, end))
 
     def _take_pooled(self, record: InFlight, update: Update) -> None:

@@ -65,7 +65,9 @@ class Backend:
         for row, slot in enumerate(plan.slots.tolist()):
             rows = slice(bounds[row], bounds[row + 1])
             num_keys = int(positions[rows].max()) + 1
-            first_key = 0 if spec.window is None else max(0, int(positions[rows].min()) - spec.window + 1)
+            first_key = (
+                0 if spec.window is None else max(0, int(positions[rows].min()) - spec.window + 1)
+            )
             first_block, end_block = first_key // plan.block_size, -(-num_keys // plan.block_size)
             blocks = torch.from_numpy(block_table[slot, first_block:end_block]).long()
             key_positions = torch.arange(first_block * plan.block_size, num_keys)

@@ -17,7 +17,7 @@ from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE as S
 from batchwright.kernels.paged_attention.online_softmax import RowState, weigh_tile
 from batchwright.kernels.paged_attention.plan import ALL_KEYS, TILE, AttentionPlan
 from batchwright.kernels.paged_attention.tile import fma_tile
-from batchwright.kernels.simd import LANES, horizontal_sum, load
+from batchwright.kernels.simd import LANES, div, horizontal_sum, load, mul, splat, store
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -80,12 +80,16 @@ def _begin(
         state.row_sum[i] = 0.0
     for i in range(len(state.row_max)):
         state.row_max[i] = F32(-np.inf)
-    at = row = 0
+    dim = q.shape[2]
+    factors = splat(factor)
+    row = 0
     for entry in range(first, end):
         for head in range(first_head, first_head + group):
-            for d in range(q.shape[2]):
-                state.q[at] = q[plan.tokens[entry], head, d] * factor
-                at += 1
+            at = (np.int64(plan.tokens[entry]) * q.strides[0] + head * q.strides[1]) // q.itemsize
+            for d in range(0, dim // LANES * LANES, LANES):
+                store(state.q, row * dim + d, mul(load(q, at + d), factors))
+            for d in range(dim // LANES * LANES, dim):
+                state.q[row * dim + d] = q[plan.tokens[entry], head, d] * factor
             if len(sinks):
                 state.row_max[row] = F32(sinks[head] * LOG2_E)
                 state.row_sum[row * LANES] = 1.0
@@ -229,12 +233,16 @@ def _finish(
     dim = len(state.o) // len(state.row_max)
     row = 0
     for entry in range(first, end):
-        token = plan.tokens[entry]
+        token = np.int64(plan.tokens[entry])
         for head in range(first_head, first_head + group):
             total = horizontal_sum(load(state.row_sum, row * LANES))
             if total == 0.0:
                 total = F32(1.0)  # no keys: o is 0 and row_max is -inf, as they should be
-            for d in range(out.shape[2]):
+            totals = splat(total)
+            at = (token * out.shape[1] + head) * out.shape[2]
+            for d in range(0, out.shape[2] // LANES * LANES, LANES):
+                store(out, at + d, div(load(state.o, row * dim + d), totals))
+            for d in range(out.shape[2] // LANES * LANES, out.shape[2]):
                 out[token, head, d] = state.o[row * dim + d] / total
             lse[token, head] = state.row_max[row] * LN_2 + math.log(np.float64(total))
             row += 1

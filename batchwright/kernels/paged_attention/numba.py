@@ -24,6 +24,8 @@ from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
 from batchwright.kernels.simd import LANES
 
 F32 = np.float32
+_SMALL_WORK = 200_000
+"""Products of a score, of a whole step: below (about 20 us) no second thread is woken."""
 _NO_SINKS = np.empty(0, np.float32)
 
 
@@ -43,7 +45,8 @@ def paged_attention(
     """Attention of every query token of a step over its sequence's paged keys and values.
 
     Args:
-        q: [num_tokens, num_q_heads, head_dim] fp32 numpy array, rotated, any strides.
+        q: [num_tokens, num_q_heads, head_dim] fp32 numpy array, rotated; tokens and heads may be
+            strided (a view of a merged array), the last dimension is contiguous.
         k_cache, v_cache: fp32 numpy arrays as layout.py says.
         block_table: [max_slots, max_blocks] int32; only blocks that hold needed keys are read.
         plan: of this step and this layer's KV group (same group size and number of heads).
@@ -66,11 +69,14 @@ def paged_attention(
         or out.shape != q.shape
         or lse.shape != (num_tokens, num_q_heads)
         or len(plan.key_end) != num_tokens
+        or q.strides[2] != q.itemsize
     ):
         raise ShapeError(
             f"paged_attention: q {q.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}, "
-            f"out {out.shape}, lse {lse.shape} and a plan of {len(plan.key_end)} tokens disagree"
+            f"out {out.shape}, lse {lse.shape} and a plan of {len(plan.key_end)} tokens disagree, "
+            f"or heads of q are not contiguous (strides {q.strides})"
         )
+    group = num_q_heads // num_kv_heads
     _kernel()(
         q,
         k_cache,
@@ -86,7 +92,7 @@ def paged_attention(
         _NO_SINKS if sinks is None else sinks,
         out,
         lse,
-        get_num_threads(),
+        get_num_threads() if plan.num_pairs * group * head_dim > _SMALL_WORK else 1,
     )
 
 
@@ -148,8 +154,14 @@ def _attend(
 ) -> None:
     counter = np.empty(1, np.int64)
     counter[0] = 0
+    if num_threads == 1:
+        _work(
+            q, k_cache, v_cache, block_table, items, tokens, slots, key_start, key_end, scale,
+            soft_cap, sinks, out, lse, counter,
+        )  # fmt: skip
+        return
     # Threads take the next dearest item when they are free: no static split fits a ragged step.
-    for _ in prange(min(num_threads, len(items))):
+    for _ in prange(num_threads):
         _work(
             q, k_cache, v_cache, block_table, items, tokens, slots, key_start, key_end, scale,
             soft_cap, sinks, out, lse, counter,
@@ -187,7 +199,7 @@ def _work(
         np.empty(max_rows * LANES, F32),
         np.empty(max_rows, F32),
     )
-    plan = AttentionPlan(items, tokens, slots, key_start, key_end)
+    plan = AttentionPlan(items, tokens, slots, key_start, key_end, 0)
     i = _next_item(counter)
     while i < len(items):
         attend_item(

@@ -1,10 +1,10 @@
 """Work items of one step's attention: made once per step and KV group, used by all its layers.
 
-An item is one kv head and a few query tokens that read the same keys: tokens of one sequence, or of
-several sequences whose tables begin with the same blocks (a shared prompt). The shared keys are then
-loaded once for all of them, which turns decoding over a long common prompt from a memory-bound into
-a compute-bound task. Sources: Hydragen (arXiv:2402.05099), ChunkAttention (arXiv:2402.15220); they
-merge partial results, here every row keeps its own order of operations, so no bit changes.
+An item is one kv head and a few query tokens that read the same keys: tokens of one sequence, or
+of several sequences whose tables begin with the same blocks (a shared prompt). The shared keys are
+then loaded once for all of them, which turns decoding over a long common prompt from a memory-bound
+into a compute-bound task. Sources: Hydragen (arXiv:2402.05099), ChunkAttention (arXiv:2402.15220);
+they merge partial results, here every row keeps its own order of operations, so no bit changes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class AttentionPlan(NamedTuple):
         tokens: [num_tokens] query token of each entry.
         slots: [num_tokens] its line in the block table.
         key_start, key_end: [num_tokens] sequence positions [start, end) that it attends to.
+        num_pairs: (token, key, kv head) triples of the step, its amount of work.
     """
 
     items: Int32Array
@@ -45,6 +46,7 @@ class AttentionPlan(NamedTuple):
     slots: Int32Array
     key_start: Int32Array
     key_end: Int32Array
+    num_pairs: int
 
 
 def plan_attention(
@@ -92,7 +94,14 @@ def plan_attention(
         max(1, MAX_ROWS // (num_q_heads // num_kv_heads)),
     )
     dearest_first = np.argsort(-costs, kind="stable")
-    return AttentionPlan(items[dearest_first], tokens, slots, key_start[tokens], key_end[tokens])
+    return AttentionPlan(
+        items[dearest_first],
+        tokens,
+        slots,
+        key_start[tokens],
+        key_end[tokens],
+        int(costs.sum()),
+    )
 
 
 def _order_by_blocks(

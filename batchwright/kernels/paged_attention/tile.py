@@ -1,4 +1,4 @@
-"""The one matrix product of paged attention: a register tile, rows x 8*vectors, as LLVM vector code.
+"""The matrix product of paged attention: a register tile, rows x 8*vectors, as LLVM vector code.
 
 Both products of attention have this form: scores = q @ k_block ([rows, head_dim] x [head_dim, 32])
 and out += p @ v_block ([rows, keys] x [keys, head_dim]). Accumulators live in registers for the

@@ -46,7 +46,7 @@ def rotary_kv_write(
     *,
     interleaved: bool = False,
 ) -> None:
-    """Rotate q in place; write rotated k, and v, into the caches. Arguments as the fast kernel's."""
+    """Rotate q in place; write rotated k, and v, into the caches. Arguments as in numba.py."""
     if cos is not None and sin is not None:
         q.copy_(rotate(q, cos, sin, positions, interleaved=interleaved))
         k = rotate(k, cos, sin, positions, interleaved=interleaved)

@@ -56,7 +56,7 @@ def _penalize(row, slot, history, counts):  # type: ignore[no-untyped-def]
 def adjust(  # type: ignore[no-untyped-def]
     logits, slot, position, bias_ids, bias_values, suppressed_ids, history, allowed, counts, row
 ):
-    """logits into row, with bias, penalties, min_tokens and the allowed set applied, in that order."""
+    """logits into row, then bias, penalties, min_tokens and the allowed set, in that order."""
     size = len(logits)
     for i in range(size):
         row[i] = logits[i]

@@ -51,7 +51,7 @@ def kth_largest(keys, size, k):  # type: ignore[no-untyped-def]
         upper = above >= k
         if not upper:
             k -= above
-        kept = 0
+        kept = np.int64(0)
         for i in range(size):
             key = keys[i]
             keys[kept] = key
@@ -91,7 +91,7 @@ def nucleus_edge(keys, ids, weights, size, mass, target):  # type: ignore[no-unt
         upper = mass + above >= target
         if not upper:
             mass += above
-        kept = 0
+        kept = np.int64(0)
         for i in range(size):
             key = keys[i]
             keys[kept] = key

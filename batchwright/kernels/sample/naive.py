@@ -1,6 +1,6 @@
 """Sampling as its definition says it: sort, cut, add all the noise, take the largest. NumPy.
 
-One row at a time and ten passes over it: the yardstick of numba.py, which must draw the same tokens.
+One row at a time, many passes over it: the yardstick of numba.py, which must draw the same tokens.
 """
 
 from __future__ import annotations

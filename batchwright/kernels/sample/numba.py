@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import from_dtype, get_num_threads, njit, prange, types
 
-from batchwright.kernels.parallel import compile_task, run_tasks
+from batchwright.kernels.parallel import compile_task, own, read_only, run_tasks
 from batchwright.kernels.sample.adjust import adjust, is_adjusted
 from batchwright.kernels.sample.draw import draw
 from batchwright.kernels.sample.filters import NUM_BINS, top_k_cut, top_p_cut
@@ -26,7 +26,6 @@ from batchwright.kernels.sample.rowmath import (
     MINUS_INF_KEY,
     first_maximum,
     group_maxima,
-    inner,
     is_sound,
     num_groups,
 )
@@ -44,7 +43,7 @@ def argmax_rows(logits: Any, row_of_sample: Int32Array) -> Int32Array:
     """
     out = np.empty(len(row_of_sample), np.int32)
     maxima = np.empty((get_num_threads(), num_groups(logits.shape[1])), np.int32)
-    _argmax_rows(_read_only(logits), row_of_sample, maxima, out)
+    _argmax_rows(read_only(logits), own(row_of_sample, np.int32), maxima, out)
     return out
 
 
@@ -78,16 +77,16 @@ def sample_rows(
     run_tasks(
         _sample_task_pointer(),
         min(get_num_threads(), len(scratch.words)),
-        _read_only(logits),
-        np.array(row_of_sample, np.int32),
-        np.array(slot_of_sample, np.int32),
-        np.array(output_positions, np.int32),
+        read_only(logits),
+        own(row_of_sample, np.int32),
+        own(slot_of_sample, np.int32),
+        own(output_positions, np.int32),
         slots,
         bias_ids,
         bias_values,
         suppressed_ids,
         history,
-        np.array(allowed, np.uint32),
+        own(allowed, np.uint32),
         *scratch,
         out,
     )
@@ -119,13 +118,6 @@ def make_scratch(num_threads: int, vocab_size: int) -> Scratch:
     )
 
 
-def _read_only(array: Any) -> Any:
-    # One type, so one compilation, whether or not the caller's array is writable.
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
 @njit(parallel=True, cache=True, error_model="numpy")
 def _argmax_rows(logits, row_of_sample, maxima, out):  # type: ignore[no-untyped-def]
     num_tasks = len(maxima)
@@ -136,38 +128,6 @@ def _argmax_rows(logits, row_of_sample, maxima, out):  # type: ignore[no-untyped
             out[i] = -1
             if is_sound(largest, smallest):
                 out[i] = first_maximum(row, maxima[task], largest)
-
-
-@inner
-def _sample_row(row, slot, position, floats, ints, doubles, words, halves):  # type: ignore[no-untyped-def]
-    """One draw from final logits: temperature, top_k, top_p, min_p, Gumbel-max."""
-    maxima = ints[MAXIMA]
-    num_groups = (len(row) + GROUP - 1) // GROUP
-    largest, smallest = group_maxima(row, maxima)
-    if not is_sound(largest, smallest):
-        return -1
-    first = first_maximum(row, maxima, largest)
-    if slot.temperature == 0.0:
-        return first
-    cut_key, cut_id = MINUS_INF_KEY, len(row)
-    if 0 < slot.top_k < len(row):
-        cut_key = top_k_cut(row, maxima, num_groups, slot.top_k, ints[0])
-    if slot.top_p < 1.0:
-        cut_key, cut_id = top_p_cut(
-            row,
-            maxima,
-            num_groups,
-            row[first],
-            slot.temperature,
-            slot.top_p,
-            cut_key,
-            floats[1],
-            ints[0],
-            ints[1],
-            floats[2],
-            doubles,
-        )
-    return draw(row, maxima, num_groups, slot, position, cut_key, cut_id, first, words, halves)
 
 
 def _sample_task(  # type: ignore[no-untyped-def]
@@ -209,13 +169,43 @@ def _sample_task(  # type: ignore[no-untyped-def]
                 floats[task, 0],
             )
             row = floats[task, 0, : len(row)]
-        out[i] = _sample_row(
+        maxima = ints[task, MAXIMA]
+        largest, smallest = group_maxima(row, maxima)
+        if not is_sound(largest, smallest):
+            out[i] = -1
+            continue
+        first = first_maximum(row, maxima, largest)
+        if slot.temperature == 0.0:
+            out[i] = first
+            continue
+        groups = (len(row) + GROUP - 1) // GROUP
+        cut_key, cut_id = MINUS_INF_KEY, len(row)
+        if 0 < slot.top_k < len(row):
+            cut_key = top_k_cut(row, maxima, groups, slot.top_k, ints[task, 0])
+        if slot.top_p < 1.0:
+            cut_key, cut_id = top_p_cut(
+                row,
+                maxima,
+                groups,
+                row[first],
+                slot.temperature,
+                slot.top_p,
+                cut_key,
+                floats[task, 1],
+                ints[task, 0],
+                ints[task, 1],
+                floats[task, 2],
+                doubles[task],
+            )
+        out[i] = draw(
             row,
+            maxima,
+            groups,
             slot,
             positions[i],
-            floats[task],
-            ints[task],
-            doubles[task],
+            cut_key,
+            cut_id,
+            first,
             words[task],
             halves[task],
         )

@@ -112,6 +112,7 @@ def group_maxima(row, maxima):  # type: ignore[no-untyped-def]
 
 @inner
 def first_maximum(row, maxima, largest):  # type: ignore[no-untyped-def]
+    """The lowest id among the largest logits."""
     group = 0
     while maxima[group] != largest:
         group += 1

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 from numba import get_num_threads, njit, types
 
-from batchwright.kernels.parallel import compile_task, run_tasks
+from batchwright.kernels.parallel import compile_task, own, read_only, run_tasks
 from batchwright.kernels.sample.rowmath import (
     GROUP,
     exp2_32,
@@ -70,16 +71,14 @@ def logprob_rows(
         np.full((num, k), -1, np.int32),
         np.full((num, k), np.nan, np.float32),
     )
-    view = logits.view()
-    view.flags.writeable = False
     num_tasks = get_num_threads()
     run_tasks(
         _logprob_task_pointer(),
         num_tasks,
-        view,
-        np.array(row_of_token, np.int32),
-        np.array(token_ids, np.int32),
-        np.array(num_top, np.int32),
+        read_only(logits),
+        own(row_of_token, np.int32),
+        own(token_ids, np.int32),
+        own(num_top, np.int32),
         np.empty((num_tasks, num_groups(vocab_size)), np.int32),
         np.empty((num_tasks, _CHUNK), np.float32),
         *lines,
@@ -135,7 +134,7 @@ def _num_larger(row, maxima, logit):  # type: ignore[no-untyped-def]
 
 @inner
 def _likeliest(row, maxima, k, ids, values):  # type: ignore[no-untyped-def]
-    """The k largest logits into values and ids, by insertion; ids ascend, so ties keep their order."""
+    """The k largest logits into values and ids, by insertion; equal logits keep their order."""
     size = 0
     for group in range(len(maxima)):
         if size == k and key_float(maxima[group]) <= values[k - 1]:

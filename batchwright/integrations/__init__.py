@@ -1,0 +1,1 @@
+"""Adapters to other projects: one file each, the only place that imports that project."""

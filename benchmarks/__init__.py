@@ -1,0 +1,1 @@
+"""Scripts that each answer one question about speed; see README.md. Nothing imports them."""
