@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-for name in ("lm_eval", "accelerate"):
-    pytest.importorskip(name, reason=f"{name} is not installed: make test-lm-eval")
+pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed: make test-lm-eval")
+pytest.importorskip("accelerate", reason="accelerate is not installed: make test-lm-eval")
 
 import lm_eval
 from lm_eval.api.instance import Instance

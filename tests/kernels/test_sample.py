@@ -290,7 +290,7 @@ def test_token_counts_are_clean_after_every_draw() -> None:
 
 
 def test_noise_beyond_the_cap_of_32_bit_uniforms_draws_its_token() -> None:
-    """A token of probability 5e-12 is drawn where its noise is 25.56 (tests/sampling/test_noise)."""
+    """A token of probability 4e-11 is drawn where its noise is 25.56 (see test_noise)."""
     logits = np.full((1, 49_152), -60.0, np.float32)
     logits[0, 0], logits[0, 33341] = 0.0, -23.9
     slots = make_slots(2, np.random.default_rng(0), sample_index=0, noise_key=noise_key(38, 0, ""))

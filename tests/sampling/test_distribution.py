@@ -22,7 +22,7 @@ from tests.kernels.sample_case import draw_fast, make_slots
 
 pytestmark = pytest.mark.cpu
 
-NUM_DRAWS = 60_000
+NUM_DRAWS = 300_000
 LOGITS = np.array([2.1, -0.4, 1.3, 0.0, 1.25, -2.0, 0.7, 0.6, -1.1, 1.9, -3.0, 0.1], np.float32)
 CASES = {
     "temperature 1": {},

@@ -239,17 +239,17 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ShapeError, match="vocab_size is 90"):
         draw(state, np.zeros((1, 91), np.float32), 0)
     with pytest.raises(ShapeError, match="C-contiguous"):
-        draw(state, np.zeros((VOCAB_SIZE, 1), np.float32).T[:, ::-1][:, ::-1][:1, ::1].T[::2].T, 0)
+        draw(state, np.zeros((2, 2 * VOCAB_SIZE), np.float32)[:, ::2], 0, 1)
     with pytest.raises(ShapeError, match=str(MAX_VOCAB_SIZE)):
         SamplingState(1, 1, MAX_VOCAB_SIZE + 1)
-    state.add(sequence(0, presence_penalty=1.0))
+    state.add(sequence(0, [0] * (64 - len(PROMPT)), presence_penalty=1.0))
+    state.append(ints(0), ints(1))  # the last token is drawn from position max_model_len - 1
     with pytest.raises(ShapeError, match="max_model_len = 64"):
-        for t in range(100):
-            state.append(ints(0), ints(t))
+        state.append(ints(0), ints(1))
 
 
 def test_greedy_steps_compile_nothing_else() -> None:
-    """Only the argmax kernel is needed, so a greedy job does not wait for the sampler to compile."""
+    """Only the argmax kernel is needed: a greedy job does not wait for the sampler."""
     code = """
 import numpy as np
 from batchwright.kernels.sample import numba as kernel
