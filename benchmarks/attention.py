@@ -9,8 +9,9 @@ with its own prefix or with a common one in shared blocks.
 Limits: a step must do 4 * head_dim FLOPs per query head and visible key, at the rate of the
 machine's matrix products (torch fp32, [1024, 1024], same threads); and must read its keys and
 values once, at the bandwidth of memory (torch copy of 256 MiB, bytes read plus bytes written).
-Decoding is bound by the second, prefill by the first. The rival is torch's scaled_dot_product_attention on
-contiguous copies gathered beforehand, which is work that the paged kernel never does.
+Decoding is bound by the second, prefill by the first. The rival is torch's
+scaled_dot_product_attention on contiguous copies gathered beforehand, which is work that the paged
+kernel never does.
 
 Times are first quartiles of calls that take turns: noise only adds. Use an idle machine; the load
 is in the JSON.

@@ -1,8 +1,9 @@
 """Settings shared by all tests."""
 
-import batchwright  # noqa: F401  first: it settles how OpenMP threads wait
 import pytest
 from hypothesis import settings
+
+import batchwright  # noqa: F401  first: it settles how OpenMP threads wait
 
 # The same examples in every run, and no deadline: a shared machine stalls now and then.
 settings.register_profile("everyday", derandomize=True, deadline=None)

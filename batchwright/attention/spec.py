@@ -1,4 +1,4 @@
-"""What a layer tells the attention context: AttentionSpec, RotaryTable and the attend() signature."""
+"""What a layer tells the attention context: AttentionSpec, RotaryTable, and attend()."""
 
 from __future__ import annotations
 

@@ -21,6 +21,11 @@ VOCAB_SIZE = 90
 PROMPT = [3, 1, 4, 1, 5]
 
 
+def append_many(state: SamplingState, num: int) -> None:
+    for token_id in range(num):
+        state.append(ints(0), ints(token_id))
+
+
 def ints(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
