@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from batchwright.errors import RequestError
+from batchwright.errors import ConfigError, RequestError
 from batchwright.exec.executor import Executor
 from batchwright.outputs import RunningRequest, Stream, failed, make_result, token_logprobs
 from batchwright.request import (
@@ -21,7 +21,8 @@ from batchwright.request import (
     Task,
 )
 from batchwright.sampling.noise import noise_key
-from batchwright.sched.scheduler import Scheduler, SchedulerStats, Update
+from batchwright.sched.intake import SchedulerStats, Update
+from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import Sequence
 from batchwright.step import StepResult
 from batchwright.text.detokenizer import StopStringChecker
@@ -117,23 +118,42 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Results of all requests as they finish, reading ahead at most HORIZON rows.
 
-        A request the engine refuses yields a result with its error.
+        A request the engine refuses yields a result with its error. Closing the iterator early
+        ends what has not finished.
+
+        Raises:
+            ConfigError: another run of this engine is not finished.
         """
+        if self._requests:
+            raise ConfigError(
+                "this engine is still running other requests; finish or close their results first"
+            )
         source = iter(requests)
         exhausted = False
-        while True:
-            while not exhausted and self.num_unfinished < HORIZON:
-                request = next(source, None)
-                if request is None:
-                    exhausted = True
-                    break
-                try:
-                    self.add(request)
-                except RequestError as error:
-                    yield failed(request, error)
-            if not self.num_unfinished:
-                return
-            yield from self.step()
+        try:
+            while True:
+                while not exhausted and self.num_unfinished < HORIZON:
+                    request = next(source, None)
+                    if request is None:
+                        exhausted = True
+                        break
+                    try:
+                        self.add(request)
+                    except RequestError as error:
+                        yield failed(request, error)
+                if not self.num_unfinished:
+                    return
+                yield from self.step()
+        finally:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """End everything; nobody reads the results."""
+        for request_id in list(self._requests):
+            self.cancel(request_id)
+        self._done.clear()
+        self._outstanding.clear()
+        self._scheduler.forget_in_flight()
 
     def waiting_ids(self) -> list[str]:
         """Requests none of whose sequences has started."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from batchwright import kernels, techniques
 from batchwright.attention.backend import AttentionBackend, block_bytes
 from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.engine import Engine
-from batchwright.errors import ConfigError
+from batchwright.errors import ConfigError, RequestError
 from batchwright.exec.local import LocalExecutor
 from batchwright.exec.memory import available_memory_bytes
 from batchwright.job.params import check_params
@@ -73,8 +73,11 @@ class LLM:
     ) -> Iterator[Result]:
         """The same as rows finish; `request_id` is the row's index in the input."""
         rows = _as_list(prompts)
-        encoded = (self._encode(prompt) for prompt in rows)
-        return self._run(encoded, _per_row(params, len(rows)))
+
+        def request(id: str, prompt: Prompt, row_params: SamplingParams) -> Request:
+            return _request(id, *self._encode(prompt), params=row_params)
+
+        return self._run(request, rows, _per_row(params, len(rows)))
 
     def chat(
         self,
@@ -86,11 +89,14 @@ class LLM:
     ) -> list[Result]:
         """Answer message lists through the model's chat template; results in input order."""
         rows = _as_conversations(conversations)
-        encoded = (
-            self.tokenizer.encode_chat(row, tools=tools, template_kwargs=chat_template_kwargs)
-            for row in rows
-        )
-        return _in_order(self._run(encoded, _per_row(params, len(rows))))
+
+        def request(id: str, messages: Messages, row_params: SamplingParams) -> Request:
+            text, token_ids = self.tokenizer.encode_chat(
+                messages, tools=tools, template_kwargs=chat_template_kwargs
+            )
+            return _request(id, text, token_ids, params=row_params)
+
+        return _in_order(self._run(request, rows, _per_row(params, len(rows))))
 
     def score(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Result]:
         """Log-likelihood of each continuation given its context, in `.score`.
@@ -100,38 +106,46 @@ class LLM:
         that a word keeps the token it has in running text; then what the two texts together have
         beyond the context's own number of tokens is the continuation.
         """
-        requests = (self._score_request(str(i), *pair) for i, pair in enumerate(pairs))
-        return _in_order(self.engine.run(requests))
+
+        def request(id: str, pair: tuple[Prompt, Prompt]) -> Request:
+            token_ids, score_start = self._join(*pair)
+            return _request(id, None, token_ids, task=Task.SCORE, score_start=score_start)
+
+        return _in_order(self._run(request, pairs))
 
     def embed(self, texts: Prompt | Sequence[Prompt], pooling: str = "mean") -> list[Result]:
         """Mean or last final hidden state of each text, in `.embedding`."""
         if pooling not in ("mean", "last"):
             raise ConfigError(f"pooling is {pooling!r}, must be 'mean' or 'last'")
-        requests = (
-            _request(str(i), *self._encode(text), task=Task.EMBED, pooling=pooling)
-            for i, text in enumerate(_as_list(texts))
-        )
-        return _in_order(self.engine.run(requests))
+
+        def request(id: str, text: Prompt) -> Request:
+            return _request(id, *self._encode(text), task=Task.EMBED, pooling=pooling)
+
+        return _in_order(self._run(request, _as_list(texts)))
 
     def _run(
-        self,
-        encoded: Iterable[tuple[str | None, Sequence[int]]],
-        params: Sequence[SamplingParams],
+        self, make_request: Callable[..., Request], *columns: Sequence[Any]
     ) -> Iterator[Result]:
-        rows = zip(encoded, params, strict=True)
-        return self.engine.run(
-            _request(str(i), text, ids, params=row_params)
-            for i, ((text, ids), row_params) in enumerate(rows)
-        )
+        """Results as rows finish; a row that cannot be made a request fails alone."""
+        refused: list[Result] = []
+
+        def requests() -> Iterator[Request]:
+            for index, row in enumerate(zip(*columns, strict=True)):
+                try:
+                    request = make_request(str(index), *row)
+                except RequestError as error:
+                    result = Result(request_id=str(index), prompt_token_ids=[], error=error)
+                    refused.append(result)
+                else:
+                    yield request
+
+        yield from self.engine.run(requests())
+        yield from refused
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
         return None, prompt
-
-    def _score_request(self, id: str, context: Prompt, continuation: Prompt) -> Request:
-        ids, score_start = self._join(context, continuation)
-        return _request(id, None, ids, task=Task.SCORE, score_start=score_start)
 
     def _join(self, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
         """(token ids, number of context tokens)."""
@@ -237,7 +251,7 @@ def _request(id: str, prompt: str | None, token_ids: Sequence[int], **fields: An
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list; a flat list of ints is one prompt."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
         return [cast(Prompt, prompts)]
     return list(cast(Sequence[Prompt], prompts))
 

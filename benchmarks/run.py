@@ -18,9 +18,10 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -121,6 +122,7 @@ class Measured:
 def main() -> None:
     """Run, print, and write what was asked for."""
     args = _arguments()
+    omp_wait_policy = os.environ.get("OMP_WAIT_POLICY")  # importing batchwright sets it
     llm, startup = start(args)
     shape = ModelShape.from_config(_model_config(args.model))
     encode = plain_encoder(llm.tokenizer.encode)
@@ -133,7 +135,7 @@ def main() -> None:
     llm.engine._executor = executor  # the one look inside: time spent computing
     warm_up(llm, measured)
     first_ceiling = measure_ceiling(shape)
-    with _baseline(args, llm) as baseline:
+    with _baseline(args, llm, omp_wait_policy) as baseline:
         for workload in measured:
             for repeat in range(args.repeat):
                 token_ids = measure(llm, executor, workload)
@@ -198,13 +200,16 @@ def _model_config(model: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _baseline(args: argparse.Namespace, llm: LLM) -> Iterable[TransformersBaseline | None]:
+def _baseline(
+    args: argparse.Namespace, llm: LLM, omp_wait_policy: str | None
+) -> Iterator[TransformersBaseline | None]:
     if args.against is None:
         yield None
         return
     from batchwright.weights.locate import locate_model
 
-    with TransformersBaseline(locate_model(args.model), llm.config.num_threads) as baseline:
+    path, num_threads = locate_model(args.model), llm.config.num_threads
+    with TransformersBaseline(path, num_threads, omp_wait_policy) as baseline:
         yield baseline
 
 

@@ -7,6 +7,7 @@ keeps the two engines' memory and threads apart; it waits while the other one ru
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -33,14 +34,16 @@ class TransformersBaseline:
     Args:
         path: a Llama-family model that `batchwright` can open.
         num_threads: torch's threads.
+        omp_wait_policy: OMP_WAIT_POLICY as the user has it. Importing batchwright changes it for
+            this process and its children; the baseline gets what its own users get.
     """
 
-    def __init__(self, path: Path, num_threads: int) -> None:
+    def __init__(self, path: Path, num_threads: int, omp_wait_policy: str | None) -> None:
         self._pool = ProcessPoolExecutor(
             max_workers=1,
             mp_context=get_context("spawn"),
             initializer=_load,
-            initargs=(path, num_threads),
+            initargs=(path, num_threads, omp_wait_policy),
         )
 
     def __enter__(self) -> TransformersBaseline:
@@ -68,8 +71,11 @@ _worker: dict[str, Any] = {}
 """The worker process's model; the parent's stays empty."""
 
 
-def _load(path: Path, num_threads: int) -> None:
-    import torch
+def _load(path: Path, num_threads: int, omp_wait_policy: str | None) -> None:
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    if omp_wait_policy is not None:
+        os.environ["OMP_WAIT_POLICY"] = omp_wait_policy
+    import torch  # which reads it once, here
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from batchwright.weights.checkpoint import open_checkpoint

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from batchwright.errors import ConfigError
 from batchwright.llm import LLM
-from batchwright.request import Result
+from batchwright.request import Result, SamplingParams
 from tests.engine.smollm2 import reference_model
 
 pytestmark = pytest.mark.cpu
@@ -149,3 +150,49 @@ def reference_embedding(llm: LLM, text: str, pooling: str) -> np.ndarray:
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def short(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def test_a_row_that_cannot_be_encoded_fails_alone(llm: LLM) -> None:
+    first, bad, last = llm.generate(["The capital of France is", "\ud800", "A"], short(2))
+    assert "lone surrogate" in str(bad.error)
+    assert first.outputs[0].text == " Paris." and last.error is None
+    fine, bad = llm.chat(
+        [[{"role": "user", "content": text}] for text in ("Hi", "\ud800")], short(2)
+    )
+    assert fine.error is None and "lone surrogate" in str(bad.error)
+    bad, fine = llm.score([("\ud800", " a"), ("The sky is", " blue")])
+    assert fine.error is None and "lone surrogate" in str(bad.error)
+    bad, fine = llm.embed(["\ud800", "a"])
+    assert fine.error is None and "lone surrogate" in str(bad.error)
+
+
+def test_token_ids_may_be_an_array(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("The capital of France is")
+    texts = [
+        llm.generate(prompt, short(2))[0].outputs[0].text
+        for prompt in (ids, np.array(ids), [np.array(ids, np.int32)])
+    ]
+    assert texts == 3 * [" Paris."]
+
+
+def test_an_abandoned_stream_leaves_nothing_behind(llm: LLM) -> None:
+    stream = llm.stream(["A", "Once upon a time"], [short(1), short(30)])
+    assert next(stream).request_id == "0"
+    stream.close()
+    (result,) = llm.generate(["The capital of France is"], short(2))
+    assert result.outputs[0].text == " Paris."
+    llm.engine.check_integrity()
+
+
+def test_two_streams_at_once_are_refused(llm: LLM) -> None:
+    """Both would name their rows 0, 1, ..., and one would be given the other's."""
+    stream = llm.stream(["A", "Once upon a time"], [short(1), short(3)])
+    next(stream)
+    with pytest.raises(ConfigError, match="still running"):
+        llm.generate(["The capital of France is"], short(2))
+    assert [result.request_id for result in stream] == ["1"]
+    assert llm.generate(["The capital of France is"], short(2))[0].outputs[0].text == " Paris."

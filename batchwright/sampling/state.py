@@ -21,6 +21,7 @@ from batchwright.request import Float32Array, Int32Array, SamplingParams
 from batchwright.step import NewSequence, TokenLogprobs
 
 NO_LOGPROBS = -1
+MIN_TEMPERATURE = 1e-8  # keeps 1 / temperature and logits divided by it finite in float32
 
 
 class SamplingState:
@@ -57,9 +58,9 @@ class SamplingState:
             RequestError: logit_bias names a token outside the vocabulary.
         """
         params, slot = new.params, new.slot
-        self._slots[slot] = self._record(new)
         if params.logit_bias:
             self._set_bias(slot, params.logit_bias)
+        self._slots[slot] = self._record(new)
         suppressed = [token for token in new.end_token_ids if 0 <= token < self.vocab_size]
         self._suppressed_ids = _widened(self._suppressed_ids, len(suppressed))
         self._suppressed_ids[slot, : len(suppressed)] = suppressed
@@ -83,8 +84,9 @@ class SamplingState:
         record["num_prompt_tokens"] = new.num_prompt_tokens
         record["num_biased"] = len(params.logit_bias)
         record["top_k"] = max(params.top_k, 0)
+        # As small as validation lets through; 0 is greedy.
+        record["temperature"] = params.temperature and max(params.temperature, MIN_TEMPERATURE)
         for name in (
-            "temperature",
             "top_p",
             "min_p",
             "repetition_penalty",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict, deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,39 +24,11 @@ from batchwright.kv.prefix_cache import ABSENT, PrefixCache
 from batchwright.plan.plan import Plan
 from batchwright.plan.prefix_tree import PrefixTree
 from batchwright.request import FinishReason, Int32Array
+from batchwright.sched.intake import Intake, SchedulerStats, Update
 from batchwright.sched.slots import Slots
 from batchwright.sched.step_builder import InFlight, StepBuilder
 from batchwright.sequence import NO_SLOT, Sequence
 from batchwright.step import Step, StepResult
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counts since the start; tokens unless named otherwise."""
-
-    num_steps: int = 0
-    num_computed_tokens: int = 0
-    num_cached_tokens: int = 0  # prompt tokens taken from shared blocks
-    num_generated_tokens: int = 0
-    num_recomputed_tokens: int = 0  # computed again after preemption; part of computed
-    num_preemptions: int = 0  # events
-
-
-@dataclass(slots=True)
-class Update:
-    """What a StepResult changed.
-
-    Attributes:
-        finished: sequences that ended, their tokens in `token_ids`.
-        watched: (sequence, line of the result) of tokens drawn for watched sequences.
-        scored: (sequence, first scored position, first line, end line) in the score results.
-        pooled: (sequence, slot) whose embedding is in the result.
-    """
-
-    finished: list[Sequence] = field(default_factory=list)
-    watched: list[tuple[Sequence, int]] = field(default_factory=list)
-    scored: list[tuple[Sequence, int, int, int]] = field(default_factory=list)
-    pooled: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -104,9 +75,8 @@ class Scheduler:
         # Sequences that were started or held back before: by order, ahead of the plan.
         self._returned: list[tuple[int, Sequence]] = []
         self._parked: dict[int, list[Sequence]] = defaultdict(list)  # by the node they wait for
-        # Preempted with a token in flight, by the (slot, epoch) they left.
-        self._late: dict[tuple[int, int], Sequence] = {}
         self._in_flight: deque[InFlight] = deque()
+        self._intake = Intake(self.slots, self.stats, self.finish)
         self._builder = StepBuilder(self.slots, self.tables)
 
     def add(self, sequence: Sequence) -> None:
@@ -160,11 +130,7 @@ class Scheduler:
         """Take in the oldest outstanding Step's result."""
         record = self._in_flight.popleft()
         assert record.step_id == result.step_id, "results must come in order"
-        update = Update()
-        self._take_scores(record, update)
-        self._take_pooled(record, update)
-        self._take_tokens(record, result.token_ids, update)
-        return update
+        return self._intake.take(record, result.token_ids)
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None
@@ -183,6 +149,16 @@ class Scheduler:
         if heirs:  # it ended before they forked: the next one computes the prompt
             heirs[0].siblings = heirs[1:]
             self._wait(heirs[0])
+
+    def forget_in_flight(self) -> None:
+        """Expect no more results of Steps handed out, nor computation that was being planned.
+
+        For a caller that gives up, perhaps because an executor failed; all sequences have ended.
+        """
+        assert not self.num_unfinished
+        self._in_flight.clear()
+        self._intake.forget_late()
+        self._builder.drop_rows()
 
     def check_integrity(self) -> None:
         """Conservation law: every block reference is held by a slot or by the prefix cache."""
@@ -297,7 +273,7 @@ class Scheduler:
         epoch = int(self.slots.epoch[slot])
         self._leave(slot)
         if sequence.num_in_flight:
-            self._late[slot, epoch] = sequence
+            self._intake.expect_late(slot, epoch, sequence)
         self.stats.num_preemptions += 1
         self._wait(sequence)
 
@@ -404,73 +380,6 @@ class Scheduler:
             for node in nodes.tolist():
                 for sequence in self._parked.pop(node, ()):
                     self._wait(sequence)
-
-    # Results ---------------------------------------------------------------------------------
-
-    def _take_tokens(self, record: InFlight, token_ids: Int32Array, update: Update) -> None:
-        state = self.slots
-        live = state.epoch[record.sample_slots] == record.sample_epochs
-        for line in np.flatnonzero(~live).tolist():
-            key = int(record.sample_slots[line]), int(record.sample_epochs[line])
-            left = self._late.pop(key, None)
-            if left is not None and left.finish_reason is None:
-                self._take_late(left, line, int(token_ids[line]), update)
-        lines = np.flatnonzero(live)
-        slots, ids = record.sample_slots[lines], token_ids[lines]
-        state.token_ids[slots, state.num_known[slots]] = ids
-        state.num_known[slots] += 1
-        self.stats.num_generated_tokens += len(lines)
-        for index in np.flatnonzero(state.watched[slots]).tolist():
-            sequence = state.sequences[slots[index]]
-            assert sequence is not None
-            update.watched.append((sequence, int(lines[index])))
-        ended = (state.end_token_ids[slots] == ids[:, None]).any(axis=1)
-        full = state.num_known[slots] == state.max_len[slots]
-        for index in np.flatnonzero(ended | full | (ids < 0)).tolist():
-            sequence = state.sequences[slots[index]]
-            assert sequence is not None
-            self._finish_by_token(sequence, int(ids[index]), bool(ended[index]), update)
-
-    def _take_late(self, sequence: Sequence, line: int, token_id: int, update: Update) -> None:
-        """A token for a sequence that was preempted meanwhile."""
-        sequence.token_ids = np.append(sequence.token_ids, np.int32(token_id))
-        sequence.num_in_flight = 0
-        self.stats.num_generated_tokens += 1
-        if sequence.is_watched:
-            update.watched.append((sequence, line))
-        ended = token_id in sequence.end_token_ids
-        if ended or token_id < 0 or len(sequence.token_ids) == sequence.max_len:
-            self._finish_by_token(sequence, token_id, ended, update)
-
-    def _finish_by_token(
-        self, sequence: Sequence, token_id: int, ended: bool, update: Update
-    ) -> None:
-        if token_id < 0:
-            self.finish(sequence, FinishReason.ERROR)
-        elif ended:
-            self.finish(sequence, FinishReason.STOP, token_id)
-        else:
-            self.finish(sequence, FinishReason.LENGTH)
-        update.finished.append(sequence)
-
-    def _take_scores(self, record: InFlight, update: Update) -> None:
-        for slot, epoch, position, first, end in record.scores:
-            is_live = self.slots.epoch[slot] == epoch
-            # A preempted sequence may end with its late token and never be scored again.
-            sequence = self.slots.sequences[slot] if is_live else self._late.get((slot, epoch))
-            if sequence is not None and sequence.finish_reason is None:
-                update.scored.append((sequence, position, first, end))
-
-    def _take_pooled(self, record: InFlight, update: Update) -> None:
-        """Sequences that draw nothing end with the Step that computes their last token."""
-        for slot, epoch in record.completed:
-            sequence = self.slots.sequences[slot]
-            if sequence is None or self.slots.epoch[slot] != epoch:
-                continue
-            if self.slots.pools[slot]:
-                update.pooled.append((sequence, slot))
-            self.finish(sequence, FinishReason.STOP)
-            update.finished.append(sequence)
 
 
 def ends_prompt(state: Slots, slots: Int32Array) -> np.ndarray:

@@ -115,9 +115,13 @@ class StepBuilder:
             completed=self._completed(slots, ends),
         )
         self._next_id += 1
-        self._released, self._new, self._rows = [], [], []
-        self._sampled, self._forks = [], []
+        self._released, self._new = [], []
+        self.drop_rows()
         return step, record
+
+    def drop_rows(self) -> None:
+        """Forget what was to be computed; changes of slots and tables stay."""
+        self._rows, self._sampled, self._forks = [], [], []
 
     def _kv_slots(self, token_slots: Int32Array, positions: Int32Array) -> tuple[Int32Array, ...]:
         shared = positions < self._state.write_from[token_slots]

@@ -215,3 +215,27 @@ def test_logits_that_are_not_numbers_fail_their_row_only(path):
     assert outcome.results["good"].outputs[0].token_ids == (
         run(path, [row("good", [5, 6])]).results["good"].outputs[0].token_ids
     )
+
+
+def test_an_engine_can_be_used_after_its_executor_failed(path):
+    expected = run(path, mixed_job()).tokens()
+
+    def fail_once(engine):
+        execute = engine._executor.execute
+        calls = iter(range(100))
+
+        def failing(step):
+            if next(calls) == 4:
+                raise RuntimeError("out of luck")
+            return execute(step)
+
+        engine._executor.execute = failing
+        with pytest.raises(RuntimeError, match="out of luck"):
+            list(engine.run(mixed_job()))
+        assert engine.num_unfinished == 0
+        engine.check_integrity()
+
+    for look_ahead in (0, 1):
+        again = run(path, mixed_job(), prepare=fail_once, look_ahead=look_ahead,
+                    max_num_batched_tokens=40, max_num_seqs=6)  # fmt: skip
+        assert again.tokens() == expected

@@ -9,9 +9,15 @@ import torch
 
 from batchwright.errors import ConfigError, ShapeError
 from batchwright.kernels.gated_activation import naive
+from batchwright.kernels.gated_activation import numba as kernel
 from batchwright.kernels.gated_activation.numba import KINDS, activation, gated_activation
 
 pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(autouse=True)
+def parallel_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_ELEMENTS_PER_THREAD", 1)
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:

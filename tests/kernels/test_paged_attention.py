@@ -11,6 +11,7 @@ import torch
 
 import batchwright.kernels  # noqa: F401
 from batchwright.errors import ConfigError, ShapeError
+from batchwright.kernels.paged_attention import numba as kernel
 from batchwright.kernels.paged_attention.layout import cache_shapes
 from batchwright.kernels.paged_attention.naive import merge_attention
 from batchwright.kernels.paged_attention.numba import paged_attention
@@ -18,6 +19,12 @@ from batchwright.kernels.paged_attention.plan import plan_attention
 from tests.kernels.paged_case import Case, Shape, make_case, page, run_naive, run_step, run_whole
 
 pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(autouse=True)
+def parallel_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_SMALL_WORK", 0)
+
 
 # fp32 sums over up to 800 keys of unit-normal data with scores of standard deviation 2.
 TOLERANCE = 1e-5
@@ -37,11 +44,12 @@ SHAPES = {
     "window1": Shape(window=1),
     "window37": Shape(window=37, head_dim=16),
     "window128": Shape(window=128, head_dim=16, block_size=64),
+    "window150": Shape(window=150, head_dim=16),
     "soft_cap": Shape(soft_cap=2.0, head_dim=16),
     "sinks": Shape(sinks=True, head_dim=16),
     "everything": Shape(sinks=True, soft_cap=3.0, window=70, head_dim=16),
 }
-FEW = ["smollm2", "one_group", "mqa50", "dim60", "window37", "everything"]
+FEW = ["smollm2", "one_group", "mqa50", "dim60", "window37", "window150", "everything"]
 
 
 @pytest.fixture(params=SHAPES)
@@ -51,7 +59,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(params=FEW)
 def small_case(request: pytest.FixtureRequest) -> Case:
-    return make_case(SHAPES[request.param], [(40, 66), (0, 1), (130, 9), (3, 70)])
+    return make_case(SHAPES[request.param], [(40, 66), (0, 1), (230, 40), (3, 70)])
 
 
 @pytest.fixture
@@ -208,6 +216,14 @@ def test_block_size_changes_no_bit() -> None:
     first, *others = [run_whole(case, page(case)) for case in cases]
     for other in others:
         assert_same_bits(first, other)
+
+
+def test_a_small_step_wakes_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(Shape(head_dim=16), [(3, 2)])
+    paged = page(case)
+    parallel = run_whole(case, paged)
+    monkeypatch.setattr(kernel, "_SMALL_WORK", 10**9)
+    assert_same_bits(parallel, run_whole(case, paged))
 
 
 @pytest.mark.usefixtures("restore_threads")

@@ -9,9 +9,16 @@ import torch
 
 from batchwright.errors import ShapeError
 from batchwright.kernels.rms_norm import naive
+from batchwright.kernels.rms_norm import numba as kernel
 from batchwright.kernels.rms_norm.numba import rms_norm
 
 pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(autouse=True)
+def parallel_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_ELEMENTS_PER_THREAD", 1)
+
 
 RELATIVE = 1e-6  # eight roundings of fp32 at most; a sum of squares has no cancellation
 

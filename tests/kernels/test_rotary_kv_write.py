@@ -10,9 +10,16 @@ import torch
 from batchwright.errors import ShapeError
 from batchwright.kernels.paged_attention.layout import cache_shapes
 from batchwright.kernels.rotary_kv_write import naive
+from batchwright.kernels.rotary_kv_write import numba as kernel
 from batchwright.kernels.rotary_kv_write.numba import rotary_kv_write
 
 pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(autouse=True)
+def parallel_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_ELEMENTS_PER_THREAD", 1)
+
 
 NUM_BLOCKS, MAX_POSITIONS = 9, 200
 

@@ -199,6 +199,19 @@ def test_ties() -> None:
     assert drawn_set(flat, min_p=1.0) == set(range(10))
 
 
+def test_a_target_that_is_reached_exactly_needs_no_further_token() -> None:
+    """Also among tokens so close that the histogram cannot tell them apart."""
+    row = (np.arange(12)[::-1] * np.float32(1e-5)).astype(np.float32)
+    mass = np.cumsum(naive.weights(row, 1.0).astype(np.float64))
+    num_exact = 0
+    for num_kept in range(1, 12):
+        top_p = float(mass[num_kept - 1] / mass[-1])
+        if top_p * mass[-1] == mass[num_kept - 1]:
+            num_exact += 1
+            assert drawn_set(row, num=1000, top_p=top_p) == set(range(num_kept))
+    assert num_exact > 5
+
+
 def test_allowed_tokens() -> None:
     rng = np.random.default_rng(7)
     num, vocab_size = 50, 333

@@ -6,6 +6,8 @@ df and variance 2 df; the bound below is exceeded by chance once in about 10^6 t
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from tests.kernels.sample_case import draw_fast, make_slots
 
 pytestmark = pytest.mark.cpu
 
-NUM_DRAWS = 300_000
+NUM_DRAWS = 200_000
 LOGITS = np.array([2.1, -0.4, 1.3, 0.0, 1.25, -2.0, 0.7, 0.6, -1.1, 1.9, -3.0, 0.1], np.float32)
 CASES = {
     "temperature 1": {},
@@ -67,6 +69,7 @@ def counts(seed: int = 0, sample_index: int = 0, **fields: float) -> np.ndarray:
     return np.bincount(draws(seed, sample_index, **fields), minlength=len(LOGITS))
 
 
+@functools.cache
 def draws(seed: int = 0, sample_index: int = 0, **fields: float) -> np.ndarray:
     """NUM_DRAWS tokens of one sequence, one per position, from the same logits."""
     slots = make_slots(1, np.random.default_rng(seed), **fields)

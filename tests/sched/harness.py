@@ -15,7 +15,8 @@ from batchwright.errors import RequestError
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
 from batchwright.kv.prefix_cache import ABSENT
 from batchwright.request import FinishReason, Request, SamplingParams, Task
-from batchwright.sched.scheduler import Scheduler, Update
+from batchwright.sched.intake import Update
+from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import NO_SLOT, Sequence
 from batchwright.step import NewSequence, Step, StepResult
 from tests.sched.symbolic import (
@@ -150,7 +151,7 @@ class Harness:
         step = self.scheduler.schedule()
         has_preempted = self.scheduler.stats.num_preemptions > num_preemptions
         self.num_parked += len(set(self._parked()) - parked)
-        self.num_late += len(self.scheduler._late)
+        self.num_late += len(self.scheduler._intake._late)
         if step is None:
             busy = self.outstanding or not self.scheduler.num_unfinished
             assert busy, "sequences are left but nothing can run"
@@ -217,7 +218,7 @@ class Harness:
         assert len(self.scheduler.tree) == 0, "prefix nodes leaked"
         num_outputs = sum(len(s.token_ids) - s.num_prompt_tokens for s in self.members)
         assert self.scheduler.stats.num_generated_tokens == num_outputs
-        assert not self.scheduler._late and not self.scheduler._in_flight
+        assert not self.scheduler._intake._late and not self.scheduler._in_flight
 
     def unfinished(self) -> list[Sequence]:
         return [member for member in self.members if member.finish_reason is None]
@@ -372,6 +373,9 @@ class Harness:
             most = self.num_computed[sequence]
             self.num_recomputed_tokens += max(0, min(end, most) - first)
             self.num_computed[sequence] = max(end, most)
+            is_sampled = step.slots[row] in step.sample_slots
+            slot_tokens = self.scheduler.slots.num_tokens[step.slots[row]]
+            assert is_sampled == (sequence.samples and end == slot_tokens - is_sampled)
             if row in scored_rows:
                 assert step.score_top >= (sequence.request.params.prompt_logprobs or 0)
 

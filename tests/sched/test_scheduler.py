@@ -212,6 +212,17 @@ def test_single_tokens_go_first_then_job_order() -> None:
         assert rows_of(harness.steps[-1]) == {s: n for s, n in expected.items() if n}
 
 
+def test_a_decoding_row_does_not_wait_for_the_prompt_of_an_earlier_one() -> None:
+    harness = Harness([None], [100], budget=3, max_num_seqs=3, sharing=False)
+    harness.add(family(0, [0] * 14, 9, end=False))
+    harness.add(family(1, [1], 9, 2, end=False))
+    harness.end(harness.members[1])  # the second sample is next now
+    harness.round()
+    assert rows_of(harness.steps[-1]) == {0: 1, 1: 2}
+    harness.round()
+    assert harness.steps[-1].slots.tolist() == [0, 1] and rows_of(harness.steps[-1]) == {0: 1, 1: 2}
+
+
 @pytest.mark.parametrize(("num_blocks", "is_admitted"), [(6, True), (5, False)])
 def test_a_row_is_admitted_exactly_when_it_and_the_next_growth_fit(num_blocks, is_admitted) -> None:
     """Row 0 has two blocks and may grow by one; row 1 left one in the cache, where it counts as

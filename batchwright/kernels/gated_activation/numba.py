@@ -87,7 +87,7 @@ def _activation(x: Any, kind: int, gated: bool, out: Any, num_threads: int) -> N
         _rows(x, kind, gated, out, start, end)
 
 
-@njit
+@njit(error_model="numpy")
 def _rows(x: Any, kind: int, gated: bool, out: Any, start: int, end: int) -> None:
     size = out.shape[1]
     whole = size // LANES * LANES
@@ -107,7 +107,7 @@ def _rows(x: Any, kind: int, gated: bool, out: Any, start: int, end: int) -> Non
             store_first(out, out_at + whole, rest, value)
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def _act(x: Any, kind: int) -> Any:
     if kind == 0:
         return _silu(x)
@@ -118,20 +118,20 @@ def _act(x: Any, kind: int) -> Any:
     return maximum(constant(0.0), x)
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def _silu(x: Any) -> Any:
     """x / (1 + exp(-x))."""
     return div(x, add(constant(1.0), exp(sub(constant(0.0), x))))
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def _gelu(x: Any) -> Any:
     """x / 2 * (1 + erf(x / sqrt 2))."""
     half = mul(x, constant(0.5))
     return fma(half, erf(mul(x, constant(0.7071067811865476))), half)
 
 
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def _gelu_tanh(x: Any) -> Any:
     """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
     cube = mul(mul(x, x), x)

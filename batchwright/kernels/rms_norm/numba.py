@@ -102,7 +102,7 @@ def _rms_norm(
         _rows(x, total, add_x, weight, eps, unit_offset, out, start, end)
 
 
-@njit
+@njit(error_model="numpy")
 def _rows(
     x: Any,
     total: Any,
@@ -120,45 +120,44 @@ def _rows(
             x_at = (token * x.strides[0] + head * x.strides[1]) // size
             total_at = (token * total.strides[0] + head * total.strides[1]) // size
             out_at = (token * out.strides[0] + head * out.strides[1]) // size
-            squares = _sum_of_squares(x, x_at, total, total_at, add_x, x.shape[2])
+            if add_x:
+                _add_row(x, x_at, total, total_at, x.shape[2])
+            squares = _sum_of_squares(total, total_at, x.shape[2])
             mean = F32(squares / F32(x.shape[2]))
             scale = F32(F32(1.0) / np.sqrt(F32(mean + F32(eps))))
             _scale_row(total, total_at, scale, weight, unit_offset, out, out_at)
 
 
-@njit(forceinline=True)
-def _sum_of_squares(x: Any, x_at: int, total: Any, total_at: int, add_x: bool, length: int) -> Any:
-    """Add x to the row if asked, and return the sum of the row's squares."""
+@njit(forceinline=True, error_model="numpy")
+def _add_row(x: Any, x_at: int, total: Any, total_at: int, length: int) -> None:
+    """total += x, one row."""
+    whole = length // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(total, total_at + i, add(load(x, x_at + i), load(total, total_at + i)))
+    if whole < length:
+        rest, x_at, total_at = length - whole, x_at + whole, total_at + whole
+        both = add(load_first(x, x_at, rest), load_first(total, total_at, rest))
+        store_first(total, total_at, rest, both)
+
+
+@njit(forceinline=True, error_model="numpy")
+def _sum_of_squares(x: Any, at: int, length: int) -> Any:
+    """Sum of a row's squares, in 32 partial sums (four vectors keep the pipeline full)."""
     s0 = constant(0.0)
     s1, s2, s3 = s0, s0, s0
-    for i in range(0, length, 4 * LANES):
-        s0 = _square_eight(s0, x, x_at, total, total_at, add_x, i, length)
-        s1 = _square_eight(s1, x, x_at, total, total_at, add_x, i + LANES, length)
-        s2 = _square_eight(s2, x, x_at, total, total_at, add_x, i + 2 * LANES, length)
-        s3 = _square_eight(s3, x, x_at, total, total_at, add_x, i + 3 * LANES, length)
+    groups = length // (4 * LANES) * (4 * LANES)
+    for i in range(at, at + groups, 4 * LANES):
+        v0, v1 = load(x, i), load(x, i + LANES)
+        v2, v3 = load(x, i + 2 * LANES), load(x, i + 3 * LANES)
+        s0, s1 = fma(v0, v0, s0), fma(v1, v1, s1)
+        s2, s3 = fma(v2, v2, s2), fma(v3, v3, s3)
+    for i in range(groups, length, LANES):
+        v0 = load_first(x, at + i, length - i)
+        s0 = fma(v0, v0, s0)
     return horizontal_sum(add(add(s0, s1), add(s2, s3)))
 
 
-@njit(forceinline=True)
-def _square_eight(
-    squares: Any, x: Any, x_at: int, total: Any, total_at: int, add_x: bool, i: int, length: int
-) -> Any:
-    if i + LANES <= length:
-        value = load(total, total_at + i)
-        if add_x:
-            value = add(load(x, x_at + i), value)
-            store(total, total_at + i, value)
-        return fma(value, value, squares)
-    if i >= length:
-        return squares
-    value = load_first(total, total_at + i, length - i)
-    if add_x:
-        value = add(load_first(x, x_at + i, length - i), value)
-        store_first(total, total_at + i, length - i, value)
-    return fma(value, value, squares)
-
-
-@njit(forceinline=True)
+@njit(forceinline=True, error_model="numpy")
 def _scale_row(
     total: Any, total_at: int, scale: Any, weight: Any, unit_offset: bool, out: Any, out_at: int
 ) -> None:

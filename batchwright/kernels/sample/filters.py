@@ -26,37 +26,10 @@ NUM_BINS = 1024
 OCTAVES = 4.0
 _F32 = np.float32
 _ZERO = np.float32(0.0)
+_ONE = np.float32(1.0)
 _LAST_BIN = np.float32(NUM_BINS - 1)
 _OUTSIDE = np.int32(NUM_BINS)
 _LOG2_E = math.log2(math.e)
-
-
-@inner
-def kth_largest(keys, size, k):  # type: ignore[no-untyped-def]
-    """The k-th largest of keys[:size], 1 <= k <= size. Overwrites keys.
-
-    Halves the range of values, so no input is slow: at most 32 passes over what is left.
-    """
-    while True:
-        low, high = keys[0], keys[0]
-        for i in range(size):
-            low = min(low, keys[i])
-            high = max(high, keys[i])
-        if low == high:
-            return low
-        pivot = np.int32((np.int64(low) + np.int64(high)) >> 1)
-        above = np.int32(0)
-        for i in range(size):
-            above = np.int32(above + np.int32(keys[i] > pivot))
-        upper = above >= k
-        if not upper:
-            k -= above
-        kept = np.int64(0)
-        for i in range(size):
-            key = keys[i]
-            keys[kept] = key
-            kept += np.int64((key > pivot) == upper)
-        size = kept
 
 
 @inner
@@ -71,10 +44,11 @@ def _num_needed(weights, size, mass, target):  # type: ignore[no-untyped-def]
 
 
 @inner
-def nucleus_edge(keys, ids, weights, size, mass, target):  # type: ignore[no-untyped-def]
+def _select(keys, ids, weights, size, mass, target):  # type: ignore[no-untyped-def]
     """The cut (key, id) in a list where `mass` plus the list's weights down to it reaches `target`.
 
-    ids ascend. Overwrites the lists. Sums are exact, so their order does not matter.
+    ids ascend. Overwrites the lists. Sums are exact, so their order does not matter. Halves the
+    range of keys, so no input is slow: at most 32 passes over what is left of the list.
     """
     while True:
         low, high = keys[0], keys[0]
@@ -86,8 +60,7 @@ def nucleus_edge(keys, ids, weights, size, mass, target):  # type: ignore[no-unt
         pivot = np.int32((np.int64(low) + np.int64(high)) >> 1)
         above = 0.0
         for i in range(size):
-            if keys[i] > pivot:
-                above += weights[i]
+            above += weights[i] if keys[i] > pivot else _ZERO
         upper = mass + above >= target
         if not upper:
             mass += above
@@ -102,24 +75,27 @@ def nucleus_edge(keys, ids, weights, size, mass, target):  # type: ignore[no-unt
 
 
 @inner
-def top_k_cut(row, maxima, num_groups, k, keys):  # type: ignore[no-untyped-def]
-    """Key of the k-th largest logit, 1 <= k < len(row); `keys` is scratch, [len(row)] int32.
+def top_k_cut(row, maxima, num_groups, k, keys, ids, ones):  # type: ignore[no-untyped-def]
+    """Key of the k-th largest logit, 1 <= k < len(row).
 
-    The k-th largest group maximum is a lower bound for it that few tokens reach.
+    The k-th largest group maximum is a lower bound for it that few tokens reach. `keys`, `ids`
+    ([width] int32) and `ones` ([width] float32) are scratch.
     """
     bound = MINUS_INF_KEY
     if k <= num_groups:
         for group in range(num_groups):
             keys[group] = maxima[group]
-        bound = kth_largest(keys, num_groups, k)
+            ones[group] = _ONE
+        bound = _select(keys, ids, ones, num_groups, 0.0, np.float64(k))[0]
     size = np.int64(0)
     for group in range(num_groups):
         if maxima[group] >= bound:
             for i in range(group * GROUP, min(group * GROUP + GROUP, len(row))):
                 key = order_key(row[i])
                 keys[size] = key
+                ones[size] = _ONE
                 size += np.int64(key >= bound)
-    return kth_largest(keys, size, k)
+    return _select(keys, ids, ones, size, 0.0, np.float64(k))[0]
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"reassoc"})
@@ -281,4 +257,4 @@ def top_p_cut(  # type: ignore[no-untyped-def]
         if maxima[group] >= bound:
             start, end = group * GROUP, min(group * GROUP + GROUP, len(row))
             size = _list_group(row, start, end, edge, weights, keys, ids, listed, size)
-    return nucleus_edge(keys, ids, listed, size, mass, target)
+    return _select(keys, ids, listed, size, mass, target)

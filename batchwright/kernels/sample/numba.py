@@ -76,7 +76,7 @@ def sample_rows(
     out = np.empty(len(row_of_sample), np.int32)
     run_tasks(
         _sample_task_pointer(),
-        min(get_num_threads(), len(scratch.words)),
+        min(get_num_threads(), len(scratch.words), max(len(out), 1)),
         read_only(logits),
         own(row_of_sample, np.int32),
         own(slot_of_sample, np.int32),
@@ -181,7 +181,9 @@ def _sample_task(  # type: ignore[no-untyped-def]
         groups = (len(row) + GROUP - 1) // GROUP
         cut_key, cut_id = MINUS_INF_KEY, len(row)
         if 0 < slot.top_k < len(row):
-            cut_key = top_k_cut(row, maxima, groups, slot.top_k, ints[task, 0])
+            cut_key = top_k_cut(
+                row, maxima, groups, slot.top_k, ints[task, 0], ints[task, 1], floats[task, 2]
+            )
         if slot.top_p < 1.0:
             cut_key, cut_id = top_p_cut(
                 row,

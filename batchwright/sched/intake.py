@@ -1,0 +1,144 @@
+"""Intake: what a Step's result means for the sequences it was made for.
+
+A result may come one Step late. By then a slot may have another occupant; slots are therefore
+compared by epoch. A sequence that was preempted meanwhile still gets its token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from batchwright.request import FinishReason, Int32Array
+from batchwright.sched.slots import Slots
+from batchwright.sched.step_builder import InFlight
+from batchwright.sequence import Sequence
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counts since the start; tokens unless named otherwise."""
+
+    num_steps: int = 0
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens taken from shared blocks
+    num_generated_tokens: int = 0
+    num_recomputed_tokens: int = 0  # computed again after preemption; part of computed
+    num_preemptions: int = 0  # events
+
+
+@dataclass(slots=True)
+class Update:
+    """What a StepResult changed.
+
+    Attributes:
+        finished: sequences that ended, their tokens in `token_ids`.
+        watched: (sequence, line of the result) of tokens drawn for watched sequences.
+        scored: (sequence, first scored position, first line, end line) in the score results.
+        pooled: (sequence, slot) whose embedding is in the result.
+    """
+
+    finished: list[Sequence] = field(default_factory=list)
+    watched: list[tuple[Sequence, int]] = field(default_factory=list)
+    scored: list[tuple[Sequence, int, int, int]] = field(default_factory=list)
+    pooled: list[tuple[Sequence, int]] = field(default_factory=list)
+
+
+class Intake:
+    """Writes results into the slots and ends the sequences they end.
+
+    Args:
+        slots: the running sequences.
+        stats: counts generated tokens.
+        finish: (sequence, reason[, stop reason]), the scheduler's.
+    """
+
+    def __init__(self, slots: Slots, stats: SchedulerStats, finish: Callable[..., None]) -> None:
+        self._slots = slots
+        self._stats = stats
+        self._finish = finish
+        # Preempted with a token in flight, by the (slot, epoch) they left.
+        self._late: dict[tuple[int, int], Sequence] = {}
+
+    def expect_late(self, slot: int, epoch: int, sequence: Sequence) -> None:
+        """A sequence left its slot with a token in flight."""
+        self._late[slot, epoch] = sequence
+
+    def forget_late(self) -> None:
+        """No more late tokens will come."""
+        self._late.clear()
+
+    def take(self, record: InFlight, token_ids: Int32Array) -> Update:
+        """Take in the result of the Step that `record` remembers."""
+        update = Update()
+        self._take_scores(record, update)
+        self._take_pooled(record, update)
+        self._take_tokens(record, token_ids, update)
+        return update
+
+    def _take_tokens(self, record: InFlight, token_ids: Int32Array, update: Update) -> None:
+        state = self._slots
+        live = state.epoch[record.sample_slots] == record.sample_epochs
+        for line in np.flatnonzero(~live).tolist():
+            key = int(record.sample_slots[line]), int(record.sample_epochs[line])
+            left = self._late.pop(key, None)
+            if left is not None and left.finish_reason is None:
+                self._take_late(left, line, int(token_ids[line]), update)
+        lines = np.flatnonzero(live)
+        slots, ids = record.sample_slots[lines], token_ids[lines]
+        state.token_ids[slots, state.num_known[slots]] = ids
+        state.num_known[slots] += 1
+        self._stats.num_generated_tokens += len(lines)
+        for index in np.flatnonzero(state.watched[slots]).tolist():
+            sequence = state.sequences[slots[index]]
+            assert sequence is not None
+            update.watched.append((sequence, int(lines[index])))
+        ended = (state.end_token_ids[slots] == ids[:, None]).any(axis=1)
+        full = state.num_known[slots] == state.max_len[slots]
+        for index in np.flatnonzero(ended | full | (ids < 0)).tolist():
+            sequence = state.sequences[slots[index]]
+            assert sequence is not None
+            self._finish_by_token(sequence, int(ids[index]), bool(ended[index]), update)
+
+    def _take_late(self, sequence: Sequence, line: int, token_id: int, update: Update) -> None:
+        """A token for a sequence that was preempted meanwhile."""
+        sequence.token_ids = np.append(sequence.token_ids, np.int32(token_id))
+        sequence.num_in_flight = 0
+        self._stats.num_generated_tokens += 1
+        if sequence.is_watched:
+            update.watched.append((sequence, line))
+        ended = token_id in sequence.end_token_ids
+        if ended or token_id < 0 or len(sequence.token_ids) == sequence.max_len:
+            self._finish_by_token(sequence, token_id, ended, update)
+
+    def _finish_by_token(
+        self, sequence: Sequence, token_id: int, ended: bool, update: Update
+    ) -> None:
+        if token_id < 0:
+            self._finish(sequence, FinishReason.ERROR)
+        elif ended:
+            self._finish(sequence, FinishReason.STOP, token_id)
+        else:
+            self._finish(sequence, FinishReason.LENGTH)
+        update.finished.append(sequence)
+
+    def _take_scores(self, record: InFlight, update: Update) -> None:
+        for slot, epoch, position, first, end in record.scores:
+            is_live = self._slots.epoch[slot] == epoch
+            # A preempted sequence may end with its late token and never be scored again.
+            sequence = self._slots.sequences[slot] if is_live else self._late.get((slot, epoch))
+            if sequence is not None and sequence.finish_reason is None:
+                update.scored.append((sequence, position, first, end))
+
+    def _take_pooled(self, record: InFlight, update: Update) -> None:
+        """Sequences that draw nothing end with the Step that computes their last token."""
+        for slot, epoch in record.completed:
+            sequence = self._slots.sequences[slot]
+            if sequence is None or self._slots.epoch[slot] != epoch:
+                continue
+            if self._slots.pools[slot]:
+                update.pooled.append((sequence, slot))
+            self._finish(sequence, FinishReason.STOP)
+            update.finished.append(sequence)
