@@ -22,8 +22,9 @@ from batchwright.kernels.sample.rowmath import (
     weight,
 )
 
-NUM_BINS = 1024
-OCTAVES = 4.0
+NUM_BINS = 2048
+OCTAVES = 4.0  # first range that top_p looks at: down to 1/16 of the largest probability
+LOGIT_STEP = 4.0  # the same for a top_k beyond the number of groups, in logits
 _F32 = np.float32
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
@@ -72,30 +73,6 @@ def _select(keys, ids, weights, size, mass, target):  # type: ignore[no-untyped-
             weights[kept] = weights[i]
             kept += np.int64((key > pivot) == upper)
         size = kept
-
-
-@inner
-def top_k_cut(row, maxima, num_groups, k, keys, ids, ones):  # type: ignore[no-untyped-def]
-    """Key of the k-th largest logit, 1 <= k < len(row).
-
-    The k-th largest group maximum is a lower bound for it that few tokens reach. `keys`, `ids`
-    ([width] int32) and `ones` ([width] float32) are scratch.
-    """
-    bound = MINUS_INF_KEY
-    if k <= num_groups:
-        for group in range(num_groups):
-            keys[group] = maxima[group]
-            ones[group] = _ONE
-        bound = _select(keys, ids, ones, num_groups, 0.0, np.float64(k))[0]
-    size = np.int64(0)
-    for group in range(num_groups):
-        if maxima[group] >= bound:
-            for i in range(group * GROUP, min(group * GROUP + GROUP, len(row))):
-                key = order_key(row[i])
-                keys[size] = key
-                ones[size] = _ONE
-                size += np.int64(key >= bound)
-    return _select(keys, ids, ones, size, 0.0, np.float64(k))[0]
 
 
 @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"reassoc"})
@@ -170,7 +147,7 @@ def _mass_above(row, maxima, num_groups, lower, weights):  # type: ignore[no-unt
 def _place(logits, upper, lower, top, scale, places):  # type: ignore[no-untyped-def]
     for i in range(len(logits)):
         place = (top - logits[i]) * scale
-        place = place if place < _LAST_BIN else _LAST_BIN
+        place = place if place < _LAST_BIN else _LAST_BIN  # also where 0 * inf made a NaN
         inside = lower <= logits[i] < upper
         places[i] = np.int32(place) if inside else _OUTSIDE
 
@@ -206,36 +183,28 @@ def _list_group(row, start, end, edge, weights, keys, ids, listed, size):  # typ
 
 
 @inner
-def top_p_cut(  # type: ignore[no-untyped-def]
-    row, maxima, num_groups, top, temperature, top_p, lowest, weights, keys, ids, listed, bins
+def _edge(  # type: ignore[no-untyped-def]
+    row, maxima, num_groups, top, bound, step, target, weights, keys, ids, listed, bins
 ):
-    """The cut (key, id) of the nucleus among tokens with key >= lowest; 0 <= top_p < 1.
+    """The cut (key, id) where the weights of the likeliest tokens reach `target`.
 
-    The nucleus is the shortest beginning of the order whose weights sum to at least
-    target = top_p * (sum of all weights). First the range of logits is extended downwards, OCTAVES
-    at a time, until it holds the target; then a histogram of the last extension finds the bin where
-    the target is reached; then only the tokens of that bin are looked at one by one.
-
-    `weights`, `listed` ([width] float32), `keys`, `ids` ([width] int32) and `bins` ([NUM_BINS + 1]
+    The range of logits is extended downwards from `top`, by `step`, twice that, and so on, until it
+    holds the target. A histogram of the last extension finds the bin where the target is reached;
+    then only the tokens of that bin are looked at one by one. Logits below the key `bound` weigh
+    nothing. `keys`, `ids` ([width] int32), `listed` ([width] float32) and `bins` ([NUM_BINS + 1]
     float64) are scratch.
     """
-    inverse = _F32(_LOG2_E / temperature)
-    step = OCTAVES / np.float64(inverse)
-    bound = max(lowest, order_key(_F32(np.float64(top) + WEIGHTLESS / np.float64(inverse))))
-    target = top_p * _weigh(
-        row, maxima, num_groups, top, inverse, bound, key_float(lowest), weights
-    )
-
-    mass, upper, num_steps = 0.0, _F32(np.inf), 1
-    lower = max(_F32(np.float64(top) - step), key_float(bound))
+    mass, upper, reach = 0.0, _F32(np.inf), step
+    lower = max(_F32(np.float64(top) - reach), key_float(bound))
     above = _mass_above(row, maxima, num_groups, lower, weights)
     while above < target:
-        mass, upper, num_steps = above, lower, num_steps + 1
-        lower = max(_F32(np.float64(top) - num_steps * step), key_float(bound))
+        step *= 2.0
+        mass, upper, reach = above, lower, reach + step
+        lower = max(_F32(np.float64(top) - reach), key_float(bound))
         above = _mass_above(row, maxima, num_groups, lower, weights)
 
     start_logit = min(top, upper)
-    scale = inverse * _F32(NUM_BINS / OCTAVES)
+    scale = _F32(NUM_BINS / (np.float64(start_logit) - np.float64(lower)))
     for i in range(NUM_BINS + 1):
         bins[i] = 0.0
     bound = order_key(lower)
@@ -247,14 +216,84 @@ def top_p_cut(  # type: ignore[no-untyped-def]
             _place(row[start:end], upper, lower, start_logit, scale, keys[start:end])
             _count(keys[start:end], weights[start:end], bins)
         group += 1
-    edge = np.int32(0)
-    while mass + bins[edge] < target:
-        mass += bins[edge]
-        edge = np.int32(edge + 1)
+    place = np.int32(0)
+    while mass + bins[place] < target:
+        mass += bins[place]
+        place = np.int32(place + 1)
 
     size = np.int64(0)
     for group in range(num_groups):
         if maxima[group] >= bound:
             start, end = group * GROUP, min(group * GROUP + GROUP, len(row))
-            size = _list_group(row, start, end, edge, weights, keys, ids, listed, size)
+            size = _list_group(row, start, end, place, weights, keys, ids, listed, size)
     return _select(keys, ids, listed, size, mass, target)
+
+
+@inner
+def top_k_cut(  # type: ignore[no-untyped-def]
+    row, maxima, num_groups, top, k, weights, keys, ids, listed, bins
+):
+    """Key of the k-th largest logit, 1 <= k < len(row). Scratch as in top_p_cut.
+
+    The k-th largest group maximum, if there is one, is a lower bound for it that few tokens reach.
+    """
+    if k > num_groups:
+        for i in range(len(row)):
+            weights[i] = _ONE
+        return _edge(
+            row,
+            maxima,
+            num_groups,
+            top,
+            MINUS_INF_KEY,
+            LOGIT_STEP,
+            np.float64(k),
+            weights,
+            keys,
+            ids,
+            listed,
+            bins,
+        )[0]
+    for group in range(num_groups):
+        keys[group] = maxima[group]
+        listed[group] = _ONE
+    bound = _select(keys, ids, listed, num_groups, 0.0, np.float64(k))[0]
+    size = np.int64(0)
+    for group in range(num_groups):
+        if maxima[group] >= bound:
+            for i in range(group * GROUP, min(group * GROUP + GROUP, len(row))):
+                key = order_key(row[i])
+                keys[size] = key
+                listed[size] = _ONE
+                size += np.int64(key >= bound)
+    return _select(keys, ids, listed, size, 0.0, np.float64(k))[0]
+
+
+@inner
+def top_p_cut(  # type: ignore[no-untyped-def]
+    row, maxima, num_groups, top, temperature, top_p, lowest, weights, keys, ids, listed, bins
+):
+    """The cut (key, id) of the nucleus among tokens with key >= lowest; 0 <= top_p < 1.
+
+    The nucleus is the shortest beginning of the order whose weights sum to at least
+    top_p * (sum of all weights). `weights`, `listed` ([width] float32), `keys`, `ids` ([width]
+    int32) and `bins` ([NUM_BINS + 1] float64) are scratch.
+    """
+    inverse = _F32(_LOG2_E / temperature)
+    bound = max(lowest, order_key(_F32(np.float64(top) + WEIGHTLESS / np.float64(inverse))))
+    total = _weigh(row, maxima, num_groups, top, inverse, bound, key_float(lowest), weights)
+    step = OCTAVES / np.float64(inverse)
+    return _edge(
+        row,
+        maxima,
+        num_groups,
+        top,
+        bound,
+        step,
+        top_p * total,
+        weights,
+        keys,
+        ids,
+        listed,
+        bins,
+    )

@@ -182,7 +182,16 @@ def _sample_task(  # type: ignore[no-untyped-def]
         cut_key, cut_id = MINUS_INF_KEY, len(row)
         if 0 < slot.top_k < len(row):
             cut_key = top_k_cut(
-                row, maxima, groups, slot.top_k, ints[task, 0], ints[task, 1], floats[task, 2]
+                row,
+                maxima,
+                groups,
+                row[first],
+                slot.top_k,
+                floats[task, 1],
+                ints[task, 0],
+                ints[task, 1],
+                floats[task, 2],
+                doubles[task],
             )
         if slot.top_p < 1.0:
             cut_key, cut_id = top_p_cut(
