@@ -4,7 +4,14 @@ The OpenMP threading layer is chosen here, in code: a parallel call costs 22 us 
 with Numba's default `workqueue` (2 cores, measured), which is a large part of a decode step.
 """
 
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
 import numba
+
+from batchwright.user_cache import user_cache_directory
 
 numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 
@@ -12,3 +19,22 @@ numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 def set_num_threads(num_threads: int) -> None:
     """Threads of all Numba kernels, at most those Numba started with (the cores it may use)."""
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
+def _use_cache_of_these_sources() -> None:
+    """Cache compiled kernels by the content of all of them.
+
+    Numba compares only the file a kernel stands in, so after a change of a function that a kernel
+    calls from another file it would run the old machine code.
+    """
+    directory = user_cache_directory("kernels")
+    if numba.config.CACHE_DIR or directory is None:  # type: ignore[attr-defined]
+        return  # the user's own NUMBA_CACHE_DIR, or nowhere to go but beside the sources
+    folder = Path(__file__).parent
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    numba.config.CACHE_DIR = str(directory / digest.hexdigest()[:16])  # type: ignore[attr-defined]
+
+
+_use_cache_of_these_sources()

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from batchwright.errors import ModelFormatError
+from batchwright.user_cache import user_cache_directory
 from batchwright.weights.gguf_checkpoint import GgufCheckpoint
 from batchwright.weights.safetensors_file import (
     open_safetensors,
@@ -45,14 +46,8 @@ _STALE_PART_S = 24 * 3600
 
 
 def cache_directory() -> Path | None:
-    """Return the user's cache directory for weights, or None if the user has no home."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # the XDG specification says to ignore relative ones
-        try:
-            base = str(Path.home() / ".cache")
-        except RuntimeError:
-            return None
-    return Path(base) / "batchwright" / "weights"
+    """Return the directory for weights, or None if the user has no home."""
+    return user_cache_directory("weights")
 
 
 @dataclass(frozen=True)

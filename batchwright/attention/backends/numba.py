@@ -35,13 +35,13 @@ class NumbaKV:
 
 @dataclass(slots=True, eq=False)
 class _StepPlan:
-    """A step, and the kernel's work items by (window, query heads, kv heads), made when needed."""
+    """A step, and the kernel's work items by KV group and numbers of heads, made when needed."""
 
     batch: AttentionBatch
-    work: dict[tuple[int | None, int, int], AttentionPlan] = field(default_factory=dict)
+    work: dict[tuple[int, int, int], AttentionPlan] = field(default_factory=dict)
 
-    def for_layer(self, spec: AttentionSpec) -> AttentionPlan:
-        key = (spec.window, spec.num_q_heads, spec.num_kv_heads)
+    def for_layer(self, spec: AttentionSpec, group: int) -> AttentionPlan:
+        key = (group, spec.num_q_heads, spec.num_kv_heads)
         if key not in self.work:
             self.work[key] = plan_attention(
                 self.batch.cu_seqlens_q,
@@ -50,6 +50,8 @@ class _StepPlan:
                 num_q_heads=spec.num_q_heads,
                 num_kv_heads=spec.num_kv_heads,
                 window=spec.window,
+                block_table=self.batch.groups[group].block_table,  # rows load shared keys once
+                block_size=self.batch.block_size,
             )
         return self.work[key]
 
@@ -99,7 +101,7 @@ class Backend:
             kv.keys,
             kv.values,
             plan.batch.groups[group].block_table,
-            plan.for_layer(spec),
+            plan.for_layer(spec, group),
             scale=spec.scale,
             soft_cap=spec.soft_cap,
             out=view_numpy(out),

@@ -28,6 +28,7 @@ LOGIT_STEP = 4.0  # the same for a top_k beyond the number of groups, in logits
 _F32 = np.float32
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
+_QUANTUM = 2.0**-34  # unit of weights
 _LAST_BIN = np.float32(NUM_BINS - 1)
 _OUTSIDE = np.int32(NUM_BINS)
 _LOG2_E = math.log2(math.e)
@@ -290,7 +291,7 @@ def top_p_cut(  # type: ignore[no-untyped-def]
         top,
         bound,
         step,
-        top_p * total,
+        max(top_p * total, _QUANTUM),  # top_p = 0: the first bin may be empty
         weights,
         keys,
         ids,
