@@ -1,22 +1,6 @@
-"""Clocks, always passed in: the wall's, and one that only moves when told to."""
+"""VirtualClock: time that only moves when told to. Real time is read where files are."""
 
 from __future__ import annotations
-
-import time
-from typing import Protocol
-
-
-class Clock(Protocol):
-    """Seconds since an arbitrary start."""
-
-    def now(self) -> float: ...
-
-
-class WallClock:
-    """Real time."""
-
-    def now(self) -> float:
-        return time.perf_counter()
 
 
 class VirtualClock:

@@ -31,7 +31,7 @@ class EngineConfig:
         prefix_sharing: prompts with a common beginning compute and store it once.
         attention: backend, a file of `batchwright/attention/backends`.
         seed: keys the randomness of rows that have no seed of their own.
-        num_threads: threads of matrix products and kernels.
+        num_threads: threads of matrix products and kernels, at most the cores there are.
         look_ahead: steps handed out before the oldest result is read, 0 or 1.
     """
 
@@ -80,6 +80,12 @@ class EngineConfig:
                 f"max_num_batched_tokens is {budget}, below max_num_seqs {self.max_num_seqs}; "
                 "every running sequence needs one token per step, so raise it or lower the other"
             )
+        if self.kv_cache_bytes is not None and self.kv_cache_bytes > free_memory_bytes:
+            problems.append(
+                f"kv_cache_bytes is {self.kv_cache_bytes}, but only {free_memory_bytes} bytes are "
+                "free; lower it or leave it out"
+            )
+        num_cores = len(os.sched_getaffinity(0))
         if problems:
             raise ConfigError("; ".join(problems))
         return ResolvedConfig(
@@ -92,7 +98,7 @@ class EngineConfig:
             prefix_sharing=self.prefix_sharing,
             attention=self.attention,
             seed=self.seed,
-            num_threads=self.num_threads or len(os.sched_getaffinity(0)),
+            num_threads=min(self.num_threads or num_cores, num_cores),
             look_ahead=self.look_ahead,
         )
 

@@ -67,6 +67,7 @@ class Engine:
         self._outstanding: deque[StepResult] = deque()
         self._num_added = 0
         self._done: list[Result] = []
+        self._is_running = False  # between the first and the last result of a `run`
 
     @property
     def stats(self) -> SchedulerStats:
@@ -124,12 +125,13 @@ class Engine:
         Raises:
             ConfigError: another run of this engine is not finished.
         """
-        if self._requests:
+        if self._requests or self._is_running:
             raise ConfigError(
                 "this engine is still running other requests; finish or close their results first"
             )
         source = iter(requests)
         exhausted = False
+        self._is_running = True
         try:
             while True:
                 while not exhausted and self.num_unfinished < HORIZON:
@@ -145,6 +147,7 @@ class Engine:
                     return
                 yield from self.step()
         finally:
+            self._is_running = False
             self._abandon()
 
     def _abandon(self) -> None:
@@ -243,17 +246,19 @@ class Engine:
     # Taking results in -----------------------------------------------------------------------
 
     def _take(self, update: Update, result: StepResult) -> None:
-        for sequence, line in update.watched:
-            self._watch(sequence, line, result)
         for sequence, position, first, end in update.scored:
             assert result.score_logprobs is not None
             running = self._requests[sequence.request.id]
             targets = running.request.prompt_token_ids[position : position + end - first]
-            lines = token_logprobs(targets.tolist(), result.score_logprobs, first)
+            num_top = running.request.params.prompt_logprobs
+            lines = token_logprobs(targets.tolist(), result.score_logprobs, first, num_top or 0)
             running.scores.update(enumerate(lines, start=position))
         for sequence, slot in update.pooled:
             assert result.embeddings is not None
             self._requests[sequence.request.id].embedding = result.embeddings[slot]
+        # last: a stop string may complete the request
+        for sequence, line in update.watched:
+            self._watch(sequence, line, result)
         for sequence in update.finished:
             self._finish(sequence)
 

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -145,7 +145,11 @@ class LLM:
     def _encode(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
-        return None, prompt
+        if _are_token_ids(prompt):
+            return None, prompt
+        raise RequestError(
+            f"a prompt is a text or a list of token ids, not {prompt!r:.60}", param="prompt"
+        )
 
     def _join(self, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
         """(token ids, number of context tokens)."""
@@ -247,6 +251,13 @@ def _block_bytes(
 def _request(id: str, prompt: str | None, token_ids: Sequence[int], **fields: Any) -> Request:
     ids = np.asarray(token_ids, np.int32)
     return Request(id=id, prompt=prompt, prompt_token_ids=ids, **fields)
+
+
+def _are_token_ids(prompt: Any) -> TypeGuard[Sequence[int]]:
+    """Whether this is a sequence of whole numbers that fit into 32 bits."""
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
+        return False
+    return all(isinstance(i, int | np.integer) and abs(int(i)) < 2**31 for i in prompt)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,17 +1,18 @@
 """What a user asks for and what comes back: Request, SamplingParams, Result.
 
 No torch, no files, no clock. A `Request` is one user row after validation, templating and
-tokenisation; the engine makes `params.num_samples` sequences of it and answers with one `Result`.
+tokenisation; the engine makes `params.n` sequences of it and answers with one `Result`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from batchwright.errors import RequestError
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -167,10 +168,5 @@ class Result:
     prompt_logprobs: list[TokenLogprob | None] | None = None  # None for the first token
     score: Score | None = None
     embedding: Float32Array | None = None  # [hidden_size]
-    error: Any = None  # RequestError
+    error: RequestError | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from shared KV blocks instead of computed
-
-    @property
-    def finished(self) -> bool:
-        """Always true: results are delivered only when they are complete."""
-        return True

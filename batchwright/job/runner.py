@@ -39,6 +39,8 @@ DRAIN_S = 60.0  # how long rows that run may go on after the first request to st
 class JobEngine(Protocol):
     """What a job needs of `engine.Engine`."""
 
+    max_model_len: int
+
     @property
     def stats(self) -> EngineStats: ...
     @property
@@ -186,7 +188,8 @@ class Job:
             self._fail(row.line, row.custom_id, error)
             return
         form = AnswerForm(row.is_chat, row.echo, row.report_prompt_logprobs)
-        num_allowed = row.params.n * (row.params.max_tokens or DEFAULT_MAX_TOKENS)
+        room = self._engine.max_model_len - len(request.prompt_token_ids)
+        num_allowed = row.params.n * min(row.params.max_tokens or DEFAULT_MAX_TOKENS, room)
         self._in_flight[row.custom_id] = _InFlight(row.line, form, num_allowed)
         self.summary.num_allowed_tokens += num_allowed
 

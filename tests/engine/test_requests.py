@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from batchwright.errors import RequestError
+from batchwright.errors import ConfigError, RequestError
 from batchwright.request import FinishReason, Request, SamplingParams, Task
-from tests.engine.harness import mixed_job, run
+from tests.engine.harness import NoTokenizer, mixed_job, run
 from tests.models.reference import make_checkpoint
 
 pytestmark = pytest.mark.cpu
@@ -239,3 +239,51 @@ def test_an_engine_can_be_used_after_its_executor_failed(path):
         again = run(path, mixed_job(), prepare=fail_once, look_ahead=look_ahead,
                     max_num_batched_tokens=40, max_num_seqs=6)  # fmt: skip
         assert again.tokens() == expected
+
+
+class SpelledTokenizer(NoTokenizer):
+    """Token i is the letter of that number, so that stop strings can be looked for."""
+
+    special_token_ids = frozenset()
+    decoder_kind = "other"
+
+    def decode(self, ids, *, skip_special_tokens=True):
+        return "".join(chr(0x4E00 + i) for i in ids)
+
+    def id_to_token(self, id):
+        return chr(0x4E00 + id)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"look_ahead": 1, "max_num_batched_tokens": 9, "max_num_seqs": 2}]
+)
+def test_stop_strings_with_samples_and_logprobs(path, monkeypatch, settings):
+    monkeypatch.setattr("tests.engine.harness.NoTokenizer", SpelledTokenizer)
+    prompt = [5, 6, 7]
+    plain = run(path, [row("a", prompt, max_tokens=9)]).results["a"].outputs[0]
+    for at in (0, 3):
+        stop = plain.text[at : at + 2]
+        first = plain.text.index(stop)
+        params = {"stop": (stop,), "n": 2, "logprobs": 1, "prompt_logprobs": 1, "max_tokens": 9}
+        result = run(path, [row("a", prompt, **params), row("b", [9])], **settings).results["a"]
+        for output in result.outputs:
+            assert (output.finish_reason, output.stop_reason) == (FinishReason.STOP, stop)
+            assert output.text == plain.text[:first]
+            assert output.token_ids == plain.token_ids[: first + 2]
+            assert len(output.logprobs) == first + 2
+        assert len(result.prompt_logprobs) == 3
+    single = row("a", prompt, stop=(plain.text[0],), prompt_logprobs=0)
+    result = run(path, [single, row("b", prompt, prompt_logprobs=3)], **settings).results["a"]
+    assert (result.outputs[0].text, len(result.outputs[0].token_ids)) == ("", 1)
+    assert all(entry.top == () for entry in result.prompt_logprobs[1:]), "as many as it asked for"
+
+
+def test_interleaved_runs_are_refused(path):
+    def interleave(engine):
+        first = engine.run([row("a", [5]), row("b", [6])])
+        next(first)
+        with pytest.raises(ConfigError, match="still running"):
+            next(engine.run([row("c", [7])]))
+        assert {r.request_id for r in first} <= {"a", "b"}
+
+    assert set(run(path, [row("d", [5])], prepare=interleave).results) == {"d"}

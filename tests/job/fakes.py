@@ -52,6 +52,8 @@ class FakeEngine:
         on_step: called with the number of each step.
     """
 
+    max_model_len = 8192
+
     max_running: int = 4
     refuse: Iterable[str] = ()
     break_rows: Iterable[str] = ()
