@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# torch and Numba each bring a pool of OpenMP threads. Threads that spin after one pool's work take
-# the cores from the other's, which costs up to milliseconds per call, so they must sleep. The
-# variable is read once, when the libraries load, hence here, before anything imports them.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# torch and Numba each bring a pool of OpenMP threads. Threads that spin for long after one pool's
+# work take the cores from the other's; threads that sleep at once wake late (docs/experiments.md). So
+# they spin for some 0.1 ms. The variable is read once, when the libraries load, hence here, before
+# anything imports them.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from batchwright.errors import BatchwrightError, RequestError
 from batchwright.request import Completion, FinishReason, Request, Result, SamplingParams

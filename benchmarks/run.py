@@ -122,7 +122,7 @@ class Measured:
 def main() -> None:
     """Run, print, and write what was asked for."""
     args = _arguments()
-    omp_wait_policy = os.environ.get("OMP_WAIT_POLICY")  # importing batchwright sets it
+    spin_count = os.environ.get("GOMP_SPINCOUNT")  # importing batchwright sets it
     llm, startup = start(args)
     shape = ModelShape.from_config(_model_config(args.model))
     encode = plain_encoder(llm.tokenizer.encode)
@@ -135,7 +135,7 @@ def main() -> None:
     llm.engine._executor = executor  # the one look inside: time spent computing
     warm_up(llm, measured)
     first_ceiling = measure_ceiling(shape)
-    with _baseline(args, llm, omp_wait_policy) as baseline:
+    with _baseline(args, llm, spin_count) as baseline:
         for workload in measured:
             for repeat in range(args.repeat):
                 token_ids = measure(llm, executor, workload)
@@ -201,7 +201,7 @@ def _model_config(model: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _baseline(
-    args: argparse.Namespace, llm: LLM, omp_wait_policy: str | None
+    args: argparse.Namespace, llm: LLM, spin_count: str | None
 ) -> Iterator[TransformersBaseline | None]:
     if args.against is None:
         yield None
@@ -209,7 +209,7 @@ def _baseline(
     from batchwright.weights.locate import locate_model
 
     path, num_threads = locate_model(args.model), llm.config.num_threads
-    with TransformersBaseline(path, num_threads, omp_wait_policy) as baseline:
+    with TransformersBaseline(path, num_threads, spin_count) as baseline:
         yield baseline
 
 

@@ -34,16 +34,16 @@ class TransformersBaseline:
     Args:
         path: a Llama-family model that `batchwright` can open.
         num_threads: torch's threads.
-        omp_wait_policy: OMP_WAIT_POLICY as the user has it. Importing batchwright changes it for
+        spin_count: GOMP_SPINCOUNT as the user has it. Importing batchwright changes it for
             this process and its children; the baseline gets what its own users get.
     """
 
-    def __init__(self, path: Path, num_threads: int, omp_wait_policy: str | None) -> None:
+    def __init__(self, path: Path, num_threads: int, spin_count: str | None) -> None:
         self._pool = ProcessPoolExecutor(
             max_workers=1,
             mp_context=get_context("spawn"),
             initializer=_load,
-            initargs=(path, num_threads, omp_wait_policy),
+            initargs=(path, num_threads, spin_count),
         )
 
     def __enter__(self) -> TransformersBaseline:
@@ -71,10 +71,10 @@ _worker: dict[str, Any] = {}
 """The worker process's model; the parent's stays empty."""
 
 
-def _load(path: Path, num_threads: int, omp_wait_policy: str | None) -> None:
-    os.environ.pop("OMP_WAIT_POLICY", None)
-    if omp_wait_policy is not None:
-        os.environ["OMP_WAIT_POLICY"] = omp_wait_policy
+def _load(path: Path, num_threads: int, spin_count: str | None) -> None:
+    os.environ.pop("GOMP_SPINCOUNT", None)
+    if spin_count is not None:
+        os.environ["GOMP_SPINCOUNT"] = spin_count
     import torch  # which reads it once, here
     from transformers import LlamaConfig, LlamaForCausalLM
 
