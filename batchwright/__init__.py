@@ -6,9 +6,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 # torch and Numba each bring a pool of OpenMP threads. Threads that spin for long after one pool's
-# work take the cores from the other's; threads that sleep at once wake late (docs/experiments.md). So
-# they spin for some 0.1 ms. The variable is read once, when the libraries load, hence here, before
-# anything imports them.
+# work take the cores from the other's; threads that sleep at once wake late. So they spin for some
+# 0.1 ms (docs/experiments.md). The variable is read once, when the libraries load, hence here,
+# before anything imports them.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from batchwright.errors import BatchwrightError, RequestError
