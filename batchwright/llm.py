@@ -260,11 +260,13 @@ def _are_token_ids(prompt: Any) -> TypeGuard[Sequence[int]]:
     return all(isinstance(i, int | np.integer) and abs(int(i)) < 2**31 for i in prompt)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list; a flat list of ints is one prompt."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+    if isinstance(prompts, str):
+        return [prompts]
+    rows = list(prompts)
+    is_one = len(rows) > 0 and isinstance(rows[0], int | np.integer)
+    return [cast(Prompt, rows)] if is_one else cast(list[Prompt], rows)
 
 
 def _as_conversations(conversations: Messages | Sequence[Messages]) -> list[Messages]:

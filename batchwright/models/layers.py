@@ -19,11 +19,6 @@ MIN_ROWS = 12
 from 12 rows on, a row's bits are the same in every batch). See `row_invariance.py`."""
 
 
-FEW_ROWS = 64
-"""Rows up to which W x^T is the faster product, with the same bits: 110 against 153 ms for the
-layers of SmolLM2 at 16 rows, 34 against 58 ms for its head; at 256 rows it is the slower one."""
-
-
 class Linear(nn.Module):
     """y = x W^T + b, for one projection or several merged ones that read the same input.
 
@@ -60,8 +55,6 @@ class Linear(nn.Module):
             return self._tiled(x, self.tile_rows)
         if num_rows < self.min_rows:
             x = F.pad(x, (0, 0, 0, self.min_rows - num_rows))
-        if self.bias is None and len(x) <= FEW_ROWS:
-            return torch.mm(self.weight, x.T).T[:num_rows].contiguous()
         return F.linear(x, self.weight, self.bias)[:num_rows]
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -43,7 +43,6 @@ def assert_rows_are_invariant(model):
 
 def replace_linear(monkeypatch, fake):
     monkeypatch.setattr(layers.F, "linear", fake)
-    monkeypatch.setattr(layers, "FEW_ROWS", 0)  # all products through the fake
 
 
 def test_this_blas(caplog):

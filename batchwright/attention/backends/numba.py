@@ -35,13 +35,13 @@ class NumbaKV:
 
 @dataclass(slots=True, eq=False)
 class _StepPlan:
-    """A step, and the kernel's work items by KV group and numbers of heads, made when needed."""
+    """A step, and the kernel's work items by KV group, window and heads, made when needed."""
 
     batch: AttentionBatch
-    work: dict[tuple[int, int, int], AttentionPlan] = field(default_factory=dict)
+    work: dict[tuple[int, int | None, int, int], AttentionPlan] = field(default_factory=dict)
 
     def for_layer(self, spec: AttentionSpec, group: int) -> AttentionPlan:
-        key = (group, spec.num_q_heads, spec.num_kv_heads)
+        key = (group, spec.window, spec.num_q_heads, spec.num_kv_heads)
         if key not in self.work:
             self.work[key] = plan_attention(
                 self.batch.cu_seqlens_q,
