@@ -56,43 +56,25 @@ class EngineConfig:
         Raises:
             ConfigError: with all problems at once.
         """
-        problems: list[str] = []
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name} is {value}, must be at least 1")
+        problems = self._problems()
         if self.max_model_len is not None and self.max_model_len > context_length:
             problems.append(
                 f"max_model_len is {self.max_model_len}, the model's context is {context_length}; "
                 "lower it or leave it out"
-            )
-        if self.block_size < 32 or self.block_size % 32:
-            problems.append(f"block_size is {self.block_size}, must be a multiple of 32")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            problems.append(f"dtype is {self.dtype!r}, must be auto, float32 or bfloat16")
-        if self.look_ahead not in (0, 1):
-            problems.append(f"look_ahead is {self.look_ahead}, must be 0 or 1")
-        budget = self.max_num_batched_tokens or max(
-            DEFAULT_MAX_NUM_BATCHED_TOKENS, self.max_num_seqs
-        )
-        if budget < self.max_num_seqs:
-            problems.append(
-                f"max_num_batched_tokens is {budget}, below max_num_seqs {self.max_num_seqs}; "
-                "every running sequence needs one token per step, so raise it or lower the other"
             )
         if self.kv_cache_bytes is not None and self.kv_cache_bytes > free_memory_bytes:
             problems.append(
                 f"kv_cache_bytes is {self.kv_cache_bytes}, but only {free_memory_bytes} bytes are "
                 "free; lower it or leave it out"
             )
-        num_cores = len(os.sched_getaffinity(0))
         if problems:
             raise ConfigError("; ".join(problems))
+        num_cores = len(os.sched_getaffinity(0))
         return ResolvedConfig(
             dtype="float32" if self.dtype == "auto" else self.dtype,
             max_model_len=self.max_model_len or min(context_length, DEFAULT_MAX_MODEL_LEN),
             max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=budget,
+            max_num_batched_tokens=self._token_budget,
             kv_cache_bytes=self.kv_cache_bytes or int(free_memory_bytes * KV_SHARE_OF_FREE_MEMORY),
             block_size=self.block_size,
             prefix_sharing=self.prefix_sharing,
@@ -101,6 +83,46 @@ class EngineConfig:
             num_threads=min(self.num_threads or num_cores, num_cores),
             look_ahead=self.look_ahead,
         )
+
+    def check(self) -> None:
+        """Refuse what no model could make right; takes no time.
+
+        Raises:
+            ConfigError: with all problems at once.
+        """
+        if problems := self._problems():
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def _token_budget(self) -> int:
+        return self.max_num_batched_tokens or max(DEFAULT_MAX_NUM_BATCHED_TOKENS, self.max_num_seqs)
+
+    def _problems(self) -> list[str]:
+        """What is wrong whatever the model is."""
+        problems: list[str] = []
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_bytes",
+            "num_threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name} is {value}, must be at least 1")
+        if self.block_size < 32 or self.block_size % 32:
+            problems.append(f"block_size is {self.block_size}, must be a multiple of 32")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            problems.append(f"dtype is {self.dtype!r}, must be auto, float32 or bfloat16")
+        if self.look_ahead not in (0, 1):
+            problems.append(f"look_ahead is {self.look_ahead}, must be 0 or 1")
+        if self._token_budget < self.max_num_seqs:
+            problems.append(
+                f"max_num_batched_tokens is {self._token_budget}, below max_num_seqs "
+                f"{self.max_num_seqs}; every running sequence needs one token per step, so raise "
+                "it or lower the other"
+            )
+        return problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

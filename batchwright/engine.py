@@ -192,9 +192,10 @@ class Engine:
         num_prompt, token_ids = len(request.prompt_token_ids), request.prompt_token_ids
         if not num_prompt:
             raise RequestError("the prompt is empty; give at least one token")
-        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.vocab_size:
+        if (wrong := (token_ids < 0) | (token_ids >= self.vocab_size)).any():
+            index = int(wrong.argmax())
             raise RequestError(
-                f"prompt has token ids from {int(token_ids.min())} to {int(token_ids.max())}; "
+                f"prompt has token id {token_ids[index]} at index {index}; "
                 f"the model's are 0 to {self.vocab_size - 1}",
                 param="prompt",
             )

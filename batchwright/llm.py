@@ -18,7 +18,6 @@ from batchwright.engine import Engine
 from batchwright.errors import ConfigError, RequestError
 from batchwright.exec.local import LocalExecutor
 from batchwright.exec.memory import available_memory_bytes
-from batchwright.job.params import check_params
 from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model, read_config
@@ -26,6 +25,8 @@ from batchwright.models.row_invariance import ensure_row_invariance
 from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
+from batchwright.validation.messages import check_messages
+from batchwright.validation.params import check_params
 from batchwright.weights.checkpoint import open_checkpoint
 from batchwright.weights.locate import locate_model
 
@@ -75,7 +76,7 @@ class LLM:
         rows = _as_list(prompts)
 
         def request(id: str, prompt: Prompt, row_params: SamplingParams) -> Request:
-            return _request(id, *self._encode(prompt), params=row_params)
+            return _request(id, *self._encode(prompt), params=check_params(row_params))
 
         return self._run(request, rows, _per_row(params, len(rows)))
 
@@ -92,9 +93,9 @@ class LLM:
 
         def request(id: str, messages: Messages, row_params: SamplingParams) -> Request:
             text, token_ids = self.tokenizer.encode_chat(
-                messages, tools=tools, template_kwargs=chat_template_kwargs
+                check_messages(messages), tools=tools, template_kwargs=chat_template_kwargs
             )
-            return _request(id, text, token_ids, params=row_params)
+            return _request(id, text, token_ids, params=check_params(row_params))
 
         return _in_order(self._run(request, rows, _per_row(params, len(rows))))
 
@@ -108,6 +109,8 @@ class LLM:
         """
 
         def request(id: str, pair: tuple[Prompt, Prompt]) -> Request:
+            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+                raise RequestError(f"a row must be (context, continuation), not {pair!r:.60}")
             token_ids, score_start = self._join(*pair)
             return _request(id, None, token_ids, task=Task.SCORE, score_start=score_start)
 
@@ -271,6 +274,11 @@ def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
 
 def _as_conversations(conversations: Messages | Sequence[Messages]) -> list[Messages]:
     """One list of messages or many, as a list."""
+    if isinstance(conversations, str | Mapping) or not isinstance(conversations, Sequence):
+        raise ConfigError(
+            "chat takes a list of messages, or a list of such lists, "
+            f"not {type(conversations).__name__}: [{{'role': 'user', 'content': 'Hello'}}]"
+        )
     if conversations and isinstance(conversations[0], Mapping):
         return [cast(Messages, conversations)]
     return list(cast(Sequence[Messages], conversations))
@@ -279,11 +287,16 @@ def _as_conversations(conversations: Messages | Sequence[Messages]) -> list[Mess
 def _per_row(
     params: SamplingParams | Sequence[SamplingParams] | None, num_rows: int
 ) -> list[SamplingParams]:
+    """One SamplingParams a row; each is checked with its row, so that a bad one fails alone."""
     if params is None or isinstance(params, SamplingParams):
-        return [check_params(params or SamplingParams())] * num_rows
+        return [params or SamplingParams()] * num_rows
+    if isinstance(params, str | Mapping) or not isinstance(params, Sequence):
+        raise ConfigError(
+            f"params must be SamplingParams or a list of them, not {type(params).__name__}"
+        )
     if len(params) != num_rows:
         raise ConfigError(f"{len(params)} sampling params for {num_rows} prompts; give one or all")
-    return [check_params(row) for row in params]
+    return list(params)
 
 
 def _in_order(results: Iterable[Result]) -> list[Result]:

@@ -69,19 +69,21 @@ class Sequence:
     @property
     def first_needed_position(self) -> int:
         """First position that must be computed even if all KV is there: its output is wanted."""
-        request, params = self.request, self.request.params
+        request = self.request
         if request.task is Task.EMBED:
             return 0 if request.pooling == "mean" else self.num_prompt_tokens - 1
         if request.task is Task.SCORE:
             return request.score_start - 1
-        return 0 if params.prompt_logprobs is not None else len(self.token_ids) - 1
+        return 0 if self.score_start is not None else len(self.token_ids) - 1
 
     @property
     def score_start(self) -> int | None:
         """First position whose token is scored, None if none is."""
         if self.request.task is Task.SCORE:
             return self.request.score_start
-        return 1 if self.request.params.prompt_logprobs is not None else None
+        # The samples of a request share the prompt: its scores are taken once.
+        wanted = self.request.params.prompt_logprobs is not None and self.sample_index == 0
+        return 1 if wanted else None
 
     @property
     def is_watched(self) -> bool:

@@ -196,3 +196,33 @@ def test_two_streams_at_once_are_refused(llm: LLM) -> None:
         llm.generate(["The capital of France is"], short(2))
     assert [result.request_id for result in stream] == ["1"]
     assert llm.generate(["The capital of France is"], short(2))[0].outputs[0].text == " Paris."
+
+
+def test_one_bad_set_of_parameters_fails_alone(llm: LLM) -> None:
+    fine, bad, odd = llm.generate(["A", "B", "C"], [short(1), SamplingParams(top_p=2.0), "fast"])
+    assert fine.error is None
+    assert "top_p is 2.0" in str(bad.error)
+    assert "must be SamplingParams, not 'fast'" in str(odd.error)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda llm: llm.generate(["A"], "fast"), "params must be SamplingParams or a list"),
+        (lambda llm: llm.generate(["A"], [short(1)] * 2), "2 sampling params for 1 prompts"),
+        (lambda llm: llm.chat("hi"), "chat takes a list of messages"),
+        (lambda llm: llm.chat({"role": "user", "content": "hi"}), "chat takes a list of messages"),
+    ],
+)
+def test_a_call_that_makes_no_sense_says_so(llm: LLM, call, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        call(llm)
+
+
+def test_a_row_of_the_wrong_shape_says_so(llm: LLM) -> None:
+    for result in llm.score(("a", "b")):
+        assert "must be (context, continuation)" in str(result.error)
+    (result,) = llm.chat([["hi"]])
+    assert "messages[0] must be an object" in str(result.error)
+    (result,) = llm.chat([[{"role": "user"}]])
+    assert "messages[0].content is missing" in str(result.error)

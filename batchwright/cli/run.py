@@ -123,9 +123,12 @@ def _run(
     from batchwright.cli.preflight import STDIO, check_outputs, error_path_for, open_input
     from batchwright.cli.progress import ProgressReport
     from batchwright.cli.report import print_summary
+    from batchwright.config import EngineConfig
     from batchwright.job.runner import JobOptions, run_job
     from batchwright.text.token_bytes import token_bytes
+    from batchwright.weights.locate import locate_model
 
+    EngineConfig(**settings).check()
     errors = error_file or error_path_for(output)
     check_outputs(source, output, errors, force=force)
     rows, input_bytes = open_input(source)
@@ -133,6 +136,7 @@ def _run(
     _set_up_logging(log)
     start_s = time.perf_counter()
     try:
+        locate_model(model)  # before torch is imported; a hub id is downloaded here
         log.print(f"Loading {model}", markup=False, highlight=False)
         llm = load(model, settings)
     except KeyboardInterrupt:

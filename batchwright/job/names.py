@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from batchwright.errors import RequestError
-from batchwright.job import checks
-from batchwright.job.params import MAX_TOKENS_ALIASES, PARAM_NAMES
 from batchwright.job.rows import CHAT, InputRow
+from batchwright.validation import checks
+from batchwright.validation.params import MAX_TOKENS_ALIASES, PARAM_NAMES
 
 # Accepted and without effect on the answer: bookkeeping of the hosted API.
 _INERT = frozenset(

@@ -10,12 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchwright.errors import RequestError
-from batchwright.job import checks
-from batchwright.job.messages import check_messages, check_tools
 from batchwright.job.names import check_names
-from batchwright.job.params import MAX_LOGPROBS, MAX_TOKENS_ALIASES, PARAM_NAMES, validate_params
 from batchwright.job.rows import CHAT, InputRow
 from batchwright.request import SamplingParams
+from batchwright.validation import checks
+from batchwright.validation.messages import check_messages, check_tools
+from batchwright.validation.params import (
+    MAX_LOGPROBS,
+    MAX_TOKENS_ALIASES,
+    PARAM_NAMES,
+    validate_params,
+)
 
 MAX_PROMPT_TOKEN_IDS = 10_000_000
 MAX_TEMPLATE_KWARGS = 64

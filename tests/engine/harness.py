@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Run:
 
 @contextmanager
 def recorded_logits() -> Iterator[Logits]:
-    """Every row the sampler sees, by what identifies it whatever the batch."""
+    """A digest of every row the sampler sees, by what identifies it whatever the batch."""
     logits: Logits = {}
     sample = SamplingState.sample
 
@@ -49,7 +50,7 @@ def recorded_logits() -> Iterator[Logits]:
         for row, slot, position in zip(row_of_sample, slots, output_positions, strict=True):
             record = self._slots[slot]
             key = int(record["noise_key"]), int(record["sample_index"]), int(position)
-            bits = rows[row].tobytes()
+            bits = hashlib.blake2b(rows[row].tobytes(), digest_size=16).digest()
             assert logits.setdefault(key, bits) == bits, "recomputed logits changed"
         return sample(self, rows, row_of_sample, slots, output_positions, *rest)
 

@@ -92,12 +92,12 @@ def reference_model() -> transformers.PreTrainedModel:
 
 
 def varied_requests(llm: LLM, max_tokens: int = 64) -> list[Request]:
-    """48 chat and completion prompts, greedy."""
+    """48 chat and completion prompts, greedy; end tokens do not end them."""
     tokenizer = llm.tokenizer
     prompts = [tokenizer.encode_chat([{"role": "user", "content": c}])[1] for c in CHATS]
     prompts += [tokenizer.encode(text) for text in COMPLETIONS]
     prompts += [tokenizer.encode(FEW_SHOT.format(review=review)) for review in REVIEWS]
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     return [
         Request(id=str(i), prompt_token_ids=np.array(ids, np.int32), params=params)
         for i, ids in enumerate(prompts)

@@ -30,7 +30,7 @@ def test_greedy_tokens_equal_transformers(first_run):
     for index, result in sorted(results.items()):
         assert result.error is None
         output = result.outputs[0]
-        assert output.finish_reason == "stop" or len(output.token_ids) == 64
+        assert len(output.token_ids) == 64
         is_choice, margins = reference_margins(result.prompt_token_ids, output.token_ids)
         ties += [(index, int(at), float(margins[at])) for at in np.flatnonzero(margins <= TIE)]
         wrong = ~is_choice & (margins > TIE)
@@ -44,16 +44,15 @@ def test_greedy_tokens_equal_transformers(first_run):
     "settings",
     [
         {"max_num_batched_tokens": 96, "max_num_seqs": 48},
-        {"max_num_batched_tokens": 2048, "max_num_seqs": 5, "prefix_sharing": False},
+        {"max_num_batched_tokens": 2048, "max_num_seqs": 17, "prefix_sharing": False},
     ],
     ids=["small budget", "few at once, no sharing"],
 )
 def test_budget_and_batch_limits_change_no_bit(first_run, settings):
     results, logits = first_run
     llm = LLM("smollm2", **settings)
-    requests = [r for i, r in enumerate(varied_requests(llm, max_tokens=12)) if i % 4 == 1]
     with recorded_logits() as again:
-        for result in llm.engine.run(requests):
-            expected = results[int(result.request_id)].outputs[0].token_ids[:12]
+        for result in llm.engine.run(varied_requests(llm)):
+            expected = results[int(result.request_id)].outputs[0].token_ids
             assert result.outputs[0].token_ids == expected
-    assert again.items() <= logits.items()
+    assert again == logits

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from batchwright.errors import RequestError
 from batchwright.job.names import _ONLY, _ONLY_CHAT, _ONLY_COMPLETIONS
-from batchwright.job.params import PARAM_NAMES, check_params, validate_params
 from batchwright.job.rows import CHAT, COMPLETIONS, InputRow
 from batchwright.job.validate import ParsedRow, parse_row
 from batchwright.request import SamplingParams
+from batchwright.validation.params import PARAM_NAMES, check_params, validate_params
 
 USER = [{"role": "user", "content": "Hi"}]
 

@@ -245,3 +245,40 @@ def test_rows_that_never_ran_may_end_after_the_tree_grew() -> None:
         cache.drop(tree.start(nodes))
         tree.forget(nodes)
     assert table.pool.num_free == 4 and len(tree) == 0
+
+
+def one_group(window: int | None) -> tuple[PrefixTree, BlockTable, PrefixCache]:
+    tree = PrefixTree(BLOCK_SIZE)
+    table = BlockTable(
+        KVGroup(window, 8), block_size=BLOCK_SIZE, max_num_seqs=2, max_model_len=MAX_LEN
+    )
+    return tree, table, PrefixCache(tree, [table])
+
+
+def test_a_prompt_may_be_matched_after_the_tree_grew() -> None:
+    tree, _, cache = one_group(None)
+    nodes = tree.add("", np.arange(3000 * BLOCK_SIZE, dtype=np.int32))
+    assert cache.match(nodes, len(nodes) * BLOCK_SIZE - 1) == 0
+
+
+@pytest.mark.parametrize(("window", "num_matched"), [(4, 2), (5, 0), (None, 0)])
+def test_a_prefix_may_lack_the_blocks_that_nobody_sees(window, num_matched) -> None:
+    """The token after two blocks of three sees the second alone in a window of four."""
+    tree, table, cache = one_group(window)
+    nodes = tree.add("", np.zeros(7, np.int32), 2)
+    tree.start(nodes)
+    table.grow(*(np.array([value], np.int32) for value in (0, 0, 6)))
+    cache.insert(0, nodes, 0, 2)
+    assert cache.match(nodes, 6) == 2
+    cache.drop(nodes[:1])
+    assert cache.match(nodes, 6) == num_matched
+
+
+def test_a_block_is_computed_by_the_slot_that_announced_it_first() -> None:
+    tree, _, cache = one_group(None)
+    nodes = tree.add("", np.zeros(9, np.int32), 2)
+    cache.announce(0, nodes[:2])
+    cache.announce(1, nodes)
+    assert [cache.computing_slot(node) for node in nodes.tolist()] == [0, 0, 1]
+    assert cache.retract(1, nodes).tolist() == nodes[2:].tolist()
+    assert [cache.computing_slot(node) for node in nodes.tolist()] == [0, 0, ABSENT]

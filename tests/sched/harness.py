@@ -396,7 +396,8 @@ class Harness:
 
     def _check_finished(self, sequence: Sequence) -> None:
         assert sequence.slot == NO_SLOT and not sequence.siblings
-        if sequence.request.id not in self.ended:  # whoever scores the prompt may be gone
+        # The first sample scores the prompt for all, unless it is gone.
+        if sequence.sample_index == 0 and sequence.request.id not in self.ended:
             scored = self.scored.get(sequence.request.id, {})
             assert scored == expected_scores(sequence), "wrong scores"
         output = sequence.token_ids[sequence.num_prompt_tokens :].tolist()

@@ -240,10 +240,25 @@ def test_a_row_is_admitted_exactly_when_it_and_the_next_growth_fit(num_blocks, i
     harness.run()
 
 
-def test_a_preempted_prompt_goes_on_where_its_full_blocks_end() -> None:
-    """Row 1 is stopped inside a block, after 15 of its 17 tokens, and computes 3 of them again."""
+def test_no_more_is_evicted_than_is_needed() -> None:
+    """Row 1 leaves two blocks for row 3. Row 0 takes one of them while row 2, which leaves room for
+    the other, waits until row 0 has ended."""
+    harness = Harness([None], [5], budget=32, max_num_seqs=2)
+    for order, (prompt, max_tokens) in enumerate(
+        [([1] * 3, 12), ([2] * 8, 1), ([3] * 15, 1), ([2] * 9, 1)]
+    ):
+        harness.add(family(order, prompt, max_tokens, end=False))
+    harness.run()
+    assert harness.num_evictions == 1
+    assert [s.num_cached_tokens for s in harness.members] == [0, 0, 0, BLOCK_SIZE]
+
+
+@pytest.mark.parametrize("max_tokens", [10, 12])
+def test_a_preempted_prompt_goes_on_where_its_full_blocks_end(max_tokens) -> None:
+    """Row 1 is stopped inside a block, after 15 of its 17 tokens, and computes 3 of them again,
+    whether or not row 0 needs that block before it ends."""
     harness = Harness([None], [7], budget=3, max_num_seqs=2)
-    harness.add(family(0, [1, 1], 12, end=False))
+    harness.add(family(0, [1, 1], max_tokens, end=False))
     harness.add(family(1, [2] * 17, 1, end=False))
     harness.run()
     stats = harness.scheduler.stats

@@ -21,7 +21,7 @@ def shown(value: object) -> str:
     if isinstance(value, str | bytes):
         value = value[:80]
     elif isinstance(value, dict):
-        return f"an object with {len(value)} entries"
+        return f"an object with {len(value)} {'entry' if len(value) == 1 else 'entries'}"
     elif isinstance(value, list | tuple):
         return f"a list of {len(value)}"
     elif isinstance(value, int) and value.bit_length() > 256:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from batchwright.job import checks
+from batchwright.validation import checks
 
 MAX_MESSAGES = 100_000
 MAX_TOOLS = 1024

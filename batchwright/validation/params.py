@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from batchwright.errors import RequestError
-from batchwright.job import checks
 from batchwright.request import DEFAULT_MAX_TOKENS, SamplingParams
+from batchwright.validation import checks
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
@@ -129,8 +129,10 @@ def check_params(params: SamplingParams) -> SamplingParams:
     """The same checks for SamplingParams that a Python caller built; returns a normalised copy.
 
     Raises:
-        RequestError: as `validate_params`.
+        RequestError: as `validate_params`; also if this is something else.
     """
+    if not isinstance(params, SamplingParams):
+        checks.fail("params", f"must be SamplingParams, not {checks.shown(params)}")
     return validate_params(
         **{field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
     )

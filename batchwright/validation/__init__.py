@@ -1,0 +1,1 @@
+"""What users give, checked: one validator for files, Python callers and HTTP."""
