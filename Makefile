@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-lm-eval lint bench setup clean
+.PHONY: demo test test-slow torture test-lm-eval lint bench setup clean
 
 demo: $(STAMP)
 	rm -rf out/demo && mkdir -p out/demo
@@ -17,6 +17,10 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Faults at every point: failed and torn writes, kills, truncated files, with fake and real models.
+torture: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or not slow" tests/job/faults
 
 # accelerate: the harness's own model class, which ours is compared with, wants it.
 test-lm-eval: $(STAMP)

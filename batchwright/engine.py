@@ -6,12 +6,26 @@ which request, stop strings, log-probabilities, text.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from batchwright.errors import ConfigError, RequestError
+import numpy as np
+
+from batchwright.errors import ConfigError, RequestError, ResourceError
 from batchwright.exec.executor import Executor
-from batchwright.outputs import RunningRequest, Stream, failed, make_result, token_logprobs
+from batchwright.exec.memory import is_out_of_memory
+from batchwright.folding import Folding, answer_as, fold_key
+from batchwright.outputs import (
+    RunningRequest,
+    Stream,
+    cancelled,
+    failed,
+    make_result,
+    token_logprobs,
+)
+from batchwright.recovery import Isolation, describe, internal_error
 from batchwright.request import (
     DEFAULT_MAX_TOKENS,
     FinishReason,
@@ -23,13 +37,28 @@ from batchwright.request import (
 from batchwright.sampling.noise import noise_key
 from batchwright.sched.intake import SchedulerStats, Update
 from batchwright.sched.scheduler import Scheduler
-from batchwright.sequence import Sequence
-from batchwright.step import StepResult
+from batchwright.sequence import NO_SLOT, Sequence
+from batchwright.step import Step, StepResult
+from batchwright.structured.compile import CompiledGrammar, GrammarCompiler
+from batchwright.structured.masks import with_masks
 from batchwright.text.detokenizer import StopStringChecker
 from batchwright.text.tokenizer import Tokenizer
+from batchwright.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 HORIZON = 4096
 """Rows `run` keeps in the engine at once: enough to see shared prefixes, bounded in memory."""
+
+
+class EngineLoad(NamedTuple):
+    """How busy an engine is: sequences that run, and the share of blocks in use.
+
+    The share is that of the KV group that is fullest.
+    """
+
+    num_running_seqs: int
+    kv_used_fraction: float
 
 
 class Engine:
@@ -43,6 +72,7 @@ class Engine:
         vocab_size: token ids are below it.
         job_seed: keys the randomness of rows without a seed of their own.
         look_ahead: Steps handed out before the oldest result is read (0 or 1).
+        grammars: compiles what structured output asks for; None refuses such requests.
     """
 
     def __init__(
@@ -55,6 +85,7 @@ class Engine:
         vocab_size: int,
         job_seed: int = 0,
         look_ahead: int = 0,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
@@ -63,11 +94,17 @@ class Engine:
         self.vocab_size = vocab_size
         self._job_seed = job_seed
         self._look_ahead = look_ahead
+        self.grammars = grammars
         self._requests: dict[str, RunningRequest] = {}
         self._outstanding: deque[StepResult] = deque()
         self._num_added = 0
-        self._done: list[Result] = []
+        self._done: dict[str, Result] = {}  # results not returned yet, by request
         self._is_running = False  # between the first and the last result of a `run`
+        self._folding = Folding()
+        self._isolation = Isolation()
+        self._watchdog = Watchdog()
+        self._is_torn = False  # a round was interrupted; the books may contradict each other
+        self._resource_error: ResourceError | None = None
 
     @property
     def stats(self) -> SchedulerStats:
@@ -75,21 +112,42 @@ class Engine:
         return self._scheduler.stats
 
     @property
+    def load(self) -> EngineLoad:
+        """How busy the engine is now."""
+        pools = [table.pool for table in self._scheduler.tables]
+        return EngineLoad(
+            num_running_seqs=len(self._scheduler.slots.running),
+            kv_used_fraction=max(1 - pool.num_free / pool.num_blocks for pool in pools),
+        )
+
+    @property
     def num_unfinished(self) -> int:
         """Requests added whose result has not been returned."""
-        return len(self._requests) + len(self._done)
+        return len(self._requests) + len(self._folding) + len(self._done)
 
     def add(self, request: Request) -> None:
         """Take a request in; its result comes out of a later `step`.
 
+        A request that asks for the same computation as another one, in flight or finished
+        recently, gets that one's result (`folding.py`).
+
         Raises:
-            RequestError: it can never run (too long, unknown token ids, id in use).
+            RequestError: it can never run (too long, unknown token ids, id in use, a grammar that
+                does not compile).
         """
-        if request.id in self._requests:
+        self._mend()
+        if request.id in self._requests or request.id in self._folding or request.id in self._done:
             raise RequestError(
                 f"id {request.id!r} is already running; ids must be unique",
                 code="duplicate_custom_id",
             )
+        key = fold_key(request)
+        if key is not None:
+            if (result := self._folding.recall(key)) is not None:
+                self._answer_as(request, result)
+                return
+            if self._folding.follow(key, request):
+                return
         max_len = self._max_len(request)
         self._check_token_ids(request.params)
         sequences = [self._sequence(request, index, max_len) for index in range(self._num(request))]
@@ -97,24 +155,77 @@ class Engine:
         first.siblings = sequences[1:]
         if request.task is Task.SCORE and max_len <= request.score_start:
             raise RequestError("there is no token to score; give a non-empty continuation")
+        streams = [Stream(sequence) for sequence in sequences]
+        running = RunningRequest(request, streams, len(streams), grammar=self._grammar(request))
+        self._watch_from_start(running)
         self._scheduler.add(first)
-        streams = [Stream(sequence, self._stop_checker(request)) for sequence in sequences]
-        self._requests[request.id] = RunningRequest(request, streams, len(streams))
+        self._requests[request.id] = running
+        if key is not None:
+            self._folding.lead(key, request.id)
 
     def step(self) -> list[Result]:
-        """One round: compute a Step if there is one; returns the results that are complete."""
+        """One round: compute a Step if there is one; returns the results that are complete.
+
+        Whatever goes wrong inside ends as the result of the request that is to blame.
+        KeyboardInterrupt and SystemExit pass; the engine can be used afterwards.
+
+        Raises:
+            ResourceError: memory does not suffice for one row. Nothing is lost; a later call
+                tries again.
+        """
+        self._mend()
+        self._is_torn = True
+        try:
+            self._round()
+        except Exception as error:  # not in a Step, so the books may be torn
+            if not self._requests:
+                raise
+            suspects = self._started()
+            self._start_over()
+            self._recover(error, suspects)
+        self._is_torn = False
+        lack, self._resource_error = self._resource_error, None
+        done = list(self._done.values())
+        if lack is not None and not done:  # else the next call fails in the same way
+            raise lack
+        self._done = {}  # last: an interrupt before it loses nothing
+        return done
+
+    def _round(self) -> None:
         while len(self._outstanding) <= self._look_ahead:
-            step = self._scheduler.schedule()
+            step = self._next_step()
             if step is None:
                 break
-            self._outstanding.append(self._executor.execute(step))
+            try:
+                result = self._execute(step)
+            except Exception as error:  # noqa: BLE001 - recovery finds the row that causes it
+                suspects = self._scheduler.requests_of(step)
+                self._outstanding.clear()
+                self._scheduler.requeue_running()
+                self._recover(error, suspects)
+                return
+            self._outstanding.append(result)
         if self._outstanding:
             result = self._outstanding.popleft()
             self._take(self._scheduler.update(result), result)
         else:
             assert not self._requests, "requests are left but nothing can run"
-        done, self._done = self._done, []
-        return done
+
+    def _next_step(self) -> Step | None:
+        step = self._scheduler.schedule()
+        while step is None and not self._outstanding and self._isolation.group is not None:
+            self._isolation.end_group()
+            self._scheduler.admit_only(self._isolation.group)
+            step = self._scheduler.schedule()
+        return step
+
+    def _execute(self, step: Step) -> StepResult:
+        step = self._masked(step)
+        self._watchdog.begin(step.num_tokens, step.num_rows)
+        try:
+            return self._executor.execute(step)
+        finally:
+            self._watchdog.end()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Results of all requests as they finish, reading ahead at most HORIZON rows.
@@ -152,33 +263,55 @@ class Engine:
 
     def _abandon(self) -> None:
         """End everything; nobody reads the results."""
-        for request_id in list(self._requests):
-            self.cancel(request_id)
+        if self._scheduler.num_unfinished or self._outstanding or self._is_torn:
+            self._outstanding.clear()
+            self._scheduler.restart([])
+        self._requests.clear()
         self._done.clear()
-        self._outstanding.clear()
-        self._scheduler.forget_in_flight()
+        self._isolation.clear()
+        self._folding = Folding()
+        self._resource_error, self._is_torn = None, False
 
     def waiting_ids(self) -> list[str]:
-        """Requests none of whose sequences has started."""
-        return [
+        """Requests none of whose sequences has started, and those that wait for their results."""
+        waiting = [
             request_id
             for request_id, running in self._requests.items()
             if all(stream.sequence.num_cached_tokens is None for stream in running.streams)
         ]
+        followers = (f.id for leader in waiting for f in self._folding.followers(leader))
+        return [*waiting, *followers]
 
     def cancel(self, request_id: str) -> None:
-        """End a request now; its result, with what there is of it, comes out of a later `step`."""
-        for stream in self._requests[request_id].streams:
+        """End a request now; its result, with what there is of it, comes out of a later `step`.
+
+        Identical requests are not affected: one of them takes over what has been computed.
+        """
+        self._mend()
+        if request_id in self._folding:
+            self._done[request_id] = cancelled(self._folding.leave(request_id))
+            return
+        running = self._requests[request_id]
+        heir = self._folding.hand_over(request_id)
+        if heir is not None:
+            self._done[request_id] = cancelled(running.request)
+            self._replace(running, heir)
+            return
+        for stream in running.streams:
             if stream.sequence.finish_reason is None:
                 self._scheduler.finish(stream.sequence, FinishReason.CANCELLED)
                 self._finish(stream.sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a KV block is lost or held twice."""
+        self._mend()
         self._scheduler.check_integrity()
 
     def close(self) -> None:
         """Give back the executor's memory."""
+        self._watchdog.close()
+        if self.grammars is not None:
+            self.grammars.close()
         self._executor.close()
 
     # Taking requests in ----------------------------------------------------------------------
@@ -192,8 +325,8 @@ class Engine:
         num_prompt, token_ids = len(request.prompt_token_ids), request.prompt_token_ids
         if not num_prompt:
             raise RequestError("the prompt is empty; give at least one token")
-        if (wrong := (token_ids < 0) | (token_ids >= self.vocab_size)).any():
-            index = int(wrong.argmax())
+        if token_ids.view(np.uint32).max() >= self.vocab_size:  # negative ones are large then
+            index = int(((token_ids < 0) | (token_ids >= self.vocab_size)).argmax())
             raise RequestError(
                 f"prompt has token id {token_ids[index]} at index {index}; "
                 f"the model's are 0 to {self.vocab_size - 1}",
@@ -227,11 +360,13 @@ class Engine:
     def _sequence(self, request: Request, index: int, max_len: int) -> Sequence:
         params = request.params
         ends = () if params.ignore_eos else self._tokenizer.end_token_ids
+        if params.stop_token_ids:
+            ends = tuple(dict.fromkeys((*ends, *params.stop_token_ids)))
         sequence = Sequence(
             request=request,
             order=self._num_added,
             sample_index=index,
-            end_token_ids=tuple(dict.fromkeys((*ends, *params.stop_token_ids))),
+            end_token_ids=tuple(ends),
             noise_key=noise_key(params.seed, self._job_seed, request.id),
             max_len=max_len,
             token_ids=request.prompt_token_ids,
@@ -239,10 +374,129 @@ class Engine:
         self._num_added += 1
         return sequence
 
-    def _stop_checker(self, request: Request) -> StopStringChecker | None:
-        if not request.params.stop:
+    def _grammar(self, request: Request) -> CompiledGrammar | None:
+        spec = request.params.grammar
+        if spec is None or request.task is not Task.GENERATE:
             return None
-        return StopStringChecker(self._tokenizer, request.params)
+        if self.grammars is None:
+            raise RequestError("structured output is not available here; remove it")
+        return self.grammars.compile(spec)
+
+    def _watch_from_start(self, running: RunningRequest) -> None:
+        """Give each stream what follows its output; nothing of it is known yet."""
+        params, grammar = running.request.params, running.grammar
+        for stream in running.streams:
+            stream.stop_checker, stream.stop_match = None, None
+            if params.stop:
+                stream.stop_checker = StopStringChecker(
+                    self._tokenizer,
+                    params,
+                    keep=running.request.markup.visible_token_ids,
+                    accepts=grammar.accepts if grammar else lambda text: True,
+                )
+            stream.matcher = grammar.matcher(params) if grammar else None
+            stream.logprobs.clear()
+
+    def _masked(self, step: Step) -> Step:
+        """The newest Step with masks for the sequences that have a grammar."""
+        draws = []
+        for index, sequence in self._scheduler.constrained_draws(step):
+            matcher = self._requests[sequence.request.id].streams[sequence.sample_index].matcher
+            assert matcher is not None
+            draws.append((index, matcher))
+        return with_masks(step, draws) if draws else step
+
+    # When something fails --------------------------------------------------------------------
+
+    def _recover(self, error: Exception, suspects: list[str]) -> None:
+        """A step with rows of `suspects` failed; everything waits again. Decide what runs next."""
+        if is_out_of_memory(error):
+            self._take_less_memory(error)
+        else:
+            culprit = self._isolation.failed(suspects, self._requests)
+            logger.warning(
+                "a step with rows of %d requests failed (%s); %s",
+                len(suspects),
+                describe(error),
+                "they run again in smaller groups" if culprit is None else f"row {culprit!r} fails",
+            )
+            logger.debug("the failed step", exc_info=error)
+            if culprit is not None:
+                self._fail(culprit, error)
+        self._scheduler.admit_only(self._isolation.group)
+
+    def _take_less_memory(self, error: Exception) -> None:
+        """Out of memory is no row's fault: go on with smaller batches, if there are any."""
+        scheduler = self._scheduler
+        if scheduler.halve_limits():
+            logger.warning(
+                "memory ran out (%s); going on with at most %d rows and %d tokens in a step",
+                describe(error),
+                scheduler.max_running,
+                scheduler.max_num_batched_tokens,
+            )
+            return
+        self._resource_error = ResourceError(
+            f"memory does not suffice for one row in steps of {scheduler.max_num_batched_tokens} "
+            f"tokens ({describe(error)}); give less memory to keys and values, use a smaller "
+            "model or free memory; finished rows are kept"
+        )
+        self._resource_error.__cause__ = error
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        """End a request with an internal error, and those that wait for its result."""
+        running = self._requests[request_id]
+        for stream in running.streams:
+            if stream.sequence.finish_reason is None:
+                self._scheduler.finish(stream.sequence, FinishReason.ERROR)
+        self._answer(running, failed(running.request, internal_error(error)))
+
+    def _mend(self) -> None:
+        """After an interrupted round, begin anew with what has not been answered."""
+        if self._is_torn:
+            self._start_over()
+            self._scheduler.admit_only(self._isolation.group)
+            self._is_torn = False
+
+    def _start_over(self) -> None:
+        """All requests run again from their prompts. Draws do not change by that."""
+        self._outstanding.clear()
+        for request_id, result in list(self._done.items()):
+            if request_id in self._requests:  # interrupted while it was being answered
+                self._answer(self._requests[request_id], result)
+        for running in self._requests.values():
+            for stream in running.streams:
+                stream.sequence.start_over()
+            self._watch_from_start(running)
+            running.num_unfinished = len(running.streams)
+            sequences = [stream.sequence for stream in running.streams]
+            sequences[0].siblings = sequences[1:]
+        self._scheduler.restart(r.streams[0].sequence for r in self._requests.values())
+
+    def _started(self) -> list[str]:
+        """Requests that a failure outside of a Step may be due to: those that have started."""
+        allowed = self._isolation.group
+        open_ids = [i for i in self._requests if i not in self._done]
+        candidates = [i for i in open_ids if allowed is None or i in allowed]
+        started = [
+            request_id
+            for request_id in candidates
+            for sequence in (stream.sequence for stream in self._requests[request_id].streams)
+            if sequence.slot != NO_SLOT or sequence.finish_reason is not None
+        ]
+        return list(dict.fromkeys(started)) or candidates
+
+    def _replace(self, running: RunningRequest, heir: Request) -> None:
+        """Let a request go on as an identical one."""
+        old = running.request.id
+        del self._requests[old]
+        running.request = heir
+        for stream in running.streams:
+            stream.sequence.request = heir
+        self._requests[heir.id] = running
+        if self._isolation.group is not None:
+            self._isolation.replace(old, heir.id)
+            self._scheduler.admit_only(self._isolation.group)
 
     # Taking results in -----------------------------------------------------------------------
 
@@ -259,28 +513,71 @@ class Engine:
             self._requests[sequence.request.id].embedding = result.embeddings[slot]
         # last: a stop string may complete the request
         for sequence, line in update.watched:
-            self._watch(sequence, line, result)
+            if sequence.request.id in self._requests:
+                self._watch_safely(sequence, line, result)
         for sequence in update.finished:
             self._finish(sequence)
 
+    def _watch_safely(self, sequence: Sequence, line: int, result: StepResult) -> None:
+        try:
+            self._watch(sequence, line, result)
+        except Exception as error:  # noqa: BLE001 - text of this row only; the row fails
+            self._fail(sequence.request.id, error)
+
     def _watch(self, sequence: Sequence, line: int, result: StepResult) -> None:
-        """Note a token's log-probability and look for stop strings."""
+        """Note a token's log-probability, follow the grammar and look for stop strings."""
         running = self._requests[sequence.request.id]
         stream = running.streams[sequence.sample_index]
         if running.request.params.logprobs is not None and result.sample_logprobs is not None:
             num_top = running.request.params.logprobs
             drawn = [int(result.token_ids[line])]
             stream.logprobs += token_logprobs(drawn, result.sample_logprobs, line, num_top)
-        if stream.stop_checker is None or result.token_ids[line] < 0:
+        token_id = int(result.token_ids[line])
+        if token_id < 0:
             return
-        stream.stop_match = stream.stop_checker.append([int(result.token_ids[line])])
-        if stream.stop_match is not None and sequence.finish_reason is None:
-            self._scheduler.finish(sequence, FinishReason.STOP, stream.stop_match.stop)
+        if stream.matcher is not None:
+            stream.matcher.consume(token_id)
+        if stream.stop_checker is not None:
+            stream.stop_match = stream.stop_checker.append([token_id])
+        if stream.stop_match is not None:
+            self._stop(sequence, stream.stop_match.stop)
+        elif stream.matcher is not None and stream.matcher.is_complete:
+            self._stop(sequence, None)
+
+    def _stop(self, sequence: Sequence, stop: str | None) -> None:
+        """The text is whole, because of a stop string or because its grammar allows no more."""
+        if sequence.finish_reason is None:
+            self._scheduler.finish(sequence, FinishReason.STOP, stop)
             self._finish(sequence)
+        elif sequence.finish_reason is FinishReason.LENGTH:  # with the last token it was allowed
+            sequence.finish_reason = FinishReason.STOP
 
     def _finish(self, sequence: Sequence) -> None:
-        running = self._requests[sequence.request.id]
+        running = self._requests.get(sequence.request.id)
+        if running is None:  # it has failed while its last results were taken in
+            return
         running.num_unfinished -= 1
-        if not running.num_unfinished:
-            del self._requests[sequence.request.id]
-            self._done.append(make_result(running, self._tokenizer))
+        if running.num_unfinished:
+            return
+        try:
+            result = make_result(running, self._tokenizer)
+        except Exception as error:  # noqa: BLE001 - text of this row only; the row fails
+            result = failed(running.request, internal_error(error))
+        self._answer(running, result)
+
+    def _answer(self, running: RunningRequest, result: Result) -> None:
+        """A request has its result, and so have those that follow it.
+
+        That holds for errors too. A leader that failed has failed at least twice, once alone; an
+        identical row would do the same and hold everybody up again.
+        """
+        request_id = running.request.id
+        self._done[request_id] = result
+        for follower in self._folding.followers(request_id):
+            self._answer_as(follower, result)
+        self._folding.close(request_id, result)
+        del self._requests[request_id]
+
+    def _answer_as(self, request: Request, result: Result) -> None:
+        self._done[request.id] = answer_as(request, result)
+        self.stats.num_folded += 1

@@ -9,6 +9,7 @@ BatchwrightError
 │   ├── ModelFormatError       files are there but damaged, truncated or hostile
 │   └── UnsupportedModelError  sound files of a kind this version cannot run
 ├── RequestError           one row is bad; that row fails and the others go on
+├── ResourceError          memory does not suffice even for one row at a time
 └── ShapeError             arrays that must agree do not
 
 Messages say what was wrong, the value, the limit and the remedy. `assert` is kept for our own bugs.
@@ -47,6 +48,10 @@ class ModelFormatError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """The model files are sound, but this version cannot run them."""
+
+
+class ResourceError(BatchwrightError):
+    """The machine lacks memory for even one row at a time. What is finished is kept."""
 
 
 class ShapeError(BatchwrightError):

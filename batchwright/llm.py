@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -22,8 +24,11 @@ from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model, read_config
 from batchwright.models.row_invariance import ensure_row_invariance
-from batchwright.request import Request, Result, SamplingParams, Task
+from batchwright.request import DEFAULT_MAX_TOKENS, Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
+from batchwright.structured.compile import GrammarCompiler
+from batchwright.text.continuation import join, prefix_token_id
+from batchwright.text.token_bytes import token_bytes
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
 from batchwright.validation.messages import check_messages
 from batchwright.validation.params import check_params
@@ -55,9 +60,9 @@ class LLM:
         fields = {field.name for field in dataclasses.fields(EngineConfig)}
         if unknown := sorted(settings.keys() - fields):
             raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {sorted(fields)}")
-        path = locate_model(str(model))
-        self.tokenizer: Tokenizer = load_tokenizer(path)
-        self.engine, self.config = build_engine(path, self.tokenizer, EngineConfig(**settings))
+        self.path = locate_model(str(model))
+        self.tokenizer: Tokenizer = load_tokenizer(self.path)
+        self.engine, self.config = build_engine(self.path, self.tokenizer, EngineConfig(**settings))
 
     def generate(
         self,
@@ -102,16 +107,16 @@ class LLM:
     def score(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Result]:
         """Log-likelihood of each continuation given its context, in `.score`.
 
-        An empty context is the model's begin (or end) token. A text pair is scored as
-        lm-evaluation-harness does: white space that ends the context goes to the continuation, so
-        that a word keeps the token it has in running text; then what the two texts together have
-        beyond the context's own number of tokens is the continuation.
+        The two are joined as lm-evaluation-harness does; see `text/continuation.py`.
         """
 
         def request(id: str, pair: tuple[Prompt, Prompt]) -> Request:
             if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
                 raise RequestError(f"a row must be (context, continuation), not {pair!r:.60}")
-            token_ids, score_start = self._join(*pair)
+            for part in pair:
+                if not isinstance(part, str) and not _are_token_ids(part):
+                    raise _no_prompt(part)
+            token_ids, score_start = join(self.tokenizer, *pair)
             return _request(id, None, token_ids, task=Task.SCORE, score_start=score_start)
 
         return _in_order(self._run(request, pairs))
@@ -150,33 +155,40 @@ class LLM:
             return prompt, self.tokenizer.encode(prompt)
         if _are_token_ids(prompt):
             return None, prompt
-        raise RequestError(
-            f"a prompt is a text or a list of token ids, not {prompt!r:.60}", param="prompt"
-        )
+        raise _no_prompt(prompt)
 
-    def _join(self, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
-        """(token ids, number of context tokens)."""
-        if isinstance(context, str) and isinstance(continuation, str):
-            stripped = context.rstrip()
-            context, continuation = stripped, context[len(stripped) :] + continuation
-            if context:
-                before, whole = self.tokenizer.encode_batch([context, context + continuation])
-                return before + whole[len(before) :], len(before)
-        before = list(self._encode(context)[1]) if len(context) else []
-        after = continuation
-        if isinstance(continuation, str):
-            after = self.tokenizer.encode(continuation, add_special_tokens=False)
-        before = before or [self.prefix_token_id]
-        return [*before, *after], len(before)
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles what structured output asks for, and renders templates that rows bring."""
+        assert self.engine.grammars is not None
+        return self.engine.grammars
+
+    @cached_property
+    def token_bytes(self) -> Callable[[int], bytes]:
+        """The bytes that a token id stands for."""
+        return token_bytes(self.tokenizer.backend)
+
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on besides the rows: a job that goes on must have the same.
+
+        Settings of device, batch and schedule change no answer and are not in it.
+        """
+        tokenizer = hashlib.blake2b(self.tokenizer.backend.to_str().encode(), digest_size=16)
+        template = hashlib.blake2b(repr(self.tokenizer.chat_template).encode(), digest_size=16)
+        return {
+            "model": open_checkpoint(self.path, cached=False).fingerprint,
+            "tokenizer": tokenizer.hexdigest(),
+            "chat_template": template.hexdigest(),
+            "dtype": self.config.dtype,
+            "max_model_len": self.config.max_model_len,
+            "seed": self.config.seed,
+            "default_max_tokens": DEFAULT_MAX_TOKENS,
+        }
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context: the begin token, else the end token."""
-        tokenizer = self.tokenizer
-        token_id = tokenizer.bos_token_id
-        if token_id is None:
-            token_id = tokenizer.eos_token_id
-        return token_id if token_id is not None else 0
+        return prefix_token_id(self.tokenizer)
 
 
 def build_engine(
@@ -233,6 +245,7 @@ def build_engine(
         vocab_size=model_config["vocab_size"],
         job_seed=resolved.seed,
         look_ahead=resolved.look_ahead,
+        grammars=GrammarCompiler(tokenizer, model_config["vocab_size"]),
     )
     return engine, resolved
 
@@ -254,6 +267,12 @@ def _block_bytes(
 def _request(id: str, prompt: str | None, token_ids: Sequence[int], **fields: Any) -> Request:
     ids = np.asarray(token_ids, np.int32)
     return Request(id=id, prompt=prompt, prompt_token_ids=ids, **fields)
+
+
+def _no_prompt(value: Any) -> RequestError:
+    return RequestError(
+        f"a prompt is a text or a list of token ids, not {value!r:.60}", param="prompt"
+    )
 
 
 def _are_token_ids(prompt: Any) -> TypeGuard[Sequence[int]]:

@@ -20,6 +20,8 @@ from batchwright.request import (
 )
 from batchwright.sequence import Sequence
 from batchwright.step import TokenLogprobs
+from batchwright.structured.compile import CompiledGrammar
+from batchwright.structured.matcher import Matcher
 from batchwright.text.detokenizer import StopMatch, StopStringChecker
 from batchwright.text.tokenizer import Tokenizer
 
@@ -31,6 +33,7 @@ class Stream:
     sequence: Sequence
     stop_checker: StopStringChecker | None = None
     stop_match: StopMatch | None = None
+    matcher: Matcher | None = None  # has taken exactly the output tokens that are known
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
@@ -43,6 +46,7 @@ class RunningRequest:
     num_unfinished: int
     scores: dict[int, TokenLogprob] = field(default_factory=dict)  # by position in the prompt
     embedding: Float32Array | None = None
+    grammar: CompiledGrammar | None = None
 
 
 def make_result(running: RunningRequest, tokenizer: Tokenizer) -> Result:
@@ -56,22 +60,37 @@ def make_result(running: RunningRequest, tokenizer: Tokenizer) -> Result:
     )
     reasons = {sequence.finish_reason for sequence in sequences}
     if FinishReason.ERROR in reasons:
-        result.error = RequestError(
+        dead_ends = (stream.matcher.error for stream in running.streams if stream.matcher)
+        result.error = next(filter(None, dead_ends), None) or RequestError(
             "the model's logits were not numbers; check the weights and the prompt",
             code="invalid_logits",
         )
     elif request.task is Task.GENERATE:
         result.outputs = [_completion(stream, request, tokenizer) for stream in running.streams]
-        if request.params.prompt_logprobs is not None:
-            positions = range(len(request.prompt_token_ids))
-            result.prompt_logprobs = [running.scores.get(position) for position in positions]
+        result.prompt_logprobs = _prompt_logprobs(running)
     elif FinishReason.CANCELLED in reasons:
         result.error = RequestError("the request was cancelled", code="cancelled")
     elif request.task is Task.SCORE:
         result.score = _score(running.scores)
+        result.prompt_logprobs = _prompt_logprobs(running)
     else:
         result.embedding = running.embedding
     return result
+
+
+def cancelled(request: Request) -> Result:
+    """The result of a request that was cancelled before anything was computed for it."""
+    if request.task is not Task.GENERATE:
+        return failed(request, RequestError("the request was cancelled", code="cancelled"))
+    return Result(
+        request_id=request.id,
+        prompt_token_ids=request.prompt_token_ids.tolist(),
+        prompt=request.prompt,
+        outputs=[
+            Completion(index=index, text="", token_ids=[], finish_reason=FinishReason.CANCELLED)
+            for index in range(request.params.n)
+        ],
+    )
 
 
 def failed(request: Request, error: RequestError) -> Result:
@@ -116,7 +135,14 @@ def _completion(stream: Stream, request: Request, tokenizer: Tokenizer) -> Compl
         token_ids, text = token_ids[: stream.stop_match.num_tokens], stream.stop_match.text
     else:
         visible = token_ids[:-1] if isinstance(stop_reason, int) else token_ids
-        text = tokenizer.decode(visible, skip_special_tokens=params.skip_special_tokens)
+        if stream.matcher is not None:
+            text = stream.matcher.text(visible)
+        else:
+            text = tokenizer.decode(
+                visible,
+                skip_special_tokens=params.skip_special_tokens,
+                keep=request.markup.visible_token_ids,
+            )
         if stop_reason in tokenizer.end_token_ids:
             stop_reason = None  # the model's own end is no stop the user set
     logprobs = None if params.logprobs is None else stream.logprobs[: len(token_ids)]
@@ -129,6 +155,13 @@ def _completion(stream: Stream, request: Request, tokenizer: Tokenizer) -> Compl
         logprobs=logprobs,
         cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
     )
+
+
+def _prompt_logprobs(running: RunningRequest) -> list[TokenLogprob | None] | None:
+    """By position in the prompt, if they were asked for; None where nothing was scored."""
+    if running.request.params.prompt_logprobs is None:
+        return None
+    return [running.scores.get(i) for i in range(len(running.request.prompt_token_ids))]
 
 
 def _score(entries: Mapping[int, TokenLogprob]) -> Score:

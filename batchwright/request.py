@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchwright.errors import RequestError
+from batchwright.structured.spec import GrammarSpec
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -66,6 +67,9 @@ class SamplingParams:
             model's raw logits, before temperature, penalties and filters.
         prompt_logprobs: the same for prompt tokens.
         skip_special_tokens: leave special tokens out of the text.
+        grammar: the form the text must have. It comes before everything else here: min_tokens
+            does not hold back the end of a finished text, and stop strings and stop tokens end
+            the output only where its text is whole.
     """
 
     temperature: float = 1.0
@@ -87,6 +91,26 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    grammar: GrammarSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Markup:
+    """How a model's chat template marks reasoning and tool calls in an answer.
+
+    Attributes:
+        reasons: reasoning stands between `<think>` and `</think>`.
+        tool_calls: the form of tool calls, a key of `text.markup.TOOL_MARKS`; None: no known one.
+        visible_token_ids: special tokens that spell marks; they stay in the text although
+            special tokens are left out.
+    """
+
+    reasons: bool = False
+    tool_calls: str | None = None
+    visible_token_ids: frozenset[int] = frozenset()
+
+
+NO_MARKUP = Markup()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,6 +125,7 @@ class Request:
             before it are context.
         pooling: for Task.EMBED, "mean" or "last".
         namespace: prefixes are shared only between requests of one namespace.
+        markup: what a chat's answer is split by.
     """
 
     id: str
@@ -111,6 +136,7 @@ class Request:
     score_start: int = 1
     pooling: str = "mean"
     namespace: str = ""
+    markup: Markup = NO_MARKUP
 
 
 @dataclass(frozen=True, slots=True)

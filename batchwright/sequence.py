@@ -9,6 +9,7 @@ import numpy as np
 from batchwright.request import FinishReason, Int32Array, Request, Task
 
 NO_SLOT = -1
+NO_NODES: Int32Array = np.empty(0, np.int32)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -40,13 +41,20 @@ class Sequence:
     siblings: list[Sequence] = field(default_factory=list)
     token_ids: Int32Array
 
-    nodes: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
+    nodes: Int32Array = field(default_factory=lambda: NO_NODES)
     slot: int = NO_SLOT
     num_in_flight: int = 0
     num_computed_once: int = 0
     num_cached_tokens: int | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+
+    def start_over(self) -> None:
+        """Forget everything but the request, as if it had never been started."""
+        self.token_ids = self.request.prompt_token_ids
+        self.siblings, self.nodes = [], NO_NODES
+        self.slot, self.num_in_flight = NO_SLOT, 0
+        self.finish_reason = self.stop_reason = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -87,6 +95,11 @@ class Sequence:
 
     @property
     def is_watched(self) -> bool:
-        """Its tokens must be seen one by one (stop strings, log-probabilities)."""
+        """Its tokens must be seen one by one (stop strings, log-probabilities, a grammar)."""
         params = self.request.params
-        return bool(params.stop) or params.logprobs is not None
+        return bool(params.stop) or params.logprobs is not None or self.is_constrained
+
+    @property
+    def is_constrained(self) -> bool:
+        """Which token it may draw next depends on the tokens before it."""
+        return self.samples and self.request.params.grammar is not None

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from batchwright.request import Float32Array, Int32Array, SamplingParams
 
 BoolArray = npt.NDArray[np.bool_]
+UInt32Array = npt.NDArray[np.uint32]
 
 LAST_SAMPLED = -1
 """Query token id meaning: the token this slot sampled last; the scheduler may not know it yet."""
@@ -77,6 +78,8 @@ class Step:
 
     sample_tokens: Int32Array  # [num_samples] query token whose logits are sampled (may repeat)
     sample_slots: Int32Array  # [num_samples] the slot that receives the token
+    mask_of_sample: Int32Array | None = None  # [num_samples] line of `masks`, -1: unrestricted
+    masks: UInt32Array | None = None  # [num_masks, >= vocab_size / 32] bit v: token v is allowed
     score_tokens: Int32Array  # [num_scored] query token whose logits score the token after it
     score_targets: Int32Array  # [num_scored] that next token
     score_top: int = 0  # alternatives to report per scored token, the most any row asks for

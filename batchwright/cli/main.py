@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from batchwright.cli.run import run
+from batchwright.cli.validate import validate
 from batchwright.errors import BatchwrightError
 
 USAGE_ERROR = 2
@@ -21,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut long option names off
 )
 app.command()(run)
+app.command()(validate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from batchwright.errors import ConfigError, InputError
-from batchwright.job.formats.openai_batch import read_rows, read_stream
+from batchwright.errors import ConfigError
+from batchwright.job import select
+from batchwright.job.formats.output import check_output
+from batchwright.job.formats.read_input import input_size, read_input
+from batchwright.job.formats.source import is_url
 from batchwright.job.rows import InputRow, RowError
+
+if TYPE_CHECKING:
+    from batchwright.cli.run import RunArguments
+    from batchwright.job.directory import JobDirectory
+
+AnyRow = InputRow | RowError
 
 STDIO = "-"
 
@@ -23,30 +32,64 @@ def error_path_for(output: str) -> str:
     return str(path.with_name(f"{path.stem}.errors{path.suffix or '.jsonl'}"))
 
 
-def open_input(path: str) -> tuple[Iterator[InputRow | RowError], int | None]:
-    """The rows of a file or of standard input, and the input's size in bytes if known.
+def open_rows(arguments: RunArguments) -> tuple[Iterator[AnyRow], int | None]:
+    """The rows a job is about, and the input's size in bytes if known.
 
     Raises:
-        InputError: it is missing, unreadable, or has no rows.
+        InputError: the input is missing, unreadable, or has no rows.
+        ConfigError: a sample of standard input, which can be read only once.
     """
-    if path == STDIO:
-        rows, num_bytes = read_stream(sys.stdin.buffer, "standard input"), None
-    else:
-        if os.path.isdir(path):
-            raise InputError(f"{path} is a directory; give a JSONL file")
-        rows = read_rows(path)
-        num_bytes = os.path.getsize(path) if os.path.isfile(path) else None
+    rows = _shard_of(arguments)
+    if arguments.sample is not None:
+        if arguments.source == STDIO:
+            raise ConfigError("--sample reads the input twice; give a file, or use --limit")
+        highest = select.sample_limit(_shard_of(arguments), arguments.sample)
+        rows = select.sample(rows, highest)
+    if arguments.limit is not None:
+        rows = islice(rows, arguments.limit)
+    whole = arguments.limit is None and arguments.sample is None and arguments.shard is None
+    return rows, input_size(arguments.source) if whole else None
+
+
+def _shard_of(arguments: RunArguments) -> Iterator[AnyRow]:
+    rows = read_input(
+        arguments.source,
+        column=arguments.column,
+        template=arguments.template,
+        endpoint=arguments.endpoint,
+    )
     first = next(rows)  # raises InputError now rather than after the model is loaded
-    return chain([first], rows), num_bytes
+    rows = chain([first], rows)
+    return rows if arguments.shard is None else select.shard(rows, *arguments.shard)
 
 
-def check_outputs(input_path: str, output: str, errors: str, *, force: bool) -> None:
-    """Refuse paths that cannot be written, and files that would be lost.
+def check_existing(directory: JobDirectory, output: str, *, force: bool) -> None:
+    """A job that was begun goes on; a file that no job of ours wrote is not replaced.
+
+    Raises:
+        ConfigError: the output exists and its job does not.
+    """
+    if force:
+        directory.clear()
+    begun = directory.manifest_path.exists()
+    if output == STDIO or begun or force:
+        return
+    if os.path.isfile(output) and os.path.getsize(output):
+        raise ConfigError(
+            f"{output} exists; name another file, or replace it and its error file with --force"
+        )
+
+
+def check_outputs(input_path: str, output: str, errors: str) -> None:
+    """Refuse paths that cannot be written, and an output that is the input.
 
     Raises:
         ConfigError: with the path and the remedy.
     """
     for path in {output, errors} - {STDIO}:
+        check_output(path)
+        if is_url(path):
+            continue
         folder = os.path.dirname(path) or "."
         if os.path.isdir(path):
             raise ConfigError(f"{path} is a directory; name a file in it")
@@ -58,9 +101,5 @@ def check_outputs(input_path: str, output: str, errors: str, *, force: bool) -> 
             continue
         if input_path != STDIO and os.path.samefile(path, input_path):
             raise ConfigError(f"{path} is the input; write the results to another file")
-        if os.path.isfile(path) and os.path.getsize(path) and not force:
-            raise ConfigError(
-                f"{path} exists; name another file, or replace it and its error file with --force"
-            )
     if output != errors and os.path.realpath(output) == os.path.realpath(errors):
         raise ConfigError(f"{output} and {errors} are the same file; name it once")

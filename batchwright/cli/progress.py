@@ -65,7 +65,7 @@ class _Bar:
         self._progress.update(
             self._task,
             total=summary.estimated_rows,
-            completed=summary.num_finished,
+            completed=summary.num_done,
             description=escape(status_line(summary, tokens_per_s)),
         )
         self._progress.refresh()
@@ -147,7 +147,7 @@ def status_line(summary: JobSummary, tokens_per_s: float) -> str:
     total = summary.estimated_rows
     of_total = "" if total is None else f"/{'' if summary.input_ended else '~'}{total:,}"
     parts = [
-        f"{summary.num_finished:,}{of_total} rows",
+        f"{summary.num_done:,}{of_total} rows",
         f"{summary.engine.num_generated_tokens:,} tokens",
     ]
     if tokens_per_s:

@@ -35,11 +35,19 @@ def _lines(summary: JobSummary, load_s: float) -> list[tuple[str, str, str]]:
         ("  succeeded", f"{summary.num_succeeded:,}", ""),
         ("  failed", f"{summary.num_failed:,}", _error_kinds(summary)),
     ]
+    if summary.num_skipped:
+        note = "finished by an earlier run"
+        lines.insert(1, ("  done before", f"{summary.num_skipped:,}", note))
+    if summary.num_expired:
+        lines.append(("  expired", f"{summary.num_expired:,}", "they ran out of time"))
     if summary.num_cancelled:
         lines.append(("  cancelled", f"{summary.num_cancelled:,}", "no answer was written"))
     if summary.num_length_limited:
         note = "ended by max_tokens or the context, not by the model"
         lines.append(("cut by length", f"{summary.num_length_limited:,}", note))
+    if engine.num_folded:
+        note = "answered by the computation of an identical row"
+        lines.append(("duplicates", f"{engine.num_folded:,}", note))
     num_input = engine.num_computed_tokens + engine.num_cached_tokens
     cached = f"{engine.num_cached_tokens / num_input:.0%} of all" if num_input else ""
     lines += [
@@ -48,7 +56,8 @@ def _lines(summary: JobSummary, load_s: float) -> list[tuple[str, str, str]]:
         ("tokens computed", f"{engine.num_computed_tokens:,}", f"in {engine.num_steps:,} steps"),
     ]
     if engine.num_recomputed_tokens:
-        note = f"after {engine.num_preemptions:,} preemptions for want of memory"
+        preemptions = f"{engine.num_preemptions:,} preemptions for want of memory"
+        note = f"after {preemptions if engine.num_preemptions else 'steps that failed'}"
         lines.append(("  recomputed", f"{engine.num_recomputed_tokens:,}", note))
     rate = f"{engine.num_generated_tokens / run_s:,.0f} tokens/s" if run_s else ""
     lines += [
@@ -66,7 +75,7 @@ def _error_kinds(summary: JobSummary) -> str:
 def _stopped_text(summary: JobSummary) -> str:
     rest = "" if summary.input_ended else " The rest of the input was not read."
     return (
-        f"Stopped before the end: {summary.num_finished:,} rows are written, "
+        f"Stopped before the end: {summary.num_done:,} rows are done, "
         f"{summary.num_cancelled:,} that were read are not.{rest} "
-        "To run the job from the start, give the same command with --force."
+        "Give the same command to go on."
     )

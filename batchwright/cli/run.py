@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from batchwright.cli.numbers import parse_count
+from batchwright.cli.numbers import parse_count, parse_duration, parse_shard
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from batchwright.job.directory import JobDirectory
     from batchwright.job.stop import StopControl
     from batchwright.job.summary import JobSummary
     from batchwright.llm import LLM
 
 SOME_ROWS_FAILED = 1
-INTERRUPTED = 130
+INTERRUPTED = 75  # the same command goes on where it was left
 
 
 class Dtype(StrEnum):
@@ -33,6 +37,27 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunArguments:
+    """What the command line says about a job, apart from the engine's settings."""
+
+    source: str
+    output: str
+    errors: str
+    model: str
+    column: list[str] | None = None
+    template: str | None = None
+    endpoint: str | None = None
+    force: bool = False
+    in_input_order: bool = False
+    keep_failed: bool = False
+    limit: int | None = None
+    sample: int | None = None
+    shard: tuple[int, int] | None = None
+    deadline_s: float = math.inf
+    row_timeout_s: float = math.inf
+
+
 def run(
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="OUT", help="Result file; - is stdout.")
@@ -41,7 +66,7 @@ def run(
     input_path: Annotated[
         str | None,
         typer.Argument(
-            metavar="IN", help="JSONL file of requests; - is stdin.", show_default=False
+            metavar="IN", help="File of requests; - is stdin (JSONL).", show_default=False
         ),
     ] = None,
     input_option: Annotated[
@@ -53,7 +78,48 @@ def run(
             metavar="FILE", help="Failed rows. By default OUT with .errors before its suffix."
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace existing result files.")] = False,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PARAMETER=NAME", help="Which column is which parameter."),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Prompt with columns in it: 'Sum up: {text}'")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where rows go: /v1/chat/completions, ...")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start over: forget the job and replace its files.")
+    ] = False,
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="Write OUT in input order, when the job ends.")
+    ] = False,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Do not run rows again that failed before.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(parser=parse_count, metavar="N", help="Only the first N rows.")
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(parser=parse_count, metavar="N", help="Only N rows, chosen by their ids."),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only part I of N; rows are divided by their ids."),
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_duration, metavar="TIME", help="Rows not done after TIME expire: 90s, 2h."
+        ),
+    ] = None,
+    row_timeout: Annotated[
+        float | None,
+        typer.Option(
+            parser=parse_duration, metavar="TIME", help="A row that has run for TIME expires."
+        ),
+    ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -83,15 +149,22 @@ def run(
         bool, typer.Option("--no-prefix-sharing", help="Compute shared prefixes for each row.")
     ] = False,
 ) -> None:
-    """Run a JSONL file of OpenAI batch lines or bare rows through a model.
+    """Run a file of requests through a model: JSONL, CSV, Parquet, a dataset; docs/formats.md.
 
     Results are written as rows finish. A row that fails goes to the error file with its line and
     the reason; the others go on. N may be written 4k (4,000), 4K (4,096) or 1.5G.
 
-    Exit status: 0 all rows succeeded, 1 some failed, 2 the job could not run, 130 interrupted.
+    The state of the job is kept in OUT.job. After an interruption, a crash or a full disk the same
+    command goes on where it was left; rows that failed are tried again.
+
+    Exit status: 0 all rows succeeded, 1 some failed, 2 the job could not run, 75 interrupted.
     """
+    from batchwright.cli.preflight import error_path_for
+
     if (input_path is None) == (input_option is None):
         raise typer.BadParameter("give the input file once, as IN or with -i")
+    if limit is not None and sample is not None:
+        raise typer.BadParameter("--limit and --sample exclude each other")
     source = input_path if input_path is not None else input_option
     assert source is not None
     settings = {
@@ -104,60 +177,107 @@ def run(
         "seed": seed,
         "prefix_sharing": not no_prefix_sharing,
     }
+    arguments = RunArguments(
+        source=source,
+        output=output,
+        errors=error_file or error_path_for(output),
+        model=model,
+        column=column,
+        template=template,
+        endpoint=endpoint,
+        force=force,
+        in_input_order=ordered,
+        keep_failed=keep_failed,
+        limit=limit,
+        sample=sample,
+        shard=None if shard is None else parse_shard(shard),
+        deadline_s=math.inf if deadline is None else deadline,
+        row_timeout_s=math.inf if row_timeout is None else row_timeout,
+    )
     given = {name: value for name, value in settings.items() if value is not None}
-    raise typer.Exit(_run(source, output, error_file, model, given, force=force))
+    raise typer.Exit(_run(arguments, given))
 
 
-def _run(
-    source: str,
-    output: str,
-    error_file: str | None,
-    model: str,
-    settings: dict[str, Any],
-    *,
-    force: bool,
-) -> int:
+def _run(arguments: RunArguments, settings: dict[str, Any]) -> int:
     """Check, load, run, report; returns the exit status."""
     from rich.console import Console
 
-    from batchwright.cli.preflight import STDIO, check_outputs, error_path_for, open_input
-    from batchwright.cli.progress import ProgressReport
-    from batchwright.cli.report import print_summary
+    from batchwright.cli.preflight import STDIO, check_outputs
     from batchwright.config import EngineConfig
-    from batchwright.job.runner import JobOptions, run_job
-    from batchwright.text.token_bytes import token_bytes
-    from batchwright.weights.locate import locate_model
+    from batchwright.job.directory import JobDirectory, job_directory_for
 
     EngineConfig(**settings).check()
-    errors = error_file or error_path_for(output)
-    check_outputs(source, output, errors, force=force)
-    rows, input_bytes = open_input(source)
+    check_outputs(arguments.source, arguments.output, arguments.errors)
     log = Console(stderr=True)
     _set_up_logging(log)
+    if arguments.output == STDIO:
+        with tempfile.TemporaryDirectory(prefix="batchwright-") as folder:
+            return _run_in(JobDirectory(folder), arguments, settings, log)
+    directory = JobDirectory(job_directory_for(arguments.output))
+    try:
+        return _run_in(directory, arguments, settings, log)
+    finally:
+        directory.close()
+
+
+def _run_in(
+    directory: JobDirectory, arguments: RunArguments, settings: dict[str, Any], log: Console
+) -> int:
+    from rich.console import Console
+
+    from batchwright.cli.preflight import STDIO, check_existing, open_rows
+    from batchwright.cli.progress import ProgressReport
+    from batchwright.cli.report import print_summary
+    from batchwright.job.model_names import ModelNames
+    from batchwright.job.run_job import JobPaths, run_job
+    from batchwright.job.runner import JobOptions
+    from batchwright.weights.locate import locate_model
+
+    check_existing(directory, arguments.output, force=arguments.force)
+    rows, input_bytes = open_rows(arguments)
     start_s = time.perf_counter()
     try:
-        locate_model(model)  # before torch is imported; a hub id is downloaded here
-        log.print(f"Loading {model}", markup=False, highlight=False)
-        llm = load(model, settings)
+        locate_model(arguments.model)  # before torch is imported; a hub id is downloaded here
+        log.print(f"Loading {arguments.model}", markup=False, highlight=False)
+        llm = load(arguments.model, settings)
     except KeyboardInterrupt:
         log.print("Interrupted while loading; no row was run and nothing was written.")
         return INTERRUPTED
     load_s = time.perf_counter() - start_s
-    options = JobOptions(model_name=model, created=int(time.time()), input_bytes=input_bytes)
+    options = JobOptions(
+        model_name=arguments.model,
+        created=int(time.time()),
+        input_bytes=input_bytes,
+        deadline_s=arguments.deadline_s,
+        row_timeout_s=arguments.row_timeout_s,
+        keep_failed=arguments.keep_failed,
+    )
+    paths = JobPaths(arguments.output, arguments.errors, arguments.in_input_order)
+    names = ModelNames(arguments.model)
     with stop_on_signals() as stop, ProgressReport(log) as progress:
         summary = run_job(
             rows,
-            output,
-            errors,
-            llm.engine,
-            llm.tokenizer,
-            token_bytes(llm.tokenizer.backend),
+            paths,
+            directory,
+            llm,
             options,
+            check=names.check,
+            settings={
+                "column": arguments.column,
+                "template": arguments.template,
+                "endpoint": arguments.endpoint,
+            },
             stop=stop,
             on_event=progress.on_event,
         )
-    report = log if output == STDIO else Console()
-    print_summary(report, summary, load_s=load_s, output=output, errors=errors)
+    if names.foreign is not None:
+        log.print(
+            f"Rows name the model {names.foreign!r:.100}; {arguments.model} answered them.",
+            markup=False,
+            highlight=False,
+        )
+    report = log if arguments.output == STDIO else Console()
+    print_summary(report, summary, load_s=load_s, output=arguments.output, errors=arguments.errors)
     return exit_status(summary)
 
 
@@ -169,10 +289,10 @@ def load(model: str, settings: dict[str, Any]) -> LLM:
 
 
 def exit_status(summary: JobSummary) -> int:
-    """0 if all rows succeeded, 1 if some failed, 130 if the job was stopped."""
+    """0 if all rows succeeded, 1 if some failed or expired, 75 if the job was stopped."""
     if summary.stopped:
         return INTERRUPTED
-    return SOME_ROWS_FAILED if summary.num_failed else 0
+    return SOME_ROWS_FAILED if summary.num_failed or summary.num_expired else 0
 
 
 @contextmanager

@@ -129,6 +129,8 @@ class LocalExecutor:
             row_of_sample.astype(np.int32),
             slots,
             output_positions,
+            step.masks,
+            step.mask_of_sample,
         )
         self._sampling.append(slots, token_ids)
         self._slots.note_sampled(slots, token_ids)

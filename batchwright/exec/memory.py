@@ -1,9 +1,15 @@
-"""How much host memory a process may still take."""
+"""How much host memory a process may still take, and whether an exception says there is none."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from pathlib import Path
+
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|could not|failed to) allocate|bad_alloc|ALLOC_FAILED", re.I
+)
 
 
 def available_memory_bytes() -> int:
@@ -13,6 +19,15 @@ def available_memory_bytes() -> int:
     if limit is not None and used is not None:
         available = min(available, max(limit - used, 0))
     return available
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the host or of a device, ran out. Torch says so in several ways."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _meminfo_available() -> int:

@@ -16,6 +16,7 @@ from batchwright.request import Int32Array
 from batchwright.step import NewSequence, Step, StepResult
 
 ORDINARY_TOKEN = 0
+NEVER = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,5 +77,5 @@ class SimExecutor:
         length = self._output_length(sequence)
         has_end = length is not None and len(sequence.end_token_ids) > 0
         last = sequence.num_prompt_tokens + (length or 0) - 1
-        self._last_position[sequence.slot] = last if has_end else np.iinfo(np.int32).max
+        self._last_position[sequence.slot] = last if has_end else NEVER
         self._end_token[sequence.slot] = sequence.end_token_ids[0] if has_end else 0

@@ -28,5 +28,9 @@ class SlotState:
         return np.where(step.token_ids == LAST_SAMPLED, self._last_token[rows], step.token_ids)
 
     def note_sampled(self, slots: Int32Array, token_ids: Int32Array) -> None:
-        """Remember each slot's newest token."""
-        self._last_token[slots] = token_ids
+        """Remember each slot's newest token.
+
+        -1 stands for none: that sequence has failed, but a Step that goes on with it may already
+        be made. It gets some token then, and nobody reads what comes of it.
+        """
+        self._last_token[slots] = np.maximum(token_ids, 0)

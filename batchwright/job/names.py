@@ -9,7 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from batchwright.errors import RequestError
-from batchwright.job.rows import CHAT, InputRow
+from batchwright.job.rows import (
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    SCORE,
+    SCORE_ALIAS,
+    InputRow,
+)
 from batchwright.validation import checks
 from batchwright.validation.params import MAX_TOKENS_ALIASES, PARAM_NAMES
 
@@ -23,12 +30,6 @@ _INERT = frozenset(
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "stream": ((False,), "results are written as rows finish; remove it"),
     "stream_options": ((), "results are not streamed; remove it"),
-    "response_format": (({"type": "text"},), "structured output is not supported yet"),
-    "structured_outputs": ((), "structured output is not supported yet"),
-    "guided_json": ((), "structured output is not supported yet"),
-    "guided_regex": ((), "structured output is not supported yet"),
-    "guided_choice": ((), "structured output is not supported yet"),
-    "guided_grammar": ((), "structured output is not supported yet"),
     "spaces_between_special_tokens": ((True,), "not supported"),
     "truncate_prompt_tokens": ((), "prompts are never cut; shorten the prompt"),
     "use_beam_search": ((False,), "beam search is not supported yet"),
@@ -40,7 +41,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _ONLY_CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
     "tool_choice": (("auto", "none"), "a forced tool call is not supported yet"),
-    "parallel_tool_calls": ((True,), "tool calls are returned as text"),
+    "parallel_tool_calls": ((True,), "all calls of an answer are returned"),
     "functions": ((), "use tools"),
     "function_call": ((), "use tools"),
     "modalities": ((["text"],), "only text is supported"),
@@ -49,7 +50,6 @@ _ONLY_CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((), "rows never make network requests"),
     "reasoning_effort": ((), "pass it in chat_template_kwargs if the model's template knows it"),
     "documents": ((), "pass them in chat_template_kwargs if the model's template knows them"),
-    "chat_template": ((), "the template belongs to the model"),
     "add_special_tokens": ((False,), "the chat template writes the special tokens"),
     "echo": ((False,), "it is for /v1/completions"),
 }
@@ -58,13 +58,47 @@ _ONLY_COMPLETIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 _CHAT_KEYS = frozenset(
-    "messages tools chat_template_kwargs add_generation_prompt continue_final_message "
-    "top_logprobs".split()
+    "messages tools chat_template chat_template_kwargs add_generation_prompt "
+    "continue_final_message top_logprobs".split()
 )
 _COMPLETION_KEYS = frozenset("prompt prompt_token_ids echo add_special_tokens best_of".split())
 _SHARED_KEYS = (
     PARAM_NAMES | set(MAX_TOKENS_ALIASES) | _INERT | _ONLY.keys() | {"model", "parse_special"}
 )
+
+_ONLY_EMBEDDINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "dimensions": ((), "an embedding has the model's hidden size; remove it"),
+    "messages": ((), "give the text as input"),
+}
+_ONLY_SCORE: dict[str, tuple[tuple[Any, ...], str]] = dict.fromkeys(
+    ("text_1", "text_2", "queries", "documents"),
+    ((), "scores are log-likelihoods; give context and continuation"),
+)
+_ONLY_UNSAMPLED = {
+    name: _ONLY[name] for name in ("stream", "stream_options", "truncate_prompt_tokens", "priority")
+}
+_UNSAMPLED_KEYS = _INERT | {"model", "parse_special", "add_special_tokens"}
+_EMBEDDING_KEYS = frozenset("input encoding_format pooling normalize".split())
+_SCORE_KEYS = frozenset("context continuation".split())
+
+_Only = dict[str, tuple[tuple[Any, ...], str]]
+
+
+def _table(keys: frozenset[str], *onlys: _Only) -> tuple[frozenset[str], _Only]:
+    """(all names that are known, those with restricted values)."""
+    only: _Only = {}
+    for part in onlys:
+        only |= part
+    return keys | only.keys(), only
+
+
+_TABLES = {
+    CHAT: _table(_SHARED_KEYS | _CHAT_KEYS, _ONLY, _ONLY_CHAT),
+    COMPLETIONS: _table(_SHARED_KEYS | _COMPLETION_KEYS, _ONLY, _ONLY_COMPLETIONS),
+    EMBEDDINGS: _table(_UNSAMPLED_KEYS | _EMBEDDING_KEYS, _ONLY_UNSAMPLED, _ONLY_EMBEDDINGS),
+    SCORE: _table(_UNSAMPLED_KEYS | _SCORE_KEYS, _ONLY_UNSAMPLED, _ONLY_SCORE),
+}
+_TABLES[SCORE_ALIAS] = _TABLES[SCORE]
 
 
 def check_names(row: InputRow) -> None:
@@ -73,13 +107,11 @@ def check_names(row: InputRow) -> None:
     Raises:
         RequestError: with the parameter's name and what to do instead.
     """
-    chat = row.endpoint == CHAT
-    only = _ONLY | (_ONLY_CHAT if chat else _ONLY_COMPLETIONS)
-    known = _SHARED_KEYS | only.keys() | (_CHAT_KEYS if chat else _COMPLETION_KEYS)
+    known, only = _TABLES[row.endpoint]
     for name, value in row.body.items():
         if name not in known:
             checks.unknown(name, known)
-        if value is None or name not in only:
+        if name not in only or value is None:
             continue
         allowed, remedy = only[name]
         if not any(type(value) is type(good) and value == good for good in allowed):

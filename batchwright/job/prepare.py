@@ -14,11 +14,19 @@ import numpy as np
 
 from batchwright.errors import RequestError
 from batchwright.job.validate import ParsedRow
-from batchwright.request import Request
+from batchwright.request import NO_MARKUP, Markup, Request, Task
+from batchwright.structured.spec import GrammarSpec
+from batchwright.text.chat_template import Template
+from batchwright.text.continuation import join
 
 
 class Tokenizer(Protocol):
     """What preparing rows needs of `text.tokenizer.Tokenizer`."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+    @property
+    def eos_token_id(self) -> int | None: ...
 
     def encode_batch(
         self, texts: Sequence[str], *, add_special_tokens: bool = True, parse_special: bool = False
@@ -33,21 +41,40 @@ class Tokenizer(Protocol):
         template_kwargs: dict[str, Any] | None = None,
         continue_final_message: bool = False,
         parse_special: bool = False,
+        template: Template | None = None,
     ) -> tuple[str, list[int]]: ...
 
+    def markup(self, *, with_tools: bool, template: Template | None = None) -> Markup: ...
 
-def prepare_rows(rows: Sequence[ParsedRow], tokenizer: Tokenizer) -> list[Request | RequestError]:
+
+class Grammars(Protocol):
+    """What preparing rows needs of `structured.compile.GrammarCompiler`."""
+
+    def compile(self, spec: GrammarSpec) -> object: ...
+
+    def template(self, source: str) -> Template: ...
+
+
+def prepare_rows(
+    rows: Sequence[ParsedRow], tokenizer: Tokenizer, grammars: Grammars | None = None
+) -> list[Request | RequestError]:
     """Tokenise rows; prompts that are plain text are encoded together, which is done in parallel.
 
+    Args:
+        grammars: compiles the rows' grammars here, so that the engine finds them ready, and
+            renders templates that rows bring. None: grammars are left to the engine.
     Returns:
-        For each row its Request, or why it has none: the template rejects the messages, or the
-        vocabulary cannot express the text. Errors carry the line.
+        For each row its Request, or why it has none: the template rejects the messages, the
+        vocabulary cannot express the text, or the grammar does not compile. Errors carry the line.
     """
     encoded = _encode_prompts(rows, tokenizer)
     prepared: list[Request | RequestError] = []
     for index, row in enumerate(rows):
         try:
-            prepared.append(_prepare(row, encoded.get(index), tokenizer))
+            if row.params.grammar is not None and grammars is not None:
+                grammars.compile(row.params.grammar)
+            template = _own_template(row, grammars)
+            prepared.append(_prepare(row, encoded.get(index), tokenizer, template))
         except RequestError as error:
             error.line = row.line
             prepared.append(error)
@@ -59,7 +86,7 @@ def _encode_prompts(rows: Sequence[ParsedRow], tokenizer: Tokenizer) -> dict[int
     returned: its rows are then encoded one by one, and only the bad one fails."""
     batches: dict[tuple[bool, bool], dict[int, str]] = defaultdict(dict)
     for index, row in enumerate(rows):
-        if row.prompt is not None:
+        if row.prompt is not None and row.continuation is None:
             batches[row.add_special_tokens, row.parse_special][index] = row.prompt
     encoded: dict[int, list[int]] = {}
     for (add_special_tokens, parse_special), texts in batches.items():
@@ -75,17 +102,64 @@ def _encode_prompts(rows: Sequence[ParsedRow], tokenizer: Tokenizer) -> dict[int
     return encoded
 
 
-def _prepare(row: ParsedRow, encoded: list[int] | None, tokenizer: Tokenizer) -> Request:
-    prompt, token_ids = (row.prompt, encoded) if encoded is not None else _encode(row, tokenizer)
+def _own_template(row: ParsedRow, grammars: Grammars | None) -> Template | None:
+    """The template that the row brings, if it brings one."""
+    if row.chat_template is None:
+        return None
+    if grammars is None:
+        raise RequestError(
+            "chat_template is not supported here; remove it",
+            code="unsupported_parameter",
+            param="chat_template",
+        )
+    return grammars.template(row.chat_template)
+
+
+def _prepare(
+    row: ParsedRow, encoded: list[int] | None, tokenizer: Tokenizer, template: Template | None
+) -> Request:
+    if row.continuation is not None:
+        return _prepare_pair(row, row.continuation, tokenizer)
+    if encoded is not None:
+        prompt, token_ids = row.prompt, encoded
+    else:
+        prompt, token_ids = _encode(row, tokenizer, template)
+    markup = NO_MARKUP
+    if row.messages is not None and row.params.grammar is None:  # else: all of it is the answer
+        markup = tokenizer.markup(with_tools=row.tools is not None, template=template)
     return Request(
         id=row.custom_id,
         prompt_token_ids=np.array(token_ids, np.int32),
         params=row.params,
+        task=row.task,
         prompt=prompt,
+        pooling=row.pooling,
+        markup=markup,
     )
 
 
-def _encode(row: ParsedRow, tokenizer: Tokenizer) -> tuple[str | None, list[int]]:
+def _prepare_pair(row: ParsedRow, continuation: str | list[int], tokenizer: Tokenizer) -> Request:
+    context = row.prompt if row.prompt is not None else row.prompt_token_ids
+    assert context is not None
+    token_ids, score_start = join(
+        tokenizer,
+        context,
+        continuation,
+        add_special_tokens=row.add_special_tokens,
+        parse_special=row.parse_special,
+    )
+    return Request(
+        id=row.custom_id,
+        prompt_token_ids=np.array(token_ids, np.int32),
+        params=row.params,
+        task=Task.SCORE,
+        score_start=score_start,
+    )
+
+
+def _encode(
+    row: ParsedRow, tokenizer: Tokenizer, template: Template | None
+) -> tuple[str | None, list[int]]:
     """(prompt text or None, token ids) of one row."""
     if row.prompt_token_ids is not None:
         return None, row.prompt_token_ids
@@ -103,4 +177,5 @@ def _encode(row: ParsedRow, tokenizer: Tokenizer) -> tuple[str | None, list[int]
         template_kwargs=row.template_kwargs,
         continue_final_message=row.continue_final_message,
         parse_special=row.parse_special,
+        template=template,
     )

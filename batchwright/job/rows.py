@@ -9,7 +9,21 @@ from batchwright.errors import RequestError
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-ENDPOINTS = (CHAT, COMPLETIONS)
+EMBEDDINGS = "/v1/embeddings"
+SCORE = "/v1/score"
+SCORE_ALIAS = "/score"
+ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS, SCORE, SCORE_ALIAS)
+
+
+def endpoint_of_bare_row(body: dict[str, Any]) -> str:
+    """The endpoint that a row without a url means, told by what its body holds."""
+    if "messages" in body:
+        return CHAT
+    if "input" in body:
+        return EMBEDDINGS
+    if "context" in body or "continuation" in body:
+        return SCORE
+    return COMPLETIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +36,7 @@ class InputRow:
         endpoint: one of ENDPOINTS.
         body: the request's parameters, as decoded from JSON.
         num_bytes: bytes of the input this row took, for progress.
+        extra: columns that pass through to the output.
     """
 
     line: int
@@ -29,6 +44,7 @@ class InputRow:
     endpoint: str
     body: dict[str, Any]
     num_bytes: int = 0
+    extra: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +56,11 @@ class RowError:
         custom_id: the row's name, if it could be read.
         error: why, with the line in it.
         num_bytes: bytes of the input this row took, for progress.
+        extra: columns that pass through to the output.
     """
 
     line: int
     custom_id: str | None
     error: RequestError
     num_bytes: int = 0
+    extra: dict[str, Any] | None = None

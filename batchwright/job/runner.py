@@ -1,39 +1,43 @@
-"""run_job: the only place that knows both files and the engine.
+"""Job: the only place that knows both files and the engine.
 
-Rows flow through a window of at most `horizon` rows: read, checked and tokenised in chunks while
-earlier rows run, written as they finish. Memory is bounded by the window, not by the input, and
-the first row runs before the last is read.
+Rows flow through a window: read, checked and tokenised by the feed while earlier rows run, noted in
+the journal as they end, and from there to the output files. Memory is bounded by the window, not by
+the input, and the first row runs before the last is read.
 
-A row leaves by exactly one of four doors: a line in the output, a line in the error file (a bad
-line, a parameter, a prompt, the engine's refusal), or, when the job is stopped, no line at all: it
-then counts as cancelled and can be run again.
+A row leaves by exactly one door: succeeded, failed, expired (its time or the job's was up), or,
+when the job is stopped, cancelled: it then has no line and is run when the job goes on.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import msgspec
 
 from batchwright.errors import RequestError
+from batchwright.job.answer import AnswerForm, TokenBytes, answer_form
 from batchwright.job.events import Draining, JobEvent, Progressed, RowFailed
-from batchwright.job.formats.completion_body import AnswerForm, TokenBytes, response_body
-from batchwright.job.formats.jsonl_writer import JsonlWriter, error_line, success_line
-from batchwright.job.prepare import Tokenizer, prepare_rows
-from batchwright.job.rows import InputRow, RowError
+from batchwright.job.feed import Chunk, Feed, ReadyRow, RefusedRow
+from batchwright.job.formats.jsonl_writer import error_line, success_line
+from batchwright.job.formats.response_body import response_body
+from batchwright.job.journal import Journal, RowState
+from batchwright.job.metrics import MetricsLog
+from batchwright.job.output_files import OutputFiles
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import EngineStats, JobSummary
-from batchwright.job.validate import ParsedRow, parse_row
-from batchwright.request import DEFAULT_MAX_TOKENS, FinishReason, Request, Result
+from batchwright.request import DEFAULT_MAX_TOKENS, FinishReason, Request, Result, Task
 
-HORIZON = 4096
-CHUNK_ROWS = 256  # rows read and tokenised between two steps
+HORIZON_ROWS = 4096
+HORIZON_TOKENS = 32_000_000  # 128 MB of prompt tokens, whatever the number of rows
 DRAIN_S = 60.0  # how long rows that run may go on after the first request to stop
+TIMEOUT_CHECK_S = 1.0
+
+_encode = msgspec.json.Encoder().encode
 
 
 class JobEngine(Protocol):
@@ -45,19 +49,36 @@ class JobEngine(Protocol):
     def stats(self) -> EngineStats: ...
     @property
     def num_unfinished(self) -> int: ...
+    @property
+    def load(self) -> EngineLoad: ...
     def add(self, request: Request) -> None: ...
     def step(self) -> list[Result]: ...
     def cancel(self, request_id: str) -> None: ...
     def waiting_ids(self) -> list[str]: ...
 
 
-@dataclass(frozen=True, slots=True)
+class EngineLoad(Protocol):
+    """How busy an engine is at the moment."""
+
+    @property
+    def num_running_seqs(self) -> int: ...
+    @property
+    def kv_used_fraction(self) -> float: ...
+
+
+@dataclass(slots=True)
 class _InFlight:
     """What is kept of a row while the engine has it."""
 
+    key: str
+    digest: bytes
+    columns: dict[str, Any] | None
     line: int
     form: AnswerForm
     num_allowed_tokens: int
+    num_prompt_tokens: int
+    started_s: float | None = None
+    expired: RequestError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,167 +86,193 @@ class JobOptions:
     """What a job is told besides its files and its engine.
 
     Attributes:
-        model_name: written into each body; rows may name it, or one other name throughout.
+        model_name: written into each body.
         created: seconds since 1970, written into each body.
         input_bytes: size of the input, if it is known.
-        horizon: most rows in the engine at once.
+        horizon_rows: most rows in the engine at once.
         drain_s: how long rows that run may go on after the first request to stop.
+        deadline_s: rows that have not ended so long after the start of the run expire.
+        row_timeout_s: a row expires when it has run for so long.
+        keep_failed: rows that failed or expired in an earlier run are not run again.
     """
 
     model_name: str
     created: int
     input_bytes: int | None = None
-    horizon: int = HORIZON
+    horizon_rows: int = HORIZON_ROWS
     drain_s: float = DRAIN_S
+    deadline_s: float = math.inf
+    row_timeout_s: float = math.inf
+    keep_failed: bool = False
 
 
 class Job:
-    """One run from input rows to output lines.
+    """One run from a feed of rows to a journal and its files.
 
     Args:
-        rows: the input, in order.
-        output, errors: where lines go.
-        engine, tokenizer: what answers the rows.
+        feed: the rows.
+        journal: where their ends are noted.
+        files: what shows them to the user; begun.
+        engine: answers the rows.
         token_bytes: the bytes of a token, for log-probabilities.
         options: see there.
         stop: tells when to stop.
+        metrics: where progress is logged.
         on_event: called as things happen; it must be quick and must not raise.
         now: the clock, in seconds.
     """
 
     def __init__(
         self,
-        rows: Iterator[InputRow | RowError],
-        output: JsonlWriter,
-        errors: JsonlWriter,
+        feed: Feed,
+        journal: Journal,
+        files: OutputFiles,
         engine: JobEngine,
-        tokenizer: Tokenizer,
         token_bytes: TokenBytes,
         options: JobOptions,
         *,
         stop: StopControl,
-        on_event: Callable[[JobEvent], None],
+        metrics: MetricsLog,
+        on_event: Callable[[JobEvent], None] = lambda event: None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._rows = rows
-        self._output = output
-        self._errors = errors
+        self._feed = feed
+        self._journal = journal
+        self._files = files
         self._engine = engine
-        self._tokenizer = tokenizer
         self._token_bytes = lru_cache(maxsize=65536)(token_bytes)
         self._options = options
-        self._chunk_rows = min(CHUNK_ROWS, options.horizon)
-        self._other_model: str | None = None
         self._stop = stop
+        self._metrics = metrics
         self._on_event = on_event
         self._now = now
         self._in_flight: dict[str, _InFlight] = {}
+        self._num_tokens_in_flight = 0
+        self._time_is_up = False
+        self._next_timeout_check_s = -math.inf
         self.summary = JobSummary(engine=engine.stats, input_bytes=options.input_bytes)
 
     def run(self) -> JobSummary:
-        """Run all rows, or until stopped; returns the final summary."""
+        """Run all rows, or until stopped; returns the final summary.
+
+        Raises:
+            InputError, OutputError: a file fails. What was committed before stays.
+        """
         summary, start_s = self.summary, self._now()
-        give_up_s = math.inf
         try:
-            while self._in_flight or not (summary.input_ended or summary.stopped):
-                if self._stop.requested and not summary.stopped:
-                    give_up_s = self._now() + self._options.drain_s
-                    self._stop_admitting()
-                if self._now() >= give_up_s:
-                    break
-                if not summary.stopped:
-                    self._admit()
-                if self._in_flight:
-                    for result in self._step():
-                        self._finish(result)
-                summary.run_s = self._now() - start_s
-                self._on_event(Progressed(summary))
+            self._loop(start_s)
             summary.num_cancelled += len(self._in_flight)
         except KeyboardInterrupt:  # anywhere, even between reading a row and adding it
             summary.stopped = True
             summary.num_cancelled += summary.num_in_flight
+        self._commit()
         summary.run_s = self._now() - start_s
         assert summary.num_in_flight == 0, "a row was lost or counted twice"
         return summary
 
+    def _loop(self, start_s: float) -> None:
+        summary, options = self.summary, self._options
+        give_up_s = math.inf
+        while self._in_flight or not (self._feed.ended or summary.stopped):
+            now_s = self._now()
+            if self._stop.requested and not summary.stopped:
+                give_up_s = now_s + options.drain_s
+                self._stop_admitting()
+            if now_s >= give_up_s:
+                return
+            if now_s - start_s >= options.deadline_s and not self._time_is_up:
+                self._expire_all()
+            self._expire_slow_rows(now_s)
+            if not summary.stopped:
+                self._admit()
+            if self._in_flight:
+                self._step()
+            summary.run_s = self._now() - start_s
+            summary.input_ended = self._feed.ended
+            if self._journal.is_due:
+                self._commit()
+            if self._metrics.is_due:
+                self._metrics.write(self.metrics())
+            self._on_event(Progressed(summary))
+
     # In ---------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Read at most one chunk of rows into the engine, if the window has room for it."""
-        room = self._options.horizon - len(self._in_flight)
-        if self.summary.input_ended or room < self._chunk_rows:
+        """Take at most one chunk of rows into the engine, if the window has room for it."""
+        room = self._options.horizon_rows - len(self._in_flight)
+        if room < self._feed.chunk_rows or self._num_tokens_in_flight >= HORIZON_TOKENS:
             return
-        rows = list(islice(self._rows, self._chunk_rows))
-        self.summary.input_ended = len(rows) < self._chunk_rows
-        self.summary.num_rows_read += len(rows)
-        self.summary.num_bytes_read += sum(row.num_bytes for row in rows)
-        checked = [self._check(row) for row in rows]
-        sound = [row for row in checked if isinstance(row, ParsedRow)]
-        prepared = iter(prepare_rows(sound, self._tokenizer))
-        for row in checked:
-            if isinstance(row, RowError):
-                self._fail(row.line, row.custom_id, row.error)
+        start_s = self._now()
+        with self._stop.interruptible():
+            chunk = self._feed.get(wait=not self._in_flight)
+        self.summary.idle_s += self._now() - start_s
+        if chunk is not None:
+            self._take_in(chunk)
+
+    def _take_in(self, chunk: Chunk) -> None:
+        self.summary.num_rows_read += chunk.num_read
+        self.summary.num_bytes_read += chunk.num_bytes
+        self.summary.num_skipped += chunk.num_read - len(chunk.rows)
+        for row in chunk.rows:
+            if isinstance(row, RefusedRow):
+                self._fail(row, row.line, row.custom_id, row.error)
+            elif self._time_is_up:
+                self._fail(row, row.row.line, row.row.custom_id, _deadline_error())
             else:
-                self._add(row, next(prepared))
+                self._add(row)
 
-    def _check(self, row: InputRow | RowError) -> ParsedRow | RowError:
-        if isinstance(row, RowError):
-            return row
-        try:
-            parsed = parse_row(row)
-            self._check_model(parsed)
-        except RequestError as error:
-            return RowError(row.line, row.custom_id, error)
-        return parsed
-
-    def _add(self, row: ParsedRow, request: Request | RequestError) -> None:
+    def _add(self, ready: ReadyRow) -> None:
         """Give a row to the engine; what cannot be run fails here."""
+        row, request = ready.row, ready.request
         try:
-            if isinstance(request, RequestError):
-                raise request
             self._engine.add(request)
         except RequestError as error:
-            self._fail(row.line, row.custom_id, error)
+            self._fail(ready, row.line, row.custom_id, error)
             return
-        form = AnswerForm(row.is_chat, row.echo, row.report_prompt_logprobs)
-        room = self._engine.max_model_len - len(request.prompt_token_ids)
+        num_prompt = len(request.prompt_token_ids)
+        room = self._engine.max_model_len - num_prompt
         num_allowed = row.params.n * min(row.params.max_tokens or DEFAULT_MAX_TOKENS, room)
-        self._in_flight[row.custom_id] = _InFlight(row.line, form, num_allowed)
+        if row.task is not Task.GENERATE:
+            num_allowed = 0
+        form = answer_form(row, request)
+        self._in_flight[row.custom_id] = _InFlight(
+            ready.key, ready.digest, ready.columns, row.line, form, num_allowed, num_prompt
+        )
+        self._num_tokens_in_flight += num_prompt
         self.summary.num_allowed_tokens += num_allowed
-
-    def _check_model(self, row: ParsedRow) -> None:
-        """Files made for another service name its model; one such name is taken to mean ours."""
-        if row.model is None or row.model == self._options.model_name:
-            return
-        if self._other_model is None:
-            self._other_model = row.model
-        if row.model != self._other_model:
-            raise RequestError(
-                f"model is {row.model!r:.100}, but earlier rows name {self._other_model!r:.100}; "
-                "a job runs one model",
-                code="model_mismatch",
-                param="model",
-                line=row.line,
-            )
 
     # Out --------------------------------------------------------------------------------------
 
-    def _step(self) -> list[Result]:
+    def _step(self) -> None:
+        summary, engine = self.summary, self._engine.stats
+        start_s = self._now()
+        num_computed, num_generated = engine.num_computed_tokens, engine.num_generated_tokens
         with self._stop.interruptible():
-            return self._engine.step()
+            results = self._engine.step()
+        step_s = self._now() - start_s
+        num_computed = engine.num_computed_tokens - num_computed
+        num_generated = engine.num_generated_tokens - num_generated
+        share = min(1.0, num_generated / num_computed) if num_computed else 1.0
+        summary.step_s += step_s
+        summary.decode_s += step_s * share
+        for result in results:
+            self._finish(result)
 
     def _finish(self, result: Result) -> None:
-        """Write a result's line and count it."""
+        """Note a result in the journal and count it."""
         custom_id = result.request_id
         row = self._in_flight.pop(custom_id)
-        cancelled = any(o.finish_reason is FinishReason.CANCELLED for o in result.outputs)
-        if result.error is not None:
-            self._fail(row.line, custom_id, result.error)
-        elif cancelled and self.summary.stopped:
-            self.summary.num_cancelled += 1  # no line: the row can be run again
+        self._num_tokens_in_flight -= row.num_prompt_tokens
+        cancelled = any(o.finish_reason is FinishReason.CANCELLED for o in result.outputs) or (
+            result.error is not None and result.error.code == "cancelled"
+        )
+        if cancelled and row.expired is None and self.summary.stopped:
+            self.summary.num_cancelled += 1  # no line: the row is run when the job goes on
         elif cancelled:
-            error = RequestError("the row was cancelled before it was done", code="cancelled")
-            self._fail(row.line, custom_id, error)
+            error = row.expired or RequestError("the row was cancelled", code="cancelled")
+            self._fail(row, row.line, custom_id, error)
+        elif result.error is not None:
+            self._fail(row, row.line, custom_id, result.error)
         else:
             self._succeed(result, row)
             return
@@ -239,7 +286,8 @@ class Job:
             model=self._options.model_name,
             created=self._options.created,
         )
-        self._output.write(success_line(result.request_id, body))
+        data = _encode(success_line(result.request_id, body, row.columns)) + b"\n"
+        self._journal.append(row.key, row.line, RowState.SUCCEEDED, row.digest, data)
         summary = self.summary
         summary.num_succeeded += 1
         summary.num_prompt_tokens += len(result.prompt_token_ids)
@@ -249,11 +297,26 @@ class Job:
             output.finish_reason is FinishReason.LENGTH for output in result.outputs
         )
 
-    def _fail(self, line: int, custom_id: str | None, error: RequestError) -> None:
-        self._errors.write(error_line(custom_id, line, error))
-        self.summary.num_failed += 1
+    def _fail(
+        self,
+        row: _InFlight | ReadyRow | RefusedRow,
+        line: int,
+        custom_id: str | None,
+        error: RequestError,
+    ) -> None:
+        expired = error.code in _EXPIRED_CODES
+        state = RowState.EXPIRED if expired else RowState.FAILED
+        data = _encode(error_line(custom_id, line, error, row.columns)) + b"\n"
+        self._journal.append(row.key, line, state, row.digest, data)
+        self.summary.num_expired += expired
+        self.summary.num_failed += not expired
         self.summary.error_codes[error.code] += 1
         self._on_event(RowFailed(line, custom_id, error))
+
+    def _commit(self) -> None:
+        self._files.write(self._journal.commit())
+
+    # Ends that are not a row's own ---------------------------------------------------------------
 
     def _stop_admitting(self) -> None:
         """Let go of rows that have not started; those that run may finish."""
@@ -264,47 +327,69 @@ class Job:
         num_running = len(self._in_flight) - len(waiting)
         self._on_event(Draining(num_running, self._options.drain_s))
 
+    def _expire_all(self) -> None:
+        """The job's time is up: rows in the engine and rows still to be read expire."""
+        self._time_is_up = True
+        for request_id, row in self._in_flight.items():
+            row.expired = _deadline_error()
+            self._engine.cancel(request_id)
 
-def run_job(
-    rows: Iterator[InputRow | RowError],
-    output_path: str | Path,
-    error_path: str | Path,
-    engine: JobEngine,
-    tokenizer: Tokenizer,
-    token_bytes: TokenBytes,
-    options: JobOptions,
-    *,
-    stop: StopControl | None = None,
-    on_event: Callable[[JobEvent], None] = lambda event: None,
-) -> JobSummary:
-    """Run rows to an output file and an error file, replacing both.
+    def _expire_slow_rows(self, now_s: float) -> None:
+        limit_s = self._options.row_timeout_s
+        if limit_s == math.inf or now_s < self._next_timeout_check_s:
+            return
+        self._next_timeout_check_s = now_s + min(TIMEOUT_CHECK_S, limit_s / 4)
+        waiting = set(self._engine.waiting_ids())
+        for request_id, row in self._in_flight.items():
+            if request_id in waiting or row.expired is not None:
+                continue
+            if row.started_s is None:
+                row.started_s = now_s
+            elif now_s - row.started_s >= limit_s:
+                row.expired = RequestError(
+                    f"the row ran for {now_s - row.started_s:.1f} s, the limit of a row is "
+                    f"{limit_s:g} s; raise --row-timeout or lower max_tokens",
+                    code="row_timeout",
+                )
+                self._engine.cancel(request_id)
 
-    The error file is created at the first failure. Both paths may be the same.
+    def metrics(self) -> dict[str, Any]:
+        """The line for metrics.jsonl; see `metrics.py`."""
+        summary, engine, load = self.summary, self.summary.engine, self._engine.load
+        num_waiting = len(self._engine.waiting_ids())
+        return {
+            "rows_read": summary.num_rows_read,
+            "rows_skipped": summary.num_skipped,
+            "rows_succeeded": summary.num_succeeded,
+            "rows_failed": summary.num_failed,
+            "rows_expired": summary.num_expired,
+            "rows_running": len(self._in_flight) - num_waiting,
+            "rows_waiting": num_waiting,
+            "rows_estimated": summary.estimated_rows,
+            "eta_s": summary.eta_s,
+            "steps": engine.num_steps,
+            "computed_tokens": engine.num_computed_tokens,
+            "generated_tokens": engine.num_generated_tokens,
+            "cached_tokens": engine.num_cached_tokens,
+            "recomputed_tokens": engine.num_recomputed_tokens,
+            "preemptions": engine.num_preemptions,
+            "prompt_tokens": summary.num_prompt_tokens,
+            "output_tokens": summary.num_output_tokens,
+            "num_running_seqs": load.num_running_seqs,
+            "kv_used_fraction": load.kv_used_fraction,
+            "step_s": summary.step_s,
+            "decode_s": summary.decode_s,
+            "prefill_s": summary.step_s - summary.decode_s,
+            "idle_s": summary.idle_s,
+        }
 
-    Returns:
-        The summary: rows read == succeeded + failed + cancelled.
 
-    Raises:
-        InputError, OutputError: a file fails. Lines written before stay.
-    """
-    output = JsonlWriter(output_path)
-    errors = output if str(error_path) == str(output_path) else JsonlWriter(error_path)
-    try:
-        output.open()
-        if errors is not output:
-            errors.remove()
-        job = Job(
-            rows,
-            output,
-            errors,
-            engine,
-            tokenizer,
-            token_bytes,
-            options,
-            stop=stop or StopControl(),
-            on_event=on_event,
-        )
-        return job.run()
-    finally:
-        output.close()
-        errors.close()
+_EXPIRED_CODES = {"batch_expired", "row_timeout"}
+
+
+def _deadline_error() -> RequestError:
+    return RequestError(
+        "the job's deadline passed before the row was done; give the same command with a later "
+        "deadline to go on",
+        code="batch_expired",
+    )

@@ -22,14 +22,19 @@ class EngineStats(Protocol):
     def num_generated_tokens(self) -> int: ...
     @property
     def num_preemptions(self) -> int: ...
+    @property
+    def num_folded(self) -> int: ...
 
 
 @dataclass(slots=True, kw_only=True)
 class JobSummary:
-    """Counts of a job. Every row read ends as succeeded, failed or cancelled.
+    """Counts of one run of a job. Every row read was finished before, or ends as succeeded,
+    failed, expired or cancelled.
 
     Attributes:
         num_rows_read: rows taken from the input, bad lines included.
+        num_skipped: rows that an earlier run finished.
+        num_expired: rows whose time, or the job's, was up.
         num_cancelled: rows read but neither answered nor failed, because the job was stopped.
         num_length_limited: rows with an output that ended at max_tokens or the context.
         error_codes: failed rows by error code.
@@ -39,6 +44,9 @@ class JobSummary:
         input_bytes: size of the input, None if it cannot be known (standard input).
         num_bytes_read: input bytes of the rows read.
         input_ended: the input was read to its end.
+        step_s: seconds inside the engine's steps.
+        decode_s: the share of them that went to generated tokens, by number of tokens.
+        idle_s: seconds the engine waited for input.
         run_s: seconds from the first row read to the last row written.
         stopped: the user asked to stop.
         engine: the engine's own counts.
@@ -49,6 +57,8 @@ class JobSummary:
     num_rows_read: int = 0
     num_succeeded: int = 0
     num_failed: int = 0
+    num_skipped: int = 0
+    num_expired: int = 0
     num_cancelled: int = 0
     num_length_limited: int = 0
     error_codes: Counter[str] = field(default_factory=Counter)
@@ -58,18 +68,26 @@ class JobSummary:
     num_allowed_tokens_done: int = 0
     num_bytes_read: int = 0
     input_ended: bool = False
+    step_s: float = 0.0
+    decode_s: float = 0.0
+    idle_s: float = 0.0
     run_s: float = 0.0
     stopped: bool = False
 
     @property
     def num_finished(self) -> int:
-        """Rows with a line in the output or the error file."""
-        return self.num_succeeded + self.num_failed
+        """Rows that this run brought to an end."""
+        return self.num_succeeded + self.num_failed + self.num_expired
+
+    @property
+    def num_done(self) -> int:
+        """Rows that have an end, whichever run brought it."""
+        return self.num_skipped + self.num_finished
 
     @property
     def num_in_flight(self) -> int:
         """Rows read that have no end yet."""
-        return self.num_rows_read - self.num_finished - self.num_cancelled
+        return self.num_rows_read - self.num_skipped - self.num_finished - self.num_cancelled
 
     @property
     def estimated_rows(self) -> int | None:
@@ -93,8 +111,10 @@ class JobSummary:
             return None
         share = self.num_output_tokens / self.num_allowed_tokens_done
         in_engine = share * (self.num_allowed_tokens - self.num_allowed_tokens_done)
-        unread = share * self.num_allowed_tokens * (rows / self.num_rows_read - 1)
-        done_ahead = generated - self.num_output_tokens
+        num_new = self.num_rows_read - self.num_skipped  # rows finished before come first
+        unread = share * self.num_allowed_tokens * (rows - self.num_rows_read) / num_new
+        produced = max(generated, self.num_output_tokens)  # some rows share a computation
+        done_ahead = produced - self.num_output_tokens
         # Never less than a quarter of what was expected: long rows are the last to finish.
         tokens_left = unread + max(in_engine - done_ahead, in_engine / 4)
-        return tokens_left * self.run_s / generated
+        return tokens_left * self.run_s / produced

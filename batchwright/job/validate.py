@@ -6,13 +6,15 @@ vocabulary, the context, the chat template) is checked in `prepare.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import marshal
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from batchwright.errors import RequestError
 from batchwright.job.names import check_names
-from batchwright.job.rows import CHAT, InputRow
-from batchwright.request import SamplingParams
+from batchwright.job.rows import CHAT, COMPLETIONS, EMBEDDINGS, SCORE, SCORE_ALIAS, InputRow
+from batchwright.request import SamplingParams, Task
 from batchwright.validation import checks
 from batchwright.validation.messages import check_messages, check_tools
 from batchwright.validation.params import (
@@ -24,9 +26,14 @@ from batchwright.validation.params import (
 
 MAX_PROMPT_TOKEN_IDS = 10_000_000
 MAX_TEMPLATE_KWARGS = 64
+MAX_TEMPLATE_CHARS = 262_144
+
+_SAMPLING_NAMES = PARAM_NAMES | set(MAX_TOKENS_ALIASES)
+_FORMATS = ("float", "base64")
+_UNSAMPLED = SamplingParams(max_tokens=1)  # what rows that generate nothing carry
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: that would take twice as long to make
 class ParsedRow:
     """A row that is sound as far as can be told without the model.
 
@@ -34,25 +41,34 @@ class ParsedRow:
 
     Attributes:
         line, custom_id, endpoint: as in InputRow.
-        params: how to sample.
+        params: how to sample; of rows that generate nothing, what to report of the prompt.
+        task: what is wanted from the model.
         model: the model the row names, if it names one.
         echo: put the prompt before the answer (completions).
+        report_logprobs: the row asked for logprobs.
         report_prompt_logprobs: the row asked for prompt_logprobs by that name.
         add_special_tokens: let the tokenizer add its own (completions).
         parse_special: special tokens spelled in the row's text become those tokens.
         tools, template_kwargs, add_generation_prompt, continue_final_message: for the
             chat template.
+        chat_template: used instead of the model's.
+        tool_names: functions whose calls are split out of the answer.
+        continuation: what is scored after the prompt (score).
+        pooling, base64, normalize: which embedding, and how it is written.
+        extra: columns that pass through to the output.
     """
 
     line: int
     custom_id: str
     endpoint: str
     params: SamplingParams
+    task: Task = Task.GENERATE
     messages: list[dict[str, Any]] | None = None
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
     model: str | None = None
     echo: bool = False
+    report_logprobs: bool = False
     report_prompt_logprobs: bool = False
     add_special_tokens: bool = True
     parse_special: bool = False
@@ -60,6 +76,13 @@ class ParsedRow:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
+    tool_names: frozenset[str] = frozenset()
+    continuation: str | list[int] | None = None
+    pooling: str = "mean"
+    base64: bool = False
+    normalize: bool = True
+    extra: dict[str, Any] | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -76,16 +99,26 @@ def parse_row(row: InputRow) -> ParsedRow:
     try:
         check_names(row)
         body = {name: value for name, value in row.body.items() if value is not None}
-        return _parse_chat(row, body) if row.endpoint == CHAT else _parse_completion(row, body)
+        return _PARSERS[row.endpoint](row, body)
     except RequestError as error:
         error.line = row.line
         raise
 
 
 def _sampling(body: dict[str, Any], **instead: Any) -> SamplingParams:
-    names = PARAM_NAMES | set(MAX_TOKENS_ALIASES)
-    given = {name: value for name, value in body.items() if name in names}
-    return validate_params(**(given | instead))
+    given = {name: value for name, value in body.items() if name in _SAMPLING_NAMES}
+    given |= instead
+    try:
+        key = marshal.dumps(given, 2)  # unlike JSON it tells 1 from 1.0 and keeps nan
+    except ValueError:  # values that are not JSON's
+        return validate_params(**given)
+    return _validated(key)
+
+
+@lru_cache(maxsize=256)
+def _validated(key: bytes) -> SamplingParams:
+    """Most rows of a file have the same parameters; they are checked once."""
+    return validate_params(**marshal.loads(key))
 
 
 def _common(row: InputRow, body: dict[str, Any]) -> dict[str, Any]:
@@ -93,8 +126,8 @@ def _common(row: InputRow, body: dict[str, Any]) -> dict[str, Any]:
         "line": row.line,
         "custom_id": row.custom_id,
         "endpoint": row.endpoint,
+        "extra": row.extra,
         "model": checks.text("model", body["model"], max_chars=4096) if "model" in body else None,
-        "report_prompt_logprobs": "prompt_logprobs" in body,
         "parse_special": checks.boolean("parse_special", body.get("parse_special", False)),
     }
 
@@ -111,14 +144,21 @@ def _parse_chat(row: InputRow, body: dict[str, Any]) -> ParsedRow:
     messages = check_messages(body["messages"])
     if continues and messages[-1]["role"] != "assistant":
         checks.fail("continue_final_message", "needs the last message to be the assistant's")
+    tools = check_tools(body["tools"]) if body.get("tools") else None
+    callable_tools = tools if tools and body.get("tool_choice") != "none" else ()
+    params = _sampling(body, logprobs=_chat_logprobs(body))
     return ParsedRow(
         **_common(row, body),
-        params=_sampling(body, logprobs=_chat_logprobs(body)),
+        params=params,
+        report_logprobs=params.logprobs is not None,
+        report_prompt_logprobs="prompt_logprobs" in body,
         messages=messages,
-        tools=check_tools(body["tools"]) if body.get("tools") else None,
+        tools=tools,
+        tool_names=frozenset(tool["function"]["name"] for tool in callable_tools),
         template_kwargs=_template_kwargs(body.get("chat_template_kwargs", {})),
         add_generation_prompt=add_prompt,
         continue_final_message=continues,
+        chat_template=_chat_template(body),
     )
 
 
@@ -131,6 +171,12 @@ def _chat_logprobs(body: dict[str, Any]) -> int | None:
     if not wanted and top > 0:
         checks.fail("top_logprobs", f"is {top} but logprobs is off; set logprobs to true")
     return top if wanted else None
+
+
+def _chat_template(body: dict[str, Any]) -> str | None:
+    if "chat_template" not in body:
+        return None
+    return checks.text("chat_template", body["chat_template"], max_chars=MAX_TEMPLATE_CHARS)
 
 
 def _template_kwargs(value: Any) -> dict[str, Any]:
@@ -147,22 +193,94 @@ def _parse_completion(row: InputRow, body: dict[str, Any]) -> ParsedRow:
     echo = checks.boolean("echo", body.get("echo", False))
     if isinstance(body.get("logprobs"), bool):
         checks.fail("logprobs", "must be a whole number for completions, such as 5")
-    params = _sampling(body)
+    scores_prompt = echo and _generates_nothing(body)
+    params = _scoring(body) if scores_prompt else _sampling(body)
     if "best_of" in body and checks.integer("best_of", body["best_of"], 1, 2**31) != params.n:
         checks.fail("best_of", f"differs from n, which is {params.n}; it is not supported")
     if echo and params.logprobs is not None and params.prompt_logprobs is None:
         # An echoed prompt comes with its log-probabilities, as many as the answer's.
-        params = _sampling(body, prompt_logprobs=params.logprobs)
+        params = replace(params, prompt_logprobs=params.logprobs)
     return ParsedRow(
         **_common(row, body),
         params=params,
+        task=Task.SCORE if scores_prompt else Task.GENERATE,
         prompt=prompt,
         prompt_token_ids=prompt_token_ids,
         echo=echo,
-        add_special_tokens=checks.boolean(
-            "add_special_tokens", body.get("add_special_tokens", True)
-        ),
+        report_logprobs=params.logprobs is not None,
+        report_prompt_logprobs="prompt_logprobs" in body,
+        add_special_tokens=_adds_special_tokens(body),
     )
+
+
+def _adds_special_tokens(body: dict[str, Any]) -> bool:
+    return checks.boolean("add_special_tokens", body.get("add_special_tokens", True))
+
+
+def _generates_nothing(body: dict[str, Any]) -> bool:
+    """Whether max_tokens, by whatever name, is given as 0."""
+    given = [body[name] for name in MAX_TOKENS_ALIASES if name in body]
+    return bool(given) and all(type(value) in (int, float) and value == 0 for value in given)
+
+
+def _scoring(body: dict[str, Any]) -> SamplingParams:
+    """Parameters of a completion that only scores its prompt: echo with max_tokens 0."""
+    rest = {name: value for name, value in body.items() if name not in MAX_TOKENS_ALIASES}
+    params = _sampling(rest, max_tokens=1)
+    if params.n != 1:
+        checks.fail("n", f"is {params.n}, but nothing is generated; remove it")
+    return params
+
+
+def _parse_embedding(row: InputRow, body: dict[str, Any]) -> ParsedRow:
+    if "input" not in body:
+        checks.fail("input", "is missing", code="missing_required_parameter")
+    text, token_ids = _text_or_token_ids("input", body["input"])
+    return ParsedRow(
+        **_common(row, body),
+        params=_UNSAMPLED,
+        task=Task.EMBED,
+        prompt=text,
+        prompt_token_ids=token_ids,
+        add_special_tokens=_adds_special_tokens(body),
+        pooling=_one_of("pooling", body.get("pooling", "mean"), ("mean", "last")),
+        base64=_one_of("encoding_format", body.get("encoding_format", "float"), _FORMATS)
+        == "base64",
+        normalize=checks.boolean("normalize", body.get("normalize", True)),
+    )
+
+
+def _parse_score(row: InputRow, body: dict[str, Any]) -> ParsedRow:
+    for name in ("context", "continuation"):
+        if name not in body:
+            checks.fail(name, "is missing", code="missing_required_parameter")
+    text, token_ids = _score_part("context", body["context"])
+    after, after_ids = _score_part("continuation", body["continuation"])
+    continuation = after if after is not None else after_ids
+    if not continuation:
+        checks.fail("continuation", "is empty; it needs at least one token to score")
+    return ParsedRow(
+        **_common(row, body),
+        params=_UNSAMPLED,
+        task=Task.SCORE,
+        prompt=text,
+        prompt_token_ids=token_ids,
+        continuation=continuation,
+        add_special_tokens=_adds_special_tokens(body),
+    )
+
+
+def _score_part(param: str, value: Any) -> tuple[str | None, list[int] | None]:
+    """(text, None) or (None, token ids), which may be empty."""
+    if isinstance(value, list):
+        return None, checks.token_ids(param, value, MAX_PROMPT_TOKEN_IDS)
+    return checks.text(param, value), None
+
+
+def _one_of(param: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        checks.fail(param, f"is {checks.shown(value)}; it must be one of {', '.join(allowed)}")
+    return value
 
 
 def _prompt(body: dict[str, Any]) -> tuple[str | None, list[int] | None]:
@@ -174,14 +292,18 @@ def _prompt(body: dict[str, Any]) -> tuple[str | None, list[int] | None]:
         return None, _some_token_ids("prompt_token_ids", value)
     if "prompt" not in body:
         checks.fail("prompt", "is missing", code="missing_required_parameter")
-    value = body["prompt"]
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+    return _text_or_token_ids("prompt", body["prompt"])
+
+
+def _text_or_token_ids(param: str, value: Any) -> tuple[str | None, list[int] | None]:
+    """(text, None) or (None, token ids); a list with one of them counts as that one."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
         value = value[0]
     if isinstance(value, list) and value and not isinstance(value[0], str | list):
-        return None, _some_token_ids("prompt", value)
+        return None, _some_token_ids(param, value)
     if isinstance(value, list):
-        checks.fail("prompt", f"is a list of {len(value)}; give one prompt a row")
-    return checks.text("prompt", value), None
+        checks.fail(param, f"is a list of {len(value)}; give one {param} a row")
+    return checks.text(param, value), None
 
 
 def _some_token_ids(param: str, value: Any) -> list[int]:
@@ -189,3 +311,12 @@ def _some_token_ids(param: str, value: Any) -> list[int]:
     if not ids:
         checks.fail(param, "is empty; it needs at least one token")
     return ids
+
+
+_PARSERS = {
+    CHAT: _parse_chat,
+    COMPLETIONS: _parse_completion,
+    EMBEDDINGS: _parse_embedding,
+    SCORE: _parse_score,
+    SCORE_ALIAS: _parse_score,
+}

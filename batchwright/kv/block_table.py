@@ -64,10 +64,12 @@ class BlockTable:
         start, end = int(self.start[parent]), int(self.end[parent])
         self.adopt(child, start, self.table[parent, start:end].copy())
 
-    def release(self, slot: int) -> None:
-        """Drop all of a slot's references."""
-        self.pool.release(self.table[slot, self.start[slot] : self.end[slot]])
-        self.start[slot] = self.end[slot] = 0
+    def release(self, *slots: int) -> None:
+        """Drop all references of these slots."""
+        held = [self.table[slot, self.start[slot] : self.end[slot]] for slot in slots]
+        self.pool.release(np.concatenate(held) if len(held) > 1 else held[0])
+        for slot in slots:
+            self.start[slot] = self.end[slot] = 0
 
     def release_behind_window(self, slots: Int32Array, positions: Int32Array) -> None:
         """Drop blocks that no query at or after `positions` can see."""

@@ -93,6 +93,10 @@ class PrefixCache:
             self._blocks[group, nodes] = ABSENT
             self._node_of_block[group][blocks] = ABSENT
 
+    def clear(self) -> None:
+        """Give up all references."""
+        self.drop(np.flatnonzero((self._blocks != ABSENT).any(axis=0)).astype(np.int32))
+
     def num_adopted(self, group: int, nodes: Int32Array, limit: int) -> tuple[int, int]:
         """Blocks `adopt` would share in a group, and how many of them only the cache holds."""
         first = int(_first_needed(self._tables[group], np.array(len(nodes)), limit))

@@ -30,10 +30,11 @@ class PrefixTree:
         self.block_size = block_size
         self.num_waiting: Int32Array = np.zeros(1024, np.int32)
         self.depth: Int32Array = np.zeros(1024, np.int32)
-        self._num_rows: Int32Array = np.zeros(1024, np.int32)  # known rows, waiting or running
+        self._num_rows = [0] * 1024  # known rows, waiting or running; only used one by one
         self._node_of: dict[tuple[int, bytes], int] = {}
         self._key_of: list[tuple[int, bytes] | None] = []
         self._unused: list[int] = []
+        self._shared: set[int] = set()  # first nodes that more than one row has passed through
         self._roots: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -52,17 +53,26 @@ class PrefixTree:
         """
         parent = self._roots.setdefault(namespace, ROOT - len(self._roots))
         num_blocks = len(token_ids) // self.block_size
-        raw = np.ascontiguousarray(token_ids, np.int32).tobytes()
+        raw = np.asarray(token_ids, np.int32).tobytes()
         width = 4 * self.block_size
-        nodes = np.empty(num_blocks, np.int32)
+        path = []
         for index in range(num_blocks):
             key = (parent, raw[index * width : (index + 1) * width])
             node = self._node_of.get(key)
             if node is None:
                 node = self._create(key, index)
-            nodes[index] = parent = node
-        self.num_waiting[nodes] += num_rows
-        self._num_rows[nodes] += num_rows
+            path.append(node)
+            parent = node
+        if path and (num_rows > 1 or self._num_rows[path[0]]):
+            self._shared.add(path[0])
+        for node in path:
+            self._num_rows[node] += num_rows
+        nodes = np.array(path, np.int32)
+        if len(path) < 12:  # one change at many places costs as much as 14 changes at one
+            for node in path:
+                self.num_waiting[node] += num_rows
+        else:
+            self.num_waiting[nodes] += num_rows
         return nodes
 
     def start(self, nodes: Int32Array) -> Int32Array:
@@ -74,15 +84,25 @@ class PrefixTree:
         """One admitted row went back to waiting (preemption)."""
         self.num_waiting[nodes] += 1
 
-    def forget(self, nodes: Int32Array) -> None:
-        """One admitted row is done; nodes no known row passes through are removed."""
-        self._num_rows[nodes] -= 1
-        for node in nodes[self._num_rows[nodes] == 0].tolist():
-            key = self._key_of[node]
-            assert key is not None
-            del self._node_of[key]
-            self._key_of[node] = None
-            self._unused.append(node)
+    def is_alone(self, nodes: Int32Array) -> bool:
+        """Whether no other row has been known, at the same time as this one, to share its nodes."""
+        return not len(nodes) or int(nodes[0]) not in self._shared
+
+    def forget(self, *prompts: Int32Array) -> None:
+        """One admitted row with each of these nodes is done; unused nodes are removed."""
+        for nodes in prompts:
+            for node in reversed(nodes.tolist()):  # a child has no more rows than its parent
+                self._num_rows[node] -= 1
+                if not self._num_rows[node]:
+                    self._remove(node)
+
+    def _remove(self, node: int) -> None:
+        key = self._key_of[node]
+        assert key is not None
+        del self._node_of[key]
+        self._key_of[node] = None
+        self._shared.discard(node)
+        self._unused.append(node)
 
     def _create(self, key: tuple[int, bytes], depth: int) -> int:
         if self._unused:
@@ -94,7 +114,7 @@ class PrefixTree:
             if node >= self.capacity:
                 self.num_waiting = _doubled(self.num_waiting)
                 self.depth = _doubled(self.depth)
-                self._num_rows = _doubled(self._num_rows)
+                self._num_rows += [0] * len(self._num_rows)
         self._node_of[key] = node
         self.depth[node] = depth
         return node

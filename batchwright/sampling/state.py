@@ -62,6 +62,8 @@ class SamplingState:
             self._set_bias(slot, params.logit_bias)
         self._slots[slot] = self._record(new)
         suppressed = [token for token in new.end_token_ids if 0 <= token < self.vocab_size]
+        if params.grammar is not None:
+            suppressed = []  # its masks keep to min_tokens, as far as the grammar lets them
         self._suppressed_ids = _widened(self._suppressed_ids, len(suppressed))
         self._suppressed_ids[slot, : len(suppressed)] = suppressed
         self._slots[slot]["num_suppressed"] = len(suppressed)
@@ -117,6 +119,7 @@ class SamplingState:
         slots: Int32Array,
         output_positions: Int32Array,
         allowed: npt.NDArray[np.uint32] | None = None,
+        mask_of_sample: Int32Array | None = None,
     ) -> tuple[Int32Array, TokenLogprobs | None]:
         """Draw one token per sample. Changes no state: call `append` with what is kept of it.
 
@@ -125,8 +128,10 @@ class SamplingState:
             row_of_sample: [num_samples] int32, the logits row of each draw; rows may repeat.
             slots: [num_samples] int32, distinct.
             output_positions: [num_samples] int32, output tokens the slot had before this draw.
-            allowed: [num_samples, ceil(vocab_size / 32)] uint32; token v may be drawn if bit
-                v % 32 of word v // 32 is set. None: every token may.
+            allowed: [num_masks, at least ceil(vocab_size / 32)] uint32; token v may be drawn if
+                bit v % 32 of word v // 32 is set. None: every token may.
+            mask_of_sample: [num_samples] int32, the line of `allowed` of each draw; -1: every token
+                may. None: draws and lines correspond.
         Returns:
             token_ids: [num_samples] int32; -1 where no token can be drawn: the row has a NaN or
                 +inf, or all its logits are -inf (after penalties, bias and `allowed`).
@@ -141,7 +146,14 @@ class SamplingState:
         if allowed is None and bool(self._is_greedy[slots].all()):
             token_ids = argmax_rows(logits, row_of_sample)
         else:
-            token_ids = self._draw(logits, row_of_sample, slots, output_positions, allowed)
+            if allowed is None:
+                allowed = np.empty((1, 0), np.uint32)
+                mask_of_sample = np.full(len(slots), -1, np.int32)
+            elif mask_of_sample is None:
+                mask_of_sample = np.arange(len(slots), dtype=np.int32)
+            token_ids = self._draw(
+                logits, row_of_sample, slots, output_positions, allowed, mask_of_sample
+            )
         num_top = self._num_logprobs[slots]
         if not bool((num_top >= 0).any()):
             return token_ids, None
@@ -153,12 +165,11 @@ class SamplingState:
         row_of_sample: Int32Array,
         slots: Int32Array,
         output_positions: Int32Array,
-        allowed: npt.NDArray[np.uint32] | None,
+        allowed: npt.NDArray[np.uint32],
+        mask_of_sample: Int32Array,
     ) -> Int32Array:
         if self._scratch is None or len(self._scratch.words) < get_num_threads():
             self._scratch = make_scratch(get_num_threads(), self.vocab_size)
-        if allowed is None:
-            allowed = np.empty((len(slots), 0), np.uint32)
         return sample_rows(
             logits,
             row_of_sample,
@@ -170,6 +181,7 @@ class SamplingState:
             self._suppressed_ids,
             self._history,
             allowed,
+            mask_of_sample,
             self._scratch,
         )
 

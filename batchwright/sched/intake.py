@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,15 @@ class SchedulerStats:
     num_generated_tokens: int = 0
     num_recomputed_tokens: int = 0  # computed again after preemption; part of computed
     num_preemptions: int = 0  # events
+    num_folded: int = 0  # rows answered by the computation of an identical one
+
+
+class Ending(NamedTuple):
+    """How a sequence ends; `stop_reason` as in Sequence."""
+
+    sequence: Sequence
+    reason: FinishReason
+    stop_reason: int | str | None = None
 
 
 @dataclass(slots=True)
@@ -52,10 +62,12 @@ class Intake:
     Args:
         slots: the running sequences.
         stats: counts generated tokens.
-        finish: (sequence, reason[, stop reason]), the scheduler's.
+        finish: the scheduler's; ends many sequences at once.
     """
 
-    def __init__(self, slots: Slots, stats: SchedulerStats, finish: Callable[..., None]) -> None:
+    def __init__(
+        self, slots: Slots, stats: SchedulerStats, finish: Callable[[list[Ending]], None]
+    ) -> None:
         self._slots = slots
         self._stats = stats
         self._finish = finish
@@ -97,10 +109,12 @@ class Intake:
             update.watched.append((sequence, int(lines[index])))
         ended = (state.end_token_ids[slots] == ids[:, None]).any(axis=1)
         full = state.num_known[slots] == state.max_len[slots]
+        endings = []
         for index in np.flatnonzero(ended | full | (ids < 0)).tolist():
             sequence = state.sequences[slots[index]]
             assert sequence is not None
-            self._finish_by_token(sequence, int(ids[index]), bool(ended[index]), update)
+            endings.append(ending_by_token(sequence, int(ids[index]), bool(ended[index])))
+        self._end(endings, update)
 
     def _take_late(self, sequence: Sequence, line: int, token_id: int, update: Update) -> None:
         """A token for a sequence that was preempted meanwhile."""
@@ -111,18 +125,12 @@ class Intake:
             update.watched.append((sequence, line))
         ended = token_id in sequence.end_token_ids
         if ended or token_id < 0 or len(sequence.token_ids) == sequence.max_len:
-            self._finish_by_token(sequence, token_id, ended, update)
+            self._end([ending_by_token(sequence, token_id, ended)], update)
 
-    def _finish_by_token(
-        self, sequence: Sequence, token_id: int, ended: bool, update: Update
-    ) -> None:
-        if token_id < 0:
-            self._finish(sequence, FinishReason.ERROR)
-        elif ended:
-            self._finish(sequence, FinishReason.STOP, token_id)
-        else:
-            self._finish(sequence, FinishReason.LENGTH)
-        update.finished.append(sequence)
+    def _end(self, endings: list[Ending], update: Update) -> None:
+        if endings:
+            self._finish(endings)
+            update.finished += [ending.sequence for ending in endings]
 
     def _take_scores(self, record: InFlight, update: Update) -> None:
         for slot, epoch, position, first, end in record.scores:
@@ -134,11 +142,21 @@ class Intake:
 
     def _take_pooled(self, record: InFlight, update: Update) -> None:
         """Sequences that draw nothing end with the Step that computes their last token."""
+        endings = []
         for slot, epoch in record.completed:
             sequence = self._slots.sequences[slot]
             if sequence is None or self._slots.epoch[slot] != epoch:
                 continue
             if self._slots.pools[slot]:
                 update.pooled.append((sequence, slot))
-            self._finish(sequence, FinishReason.STOP)
-            update.finished.append(sequence)
+            endings.append(Ending(sequence, FinishReason.STOP))
+        self._end(endings, update)
+
+
+def ending_by_token(sequence: Sequence, token_id: int, ended: bool) -> Ending:
+    """How a sequence ends with a token that ends it (`ended`), is none, or is its last."""
+    if token_id < 0:
+        return Ending(sequence, FinishReason.ERROR)
+    if ended:
+        return Ending(sequence, FinishReason.STOP, token_id)
+    return Ending(sequence, FinishReason.LENGTH)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -24,11 +25,14 @@ from batchwright.kv.prefix_cache import ABSENT, PrefixCache
 from batchwright.plan.plan import Plan
 from batchwright.plan.prefix_tree import PrefixTree
 from batchwright.request import FinishReason, Int32Array
-from batchwright.sched.intake import Intake, SchedulerStats, Update
+from batchwright.sched.intake import Ending, Intake, SchedulerStats, Update
 from batchwright.sched.slots import Slots
 from batchwright.sched.step_builder import InFlight, StepBuilder
 from batchwright.sequence import NO_SLOT, Sequence
 from batchwright.step import Step, StepResult
+
+MIN_TOKEN_BUDGET = 16
+"""Token budget below which a Step takes hardly less memory (products are padded to 12 rows)."""
 
 
 class Scheduler:
@@ -54,29 +58,41 @@ class Scheduler:
         prefix_sharing: bool = True,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
+        self._groups = groups
+        self._max_model_len = max_model_len
+        self._max_num_seqs = max_num_seqs
+        self.max_running = max_num_seqs  # slots in use at once; memory may run short
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.prefix_sharing = prefix_sharing
+        self.stats = SchedulerStats()
+        self._make_books()
+
+    def _make_books(self) -> None:
+        """Everything that is known about sequences, empty."""
         self.tables = [
             BlockTable(
                 group,
-                block_size=block_size,
-                max_num_seqs=max_num_seqs,
-                max_model_len=max_model_len,
+                block_size=self.block_size,
+                max_num_seqs=self._max_num_seqs,
+                max_model_len=self._max_model_len,
             )
-            for group in groups
+            for group in self._groups
         ]
-        self.slots = Slots(max_num_seqs, max_model_len)
+        self.slots = Slots(self._max_num_seqs, self._max_model_len)
         self.plan = Plan()
-        self.tree = PrefixTree(block_size)
+        self.tree = PrefixTree(self.block_size)
         self.cache = PrefixCache(self.tree, self.tables)
-        self.stats = SchedulerStats()
         self.num_unfinished = 0
+        self._simple: list[tuple[int, int]] = []  # (slot, tokens) that start, see _is_simple
+        self._num_promised_blocks = 0  # what these will take in each group
+        self._only: frozenset[str] | None = None  # requests that may start; None: all
+        self._held: list[Sequence] = []  # waiting like those in _returned, but not in _only
         # Sequences that were started or held back before: by order, ahead of the plan.
         self._returned: list[tuple[int, Sequence]] = []
         self._parked: dict[int, list[Sequence]] = defaultdict(list)  # by the node they wait for
         self._in_flight: deque[InFlight] = deque()
-        self._intake = Intake(self.slots, self.stats, self.finish)
+        self._intake = Intake(self.slots, self.stats, self._finish_all)
         self._builder = StepBuilder(self.slots, self.tables)
 
     def add(self, sequence: Sequence) -> None:
@@ -98,6 +114,10 @@ class Scheduler:
                 )
         draws_a_token = sequence.max_len > sequence.num_prompt_tokens or not sequence.samples
         assert draws_a_token and sequence.first_needed_position < sequence.compute_end
+        self._register(sequence)
+        self.plan.append(sequence)
+
+    def _register(self, sequence: Sequence) -> None:
         family = [sequence, *sequence.siblings]
         if self.prefix_sharing:
             nodes = self.tree.add(
@@ -106,7 +126,6 @@ class Scheduler:
             for member in family:
                 member.nodes = nodes
         self.num_unfinished += len(family)
-        self.plan.append(sequence)
 
     def schedule(self) -> Step | None:
         """The next Step, or None when there is nothing to compute now.
@@ -136,29 +155,92 @@ class Scheduler:
         self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None
     ) -> None:
         """End a sequence, running or waiting, and free what it holds."""
-        assert sequence.finish_reason is None
-        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
-        self.num_unfinished -= 1
-        slot = sequence.slot
-        if slot == NO_SLOT:
-            self._nobody_waits(self.tree.start(sequence.nodes))
-        else:
-            self._leave(slot)
-        self.tree.forget(sequence.nodes)
-        heirs = [sibling for sibling in sequence.siblings if sibling.finish_reason is None]
-        if heirs:  # it ended before they forked: the next one computes the prompt
-            heirs[0].siblings = heirs[1:]
-            self._wait(heirs[0])
+        self._finish_all([Ending(sequence, reason, stop_reason)])
 
-    def forget_in_flight(self) -> None:
-        """Expect no more results of Steps handed out, nor computation that was being planned.
+    def _finish_all(self, endings: list[Ending]) -> None:
+        """End some sequences, at least one."""
+        for sequence, reason, stop_reason in endings:
+            assert sequence.finish_reason is None
+            sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+            if sequence.slot == NO_SLOT:
+                self._nobody_waits(self.tree.start(sequence.nodes))
+        self.num_unfinished -= len(endings)
+        slots = [ending.sequence.slot for ending in endings if ending.sequence.slot != NO_SLOT]
+        if slots:
+            self._leave(*slots)
+        self.tree.forget(*(ending.sequence.nodes for ending in endings))
+        for ending in endings:
+            siblings = ending.sequence.siblings
+            heirs = [sibling for sibling in siblings if sibling.finish_reason is None]
+            if heirs:  # it ended before they forked: the next one computes the prompt
+                heirs[0].siblings = heirs[1:]
+                self._wait(heirs[0])
 
-        For a caller that gives up, perhaps because an executor failed; all sequences have ended.
+    def requests_of(self, step: Step) -> list[str]:
+        """Ids of the requests that have rows in the newest Step."""
+        sequences = (self.slots.sequences[slot] for slot in step.slots.tolist())
+        return list(dict.fromkeys(s.request.id for s in sequences if s is not None))
+
+    def constrained_draws(self, step: Step) -> list[tuple[int, Sequence]]:
+        """(index of the draw, sequence) of the newest Step's draws that a grammar restricts."""
+        draws = []
+        for index in np.flatnonzero(self.slots.constrained[step.sample_slots]).tolist():
+            sequence = self.slots.sequences[step.sample_slots[index]]
+            assert sequence is not None
+            draws.append((index, sequence))
+        return draws
+
+    def requeue_running(self) -> None:
+        """A Step could not be computed: everything that runs goes back to waiting.
+
+        Nothing is expected of Steps handed out, and no block is shared any more: what a failed
+        Step has written cannot be trusted. Sequences keep the tokens that are known.
         """
-        assert not self.num_unfinished
         self._in_flight.clear()
         self._intake.forget_late()
-        self._builder.drop_rows()
+        for _, waiting in self._returned:
+            waiting.num_in_flight = 0
+        for slot in self.slots.running.tolist():
+            sequence = self.slots.sequences[slot]
+            assert sequence is not None
+            self.tree.wait_again(sequence.nodes)
+            self._leave(slot)
+            sequence.num_in_flight = 0
+            self._wait(sequence)
+        self.cache.clear()
+        self._builder.reset()
+
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """Begin anew with these sequences (and their siblings), none of which has started.
+
+        For a caller who was interrupted, perhaps while the books were being changed.
+        """
+        self._make_books()
+        self._builder.reset()
+        for sequence in sequences:
+            self._register(sequence)
+            self._wait(sequence)
+
+    def admit_only(self, request_ids: frozenset[str] | None) -> None:
+        """Start only sequences of these requests, all of which wait or run; None: of all again.
+
+        While it is set the plan is not asked. To be called when no other sequence runs.
+        """
+        self._only = request_ids
+        waiting = [*self._held, *(sequence for _, sequence in self._returned)]
+        self._held, self._returned = [], []
+        for sequence in waiting:
+            if sequence.finish_reason is None:
+                self._wait(sequence)
+
+    def halve_limits(self) -> bool:
+        """Use half as many slots and half the token budget from now on; False: both are minimal."""
+        smallest = min(MIN_TOKEN_BUDGET, self.max_num_batched_tokens)
+        if self.max_running == 1 and self.max_num_batched_tokens == smallest:
+            return False
+        self.max_running = max(self.max_running // 2, 1)
+        self.max_num_batched_tokens = max(self.max_num_batched_tokens // 2, smallest)
+        return True
 
     def check_integrity(self) -> None:
         """Conservation law: every block reference is held by a slot or by the prefix cache."""
@@ -184,6 +266,8 @@ class Scheduler:
         state = self.slots
         wanted = np.minimum(state.num_tokens[slots], state.compute_end[slots])
         wanted = wanted - state.num_computed[slots]
+        # What may follow a token in flight is not known yet where a grammar decides it.
+        wanted[state.constrained[slots] & (state.num_known[slots] < state.num_tokens[slots])] = 0
         slots, wanted = slots[wanted > 0], wanted[wanted > 0]
         singles_first = np.argsort(wanted > 1, kind="stable")
         slots, wanted = slots[singles_first], wanted[singles_first]
@@ -203,8 +287,12 @@ class Scheduler:
                 return False
         return True
 
-    def _advance(self, slots: Int32Array, grants: Int32Array) -> None:
-        """Schedule the next `grants` tokens of each slot; the blocks are there."""
+    def _advance(self, slots: Int32Array, grants: Int32Array, *, shared: bool = True) -> None:
+        """Schedule the next `grants` tokens of each slot; the blocks are there.
+
+        Args:
+            shared: whether anyone else may want the blocks of their prompts.
+        """
         if not len(slots):
             return
         state = self.slots
@@ -216,7 +304,7 @@ class Scheduler:
         self.stats.num_recomputed_tokens += int(np.maximum(repeated, 0).sum())
         self._builder.add_rows(slots, computed, ends)
         state.num_computed[slots] = ends
-        for slot, start, end in self._prompt_progress(slots, computed, ends):
+        for slot, start, end in self._prompt_progress(slots, computed, ends) if shared else ():
             self._keep_prefix(slot, start // self.block_size, end // self.block_size)
         sampled = slots[state.samples[slots] & (ends == state.num_tokens[slots])]
         state.num_tokens[sampled] += 1
@@ -252,7 +340,7 @@ class Scheduler:
         for sibling in siblings:
             if sibling.finish_reason is not None:
                 continue
-            if not self.slots.num_free:
+            if not self._num_free_slots:
                 self._wait(sibling)
                 continue
             computed = int(self.slots.num_computed[slot])
@@ -277,23 +365,30 @@ class Scheduler:
         self.stats.num_preemptions += 1
         self._wait(sequence)
 
-    def _leave(self, slot: int) -> None:
-        """Vacate a slot and drop its blocks."""
-        sequence = self.slots.vacate(slot)
-        self._builder.release(slot)
+    def _leave(self, *slots: int) -> None:
+        """Vacate slots, at least one, and drop their blocks."""
+        for slot in slots:
+            num_computed = self.slots.num_computed[slot]
+            sequence = self.slots.vacate(slot)
+            self._builder.release(slot)
+            if num_computed < len(sequence.nodes) * self.block_size:  # its prompt is not done
+                self._unpark(self.cache.retract(slot, sequence.nodes))
         for table in self.tables:
-            table.release(slot)
-        self._unpark(self.cache.retract(slot, sequence.nodes))
+            table.release(*slots)
 
     # Admission -------------------------------------------------------------------------------
 
     def _admit(self, budget: int) -> None:
         """Start waiting sequences while budget, slots and blocks last."""
         num_parked = 0
-        while budget > 0 and self.slots.num_free and num_parked <= len(self.slots.sequences):
+        while budget > 0 and self._num_free_slots and num_parked <= len(self.slots.sequences):
             sequence = self._next_waiting()
             if sequence is None:
-                return
+                break
+            if self._is_simple(sequence):
+                budget -= self._start_simple(sequence, budget)
+                continue
+            self._advance_simple()
             nodes, limit = sequence.nodes, sequence.first_needed_position
             num_matched = self.cache.match(nodes, limit) if len(nodes) else 0
             is_needed = num_matched < len(nodes) and num_matched * self.block_size < limit
@@ -303,8 +398,51 @@ class Scheduler:
                 continue
             if not self._has_room(sequence, num_matched):
                 self._wait(sequence)
-                return
+                break
             budget -= self._start(sequence, num_matched, budget)
+        self._advance_simple()
+
+    def _is_simple(self, sequence: Sequence) -> bool:
+        """Whether a sequence can start at once and shares nothing with anyone.
+
+        Such sequences are what a job without common prefixes consists of. They are advanced
+        together; that comes to the same as one by one, because none has anything to do with
+        another, and costs a tenth.
+        """
+        if sequence.num_cached_tokens is not None or sequence.siblings:
+            return False  # its blocks may be resident, or its siblings want to fork
+        if not self.tree.is_alone(sequence.nodes):
+            return False
+        num_running = self.slots.num_running
+        for table in self.tables:
+            need = self._blocks_to_start(table, sequence) + num_running
+            if need > table.pool.num_free - self._num_promised_blocks:
+                return False
+        return num_running > 0
+
+    def _start_simple(self, sequence: Sequence, budget: int) -> int:
+        """Give a slot to a simple sequence; returns the tokens that it will compute."""
+        slot = self.slots.occupy(sequence, 0, write_from=0)
+        end = sequence.compute_end
+        num_tokens = min(len(sequence.token_ids), end, budget)
+        first, last = num_tokens // self.block_size, end // self.block_size
+        if first < min(last, len(sequence.nodes)):  # rows to come may want to wait for the rest
+            self.cache.announce(slot, sequence.nodes[first:last])
+        self._simple.append((slot, num_tokens))
+        self._num_promised_blocks += -(-num_tokens // self.block_size)
+        self._builder.add_new(slot)
+        sequence.num_cached_tokens = 0
+        return num_tokens
+
+    def _advance_simple(self) -> None:
+        """Schedule the simple sequences that have been given slots."""
+        if not self._simple:
+            return
+        slots, grants = np.array(self._simple, np.int32).T
+        self._simple, self._num_promised_blocks = [], 0
+        sequences = (self.slots.sequences[slot] for slot in slots.tolist())
+        self.tree.start(np.concatenate([s.nodes for s in sequences if s is not None]))
+        self._advance(slots, grants, shared=False)
 
     def _next_waiting(self) -> Sequence | None:
         while self._returned:
@@ -312,26 +450,32 @@ class Scheduler:
             if sequence.finish_reason is None:
                 assert not sequence.num_in_flight
                 return sequence
-        return self.plan.next_admission()
+        return self.plan.next_admission() if self._only is None else None
+
+    @property
+    def _num_free_slots(self) -> int:
+        return max(min(self.slots.num_free, self.max_running - self.slots.num_running), 0)
 
     def _has_room(self, sequence: Sequence, num_matched: int) -> bool:
         """Whether all known tokens fit, with one block of growth left for every running slot."""
-        num_running = len(self.slots.running)
+        num_running = self.slots.num_running
         if not num_running:
             return True
         nodes, limit = sequence.nodes[:num_matched], sequence.first_needed_position
         for group, table in enumerate(self.tables):
-            need = blocks_per_sequence(
-                table.window,
-                len(sequence.token_ids) + 1,
-                self.block_size,
-                self.max_num_batched_tokens,
-            )
+            need = self._blocks_to_start(table, sequence)
             shared, cache_only = self.cache.num_adopted(group, nodes, limit)
             missing = need - shared + num_running - table.pool.num_free
             if missing > 0 and missing > self.cache.num_evictable(group) - cache_only:
                 return False
         return True
+
+    def _blocks_to_start(self, table: BlockTable, sequence: Sequence) -> int:
+        """Blocks that all known tokens of a sequence and its next one take in a group."""
+        num_tokens = len(sequence.token_ids) + 1
+        return blocks_per_sequence(
+            table.window, num_tokens, self.block_size, self.max_num_batched_tokens
+        )
 
     def _start(self, sequence: Sequence, num_matched: int, budget: int) -> int:
         """Admit a sequence on top of its matched prefix; returns the tokens scheduled."""
@@ -373,7 +517,10 @@ class Scheduler:
             self._unpark(sequence.nodes[first:end])
 
     def _wait(self, sequence: Sequence) -> None:
-        heapq.heappush(self._returned, (sequence.order, sequence))
+        if self._only is None or sequence.request.id in self._only:
+            heapq.heappush(self._returned, (sequence.order, sequence))
+        else:
+            self._held.append(sequence)
 
     def _unpark(self, nodes: Int32Array) -> None:
         if self._parked:

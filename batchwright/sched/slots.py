@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+
 import numpy as np
 
 from batchwright.request import Int32Array
@@ -27,7 +29,7 @@ class Slots:
         write_from: tokens before it lie in shared blocks and are never written.
         score_from: first position whose token is scored, or NEVER.
         computed_once: see Sequence.num_computed_once.
-        samples, watched, pools: bool, see Sequence; pools: hidden states are pooled.
+        samples, watched, constrained, pools: bool, see Sequence; pools: hidden states are pooled.
         token_ids: [max_num_seqs, max_model_len]; rows take memory as they are written.
         end_token_ids: [max_num_seqs, width], -1 where unused.
     """
@@ -45,10 +47,13 @@ class Slots:
         self.computed_once = zeros()
         self.samples = np.zeros(max_num_seqs, np.bool_)
         self.watched = np.zeros(max_num_seqs, np.bool_)
+        self.constrained = np.zeros(max_num_seqs, np.bool_)
         self.pools = np.zeros(max_num_seqs, np.bool_)
         self.token_ids = np.empty((max_num_seqs, max_model_len), np.int32)
         self.end_token_ids = np.full((max_num_seqs, 4), -1, np.int32)
-        self.running = np.empty(0, np.int32)  # occupied slots, by order
+        self._end_ids: list[tuple[int, ...]] = [()] * max_num_seqs  # what end_token_ids holds
+        self._by_order: list[tuple[int, int]] = []  # (order, slot) of the occupied ones, sorted
+        self._running: Int32Array | None = None  # the same slots as an array, made when asked for
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
     @property
@@ -56,25 +61,39 @@ class Slots:
         """Slots without an occupant."""
         return len(self._free)
 
+    @property
+    def num_running(self) -> int:
+        """Occupied slots."""
+        return len(self._by_order)
+
+    @property
+    def running(self) -> Int32Array:
+        """Occupied slots, by order."""
+        if self._running is None:
+            self._running = np.array([slot for _, slot in self._by_order], np.int32)
+        return self._running
+
     def occupy(self, sequence: Sequence, num_computed: int, write_from: int) -> int:
         """Give a sequence a free slot; returns it."""
         slot = self._free.pop()
         sequence.slot = slot
         self.sequences[slot] = sequence
-        num_tokens = len(sequence.token_ids)
+        num_tokens, score_start = len(sequence.token_ids), sequence.score_start
+        samples = sequence.samples
         self.order[slot] = sequence.order
         self.num_tokens[slot] = self.num_known[slot] = self.sampled_from[slot] = num_tokens
         self.num_computed[slot], self.write_from[slot] = num_computed, write_from
         self.compute_end[slot], self.max_len[slot] = sequence.compute_end, sequence.max_len
         self.num_prompt[slot] = sequence.num_prompt_tokens
-        self.score_from[slot] = sequence.score_start or NEVER
+        self.score_from[slot] = score_start or NEVER
         self.computed_once[slot] = sequence.num_computed_once
-        self.samples[slot], self.watched[slot] = sequence.samples, sequence.is_watched
-        self.pools[slot] = not sequence.samples and sequence.score_start is None
+        self.samples[slot], self.watched[slot] = samples, sequence.is_watched
+        self.constrained[slot] = sequence.is_constrained
+        self.pools[slot] = not samples and score_start is None
         self.token_ids[slot, :num_tokens] = sequence.token_ids
         self._set_end_tokens(slot, sequence.end_token_ids)
-        place = np.searchsorted(self.order[self.running], sequence.order)
-        self.running = np.insert(self.running, place, slot).astype(np.int32)
+        insort(self._by_order, (sequence.order, slot))
+        self._running = None
         return slot
 
     def vacate(self, slot: int) -> Sequence:
@@ -87,11 +106,15 @@ class Slots:
         sequence.slot = NO_SLOT
         self.sequences[slot] = None
         self.epoch[slot] += 1
-        self.running = self.running[self.running != slot]
+        del self._by_order[bisect_left(self._by_order, (sequence.order, slot))]
+        self._running = None
         self._free.append(slot)
         return sequence
 
     def _set_end_tokens(self, slot: int, ids: tuple[int, ...]) -> None:
+        if self._end_ids[slot] == ids:  # the last occupant's; nearly all rows have the model's
+            return
+        self._end_ids[slot] = ids
         missing = len(ids) - self.end_token_ids.shape[1]
         if missing > 0:
             self.end_token_ids = np.pad(

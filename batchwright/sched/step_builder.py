@@ -116,11 +116,17 @@ class StepBuilder:
         )
         self._next_id += 1
         self._released, self._new = [], []
-        self.drop_rows()
+        self._drop_rows()
         return step, record
 
-    def drop_rows(self) -> None:
-        """Forget what was to be computed; changes of slots and tables stay."""
+    def reset(self) -> None:
+        """No slot has an occupant any more, and nothing is to be computed."""
+        self._released, self._new = list(range(len(self._state.sequences))), []
+        self._drop_rows()
+        for table in self._tables:
+            table.take_changes()
+
+    def _drop_rows(self) -> None:
         self._rows, self._sampled, self._forks = [], [], []
 
     def _kv_slots(self, token_slots: Int32Array, positions: Int32Array) -> tuple[Int32Array, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import jinja2.ext
@@ -126,6 +126,15 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment.globals["namespace"] = _Namespace
     environment.globals["dict"] = _Dict()
     return environment
+
+
+class Template(Protocol):
+    """A chat template and a way to render it: `ChatTemplate`, or a row's own in another process."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def render(self) -> Callable[..., str]: ...  # as ChatTemplate.render
 
 
 @dataclass(frozen=True)
@@ -271,7 +280,7 @@ def compile_chat_template(source: str) -> ChatTemplate:
         template = environment.from_string(source)
         names = jinja2.meta.find_undeclared_variables(environment.parse(source))
     except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
-        raise RequestError(f"the model's chat template is not valid: {error}") from error
+        raise RequestError(f"the chat template is not valid: {error}") from error
     variables = frozenset(names) - _RESERVED - frozenset(environment.globals)
     return ChatTemplate(source, variables, template)
 

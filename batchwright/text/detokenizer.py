@@ -8,7 +8,7 @@ token itself, not by the length of the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from batchwright.request import SamplingParams
@@ -43,15 +43,28 @@ class StopStringChecker:
         params: `stop` (empty strings are ignored), `include_stop_str_in_output`, `min_tokens` (a
             stop string completed by one of the first min_tokens tokens does not count) and
             `skip_special_tokens` (what is left out of the text cannot match).
+        keep: special tokens that are not left out.
+        accepts: whether an output may end with this text; a stop string counts only then.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        *,
+        keep: frozenset[int] = frozenset(),
+        accepts: Callable[[str], bool] = lambda text: True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = [text for text in params.stop if text]
         self._include = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._skip_special = params.skip_special_tokens
-        self._stream = open_text_stream(tokenizer, skip_special_tokens=self._skip_special)
+        self._keep = keep
+        self._accepts = accepts
+        self._stream = open_text_stream(
+            tokenizer, skip_special_tokens=self._skip_special, keep=keep
+        )
         self._reach = max(map(len, self._stop), default=1) - 1  # chars a match may need from before
         self._ids: list[int] = []
         # The text's end: `_settled` never changes again, `_open` may still be replaced.
@@ -73,7 +86,7 @@ class StopStringChecker:
             self._open += new
             if new and len(self._ids) > self._min_tokens:
                 match = self._find(num_old)
-                if match is not None:
+                if match is not None and self._accepts(match.text):
                     return match
             if not self._stream.is_open:
                 self._settle()
@@ -105,7 +118,9 @@ class StopStringChecker:
         return self._match(best[2], window_start + best[1])
 
     def _match(self, stop: str, start: int) -> StopMatch | None:
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special)
+        text = self._tokenizer.decode(
+            self._ids, skip_special_tokens=self._skip_special, keep=self._keep
+        )
         if not text.startswith(stop, start):
             # Only where decoding is not exact (see `WindowStream`): trust the full text.
             start = text.find(stop)

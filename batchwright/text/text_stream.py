@@ -37,15 +37,17 @@ class TextStream(Protocol):
         ...
 
 
-def open_text_stream(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> TextStream:
-    """Start a stream of the kind that the tokenizer's decoder needs."""
-    skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+def open_text_stream(
+    tokenizer: Tokenizer, *, skip_special_tokens: bool = True, keep: frozenset[int] = frozenset()
+) -> TextStream:
+    """Start a stream of the kind that the tokenizer's decoder needs; see `Tokenizer.decode`."""
+    skipped = tokenizer.special_token_ids - keep if skip_special_tokens else frozenset()
     kind = tokenizer.decoder_kind
     if kind == "byte_level":
         return ByteLevelStream(tokenizer, skipped)
     if kind in ("byte_fallback", "byte_fallback_strip"):
         return ByteFallbackStream(tokenizer, skipped, strip=kind == "byte_fallback_strip")
-    return WindowStream(tokenizer, skip_special_tokens)
+    return WindowStream(tokenizer, skip_special_tokens, keep)
 
 
 class ByteLevelStream:
@@ -151,9 +153,12 @@ class WindowStream:
 
     is_open = False
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool, keep: frozenset[int]
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
+        self._keep = keep
         self._ids: list[int] = []
         self._num_given = 0  # of `_ids`, whose text was given
 
@@ -177,4 +182,4 @@ class WindowStream:
         return 0, after[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special, keep=self._keep)

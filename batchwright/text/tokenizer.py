@@ -18,9 +18,11 @@ import tokenizers
 from tokenizers import AddedToken
 
 from batchwright.errors import ModelNotFoundError, RequestError
+from batchwright.request import Markup
 from batchwright.text.backend import TokenizerParts, decoder_kind, text_only_backend
 from batchwright.text.chat_messages import plain_json
-from batchwright.text.chat_template import ChatTemplate, choose_chat_template
+from batchwright.text.chat_template import Template, choose_chat_template
+from batchwright.text.markup import markup_of
 from batchwright.text.special_text import Marking, SpecialSpellings, strings_in
 
 # Stands for a special token while the text around it is encoded. Two noncharacters of the private
@@ -79,6 +81,8 @@ class Tokenizer:
         self._text_backend = text_only_backend(self.backend, frozenset(contents))
         self._segment_backend: tokenizers.Tokenizer | None = None
         self._leaks = self._find_leaks(contents)
+        self._special = {added[i].content: i for i in self.special_token_ids}
+        self._markups: dict[tuple[str, bool], Markup] = {}
 
     def _named_id(self, name: str) -> int | None:
         content = self.special_tokens.get(name)
@@ -141,8 +145,22 @@ class Tokenizer:
                 "vocabulary cannot express as text; remove it or ask for special tokens"
             )
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Decode token ids. Ids outside the vocabulary and invalid UTF-8 do not raise."""
+    def decode(
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        keep: frozenset[int] = frozenset(),
+    ) -> str:
+        """Decode token ids. Ids outside the vocabulary and invalid UTF-8 do not raise.
+
+        Args:
+            skip_special_tokens: leave special tokens out, but for those in `keep`.
+        """
+        if skip_special_tokens and keep:
+            skipped = self.special_token_ids - keep
+            ids = [token_id for token_id in ids if token_id not in skipped]
+            skip_special_tokens = False
         text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         if self._clean_up_spaces:
             for old, new in _SPACE_CLEAN_UP:
@@ -158,6 +176,7 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
         parse_special: bool = False,
+        template: Template | None = None,
     ) -> tuple[str, list[int]]:
         """Render a conversation with the model's chat template and encode it.
 
@@ -168,6 +187,7 @@ class Tokenizer:
             template_kwargs: further variables, each of which the template must read.
             continue_final_message: leave the last message open instead.
             parse_special: special tokens spelled in the messages become those tokens.
+            template: used instead of the model's.
         Returns:
             (text, token ids). The text equals transformers' byte for byte; so do the ids, unless a
             user's string spells a special token: that stays text.
@@ -175,7 +195,8 @@ class Tokenizer:
             RequestError: no template, a bad message, or a template that fails or that changes a
                 spelled special token so that it cannot be told from the template's own.
         """
-        template = choose_chat_template(self.chat_template, with_tools=tools is not None)
+        if template is None:
+            template = choose_chat_template(self.chat_template, with_tools=tools is not None)
         user = {
             "messages": plain_json(messages, "messages"),
             "tools": plain_json(tools, "tools"),
@@ -192,8 +213,26 @@ class Tokenizer:
             return text, _encode(self.backend, [text], False)[0].ids
         return text, self._encode_apart(template, text, user, options)
 
+    def markup(self, *, with_tools: bool, template: Template | None = None) -> Markup:
+        """How the model marks reasoning and tool calls in a chat's answer.
+
+        Args:
+            with_tools: the row gives tools.
+            template: used instead of the model's.
+
+        Raises:
+            RequestError: the model has no chat template.
+        """
+        if template is not None:
+            return markup_of(template.source, self._special, with_tools=with_tools)
+        source = choose_chat_template(self.chat_template, with_tools=with_tools).source
+        key = source, with_tools
+        if key not in self._markups:
+            self._markups[key] = markup_of(source, self._special, with_tools=with_tools)
+        return self._markups[key]
+
     def _encode_apart(
-        self, template: ChatTemplate, text: str, user: dict[str, Any], options: dict[str, Any]
+        self, template: Template, text: str, user: dict[str, Any], options: dict[str, Any]
     ) -> list[int]:
         """Encode a rendered chat whose user strings spell special tokens, or parts of them."""
         taken = {template.source, text, *strings_in(user)}

@@ -32,12 +32,15 @@ def shown(value: object) -> str:
 
 def number(param: str, value: Any, low: float, high: float) -> float:
     """A finite real number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is float:  # the usual case; asking for the abstract kind takes long
+        result = value
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         fail(param, f"must be a number, not {shown(value)}")
-    try:
-        result = float(value)
-    except OverflowError:
-        result = math.inf
+    else:
+        try:
+            result = float(value)
+        except OverflowError:
+            result = math.inf
     if not low <= result <= high:  # also false for nan
         fail(param, f"is {shown(value)}; it must be between {low:g} and {high:g}")
     return result
@@ -45,10 +48,11 @@ def number(param: str, value: Any, low: float, high: float) -> float:
 
 def integer(param: str, value: Any, low: int, high: int) -> int:
     """A whole number in [low, high]; 3.0 counts as 3."""
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        fail(param, f"must be a whole number, not {shown(value)}")
+    if type(value) is not int:
+        if isinstance(value, float) and math.isfinite(value) and value == int(value):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            fail(param, f"must be a whole number, not {shown(value)}")
     result = int(value)
     if not low <= result <= high:
         fail(param, f"is {shown(result)}; it must be between {low} and {high}")

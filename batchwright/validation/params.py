@@ -14,6 +14,7 @@ from typing import Any
 from batchwright.errors import RequestError
 from batchwright.request import DEFAULT_MAX_TOKENS, SamplingParams
 from batchwright.validation import checks
+from batchwright.validation.structured import GRAMMAR_NAMES, take_grammar
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
@@ -93,28 +94,31 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "skip_special_tokens": checks.boolean,
 }
 
-PARAM_NAMES = frozenset(_CHECKS)
+PARAM_NAMES = frozenset(_CHECKS) | set(GRAMMAR_NAMES)
+_KNOWN = PARAM_NAMES | set(MAX_TOKENS_ALIASES)
+_GRAMMAR_FIELDS = frozenset({"grammar", *GRAMMAR_NAMES})
 
 
 def validate_params(**given: Any) -> SamplingParams:
     """Check sampling parameters and return them as SamplingParams.
 
-    Accepts the fields of SamplingParams and the aliases of max_tokens. None means the default.
+    Accepts the fields of SamplingParams, the aliases of max_tokens, and what rows name instead of
+    `grammar` (GRAMMAR_NAMES). None means the default.
 
     Raises:
         RequestError: an unknown name (with the closest known one), a wrong type, a value out of
             range, or two values that contradict each other; `param` names the culprit.
     """
-    known = PARAM_NAMES | set(MAX_TOKENS_ALIASES)
     for name in given:
-        if name not in known:
-            checks.unknown(name, known)
+        if name not in _KNOWN and name != "grammar":
+            checks.unknown(name, _KNOWN)
     fields = {name: value for name, value in given.items() if value is not None}
     _merge_aliases(fields)
+    grammar = None if _GRAMMAR_FIELDS.isdisjoint(fields) else take_grammar(fields)
     values = {name: _CHECKS[name](name, value) for name, value in fields.items()}
     if values.get("top_p") == 0.0:
         values.update(top_p=1.0, top_k=1)  # the hosted API allows 0: the likeliest token alone
-    params = SamplingParams(**values)
+    params = SamplingParams(**values, grammar=grammar)
     limit = params.max_tokens or DEFAULT_MAX_TOKENS
     if params.min_tokens > limit:
         raise RequestError(
@@ -122,6 +126,8 @@ def validate_params(**given: Any) -> SamplingParams:
             "min_tokens must not exceed max_tokens",
             param="min_tokens",
         )
+    if grammar is not None and params.ignore_eos:
+        checks.fail("ignore_eos", "contradicts structured output, which ends with its grammar")
     return params
 
 
@@ -140,9 +146,10 @@ def check_params(params: SamplingParams) -> SamplingParams:
 
 def _merge_aliases(fields: dict[str, Any]) -> None:
     """Leave one value under "max_tokens", whichever spellings gave it."""
-    given = {name: fields.pop(name) for name in MAX_TOKENS_ALIASES if name in fields}
-    if not given:
+    names = [name for name in MAX_TOKENS_ALIASES if name in fields]
+    if not names or names == ["max_tokens"]:
         return
+    given = {name: fields.pop(name) for name in names}
     name, value = next(iter(given.items()))
     for other, other_value in given.items():
         if other_value != value:

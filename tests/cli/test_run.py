@@ -23,7 +23,7 @@ from batchwright.errors import RequestError
 from batchwright.job.events import Progressed, RowFailed
 from batchwright.job.summary import JobSummary
 from batchwright.weights.locate import locate_model
-from tests.job.fakes import ByteTokenizer, FakeEngine, chat_row, read_lines, write_lines
+from tests.job.fakes import ByteTokenizer, FakeEngine, FakeModel, chat_row, read_lines, write_lines
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -47,11 +47,11 @@ class Command:
     def _locate(model: str) -> Path:
         return Path(model) if model == "m" else locate_model(model)
 
-    def _load(self, model: str, settings: dict[str, Any]) -> SimpleNamespace:
+    def _load(self, model: str, settings: dict[str, Any]) -> FakeModel:
         self.settings = settings
         tokenizer = ByteTokenizer()
         tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-        return SimpleNamespace(engine=self.engine, tokenizer=tokenizer)
+        return FakeModel(self.engine, tokenizer)
 
     def __call__(self, *args: object) -> tuple[int, str, str]:
         self._monkeypatch.setattr(sys, "argv", ["batchwright", *map(str, args)])
@@ -198,10 +198,10 @@ def test_ctrl_c_finishes_what_runs(command: Command, tmp_path: Path) -> None:
 
     command.engine = FakeEngine(max_running=2, on_step=on_step)
     status, out, err = command("run", source, "-o", tmp_path / "out.jsonl", "--model", "m")
-    assert status == 130
+    assert status == 75
     assert len(read_lines(tmp_path / "out.jsonl")) == 2
     assert "2 running rows are finished first" in err
-    assert "2 rows are written, 4 that were read are not" in out
+    assert "2 rows are done, 4 that were read are not" in out
     assert "Traceback" not in err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -215,7 +215,7 @@ def test_ctrl_c_while_loading(
     monkeypatch.setattr(run_command, "load", interrupted)
     source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
     status, _, err = command("run", source, "-o", tmp_path / "out.jsonl", "--model", "m")
-    assert status == 130
+    assert status == 75
     assert "nothing was written" in err
     assert not (tmp_path / "out.jsonl").exists()
 

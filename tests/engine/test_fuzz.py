@@ -44,7 +44,7 @@ class DigitTokenizer(NoTokenizer):
     special_token_ids = frozenset()
     decoder_kind = "other"
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int], **options: object) -> str:
         return "".join(map(str, ids))
 
 

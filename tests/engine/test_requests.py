@@ -217,26 +217,53 @@ def test_logits_that_are_not_numbers_fail_their_row_only(path):
     )
 
 
-def test_an_engine_can_be_used_after_its_executor_failed(path):
+@pytest.mark.parametrize("look_ahead", [0, 1])
+def test_logits_that_are_not_numbers_touch_no_neighbour(path, look_ahead):
+    """Neither rows with the same prefix nor those that get the blocks with NaN in them."""
+    shared, never = list(range(20, 60)), {"logit_bias": {13: -100.0}}
+    job = [
+        row("bad", [*shared, 13, 5, 6], max_tokens=5, **never),
+        row("shares", [*shared, 5, 6, 7], max_tokens=40, **never),
+        row("samples", [*shared, 5, 6], max_tokens=9, n=3, **never),
+        row("other", [9, 8, 7], max_tokens=40, **never),
+        row("below", [*shared, *range(60, 90), 13, 4], max_tokens=5, **never),
+        *(row(f"later{i}", [i, 6, *shared[: 9 * i]], max_tokens=50, **never) for i in range(5)),
+    ]
+    expected = run(path, [r for r in job if r.id not in ("bad", "below")]).tokens()
+
+    def poison(engine):
+        engine._executor._model.model.embed_tokens.weight.data[13] = float("nan")
+
+    settings = {"max_num_seqs": 4, "look_ahead": look_ahead, "max_num_batched_tokens": 50,
+                "kv_cache_bytes": 11 * 3 * 2 * 2 * 8 * 32 * 4}  # fmt: skip
+    outcome = run(path, job, prepare=poison, **settings)
+    codes = {id: result.error.code for id, result in outcome.results.items() if result.error}
+    assert codes == {"bad": "invalid_logits", "below": "invalid_logits"}
+    assert {id: outcome.tokens()[id] for id in expected} == expected
+
+
+def test_a_failing_step_changes_no_answer_and_an_interrupted_run_leaves_the_engine_usable(path):
     expected = run(path, mixed_job()).tokens()
 
-    def fail_once(engine):
+    def fail(engine):
         execute = engine._executor.execute
-        calls = iter(range(100))
+        errors = {3: RuntimeError, 9: KeyboardInterrupt, 15: MemoryError, 21: ValueError}
+        calls = iter(range(1000))
 
         def failing(step):
-            if next(calls) == 4:
-                raise RuntimeError("out of luck")
-            return execute(step)
+            result = execute(step)  # KV has been written, tokens were drawn
+            if error := errors.get(next(calls)):
+                raise error("out of luck")
+            return result
 
         engine._executor.execute = failing
-        with pytest.raises(RuntimeError, match="out of luck"):
+        with pytest.raises(KeyboardInterrupt, match="out of luck"):
             list(engine.run(mixed_job()))
         assert engine.num_unfinished == 0
         engine.check_integrity()
 
     for look_ahead in (0, 1):
-        again = run(path, mixed_job(), prepare=fail_once, look_ahead=look_ahead,
+        again = run(path, mixed_job(), prepare=fail, look_ahead=look_ahead,
                     max_num_batched_tokens=40, max_num_seqs=6)  # fmt: skip
         assert again.tokens() == expected
 
@@ -247,7 +274,7 @@ class SpelledTokenizer(NoTokenizer):
     special_token_ids = frozenset()
     decoder_kind = "other"
 
-    def decode(self, ids, *, skip_special_tokens=True):
+    def decode(self, ids, **options):
         return "".join(chr(0x4E00 + i) for i in ids)
 
     def id_to_token(self, id):

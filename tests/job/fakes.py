@@ -11,7 +11,15 @@ from typing import Any
 import msgspec
 
 from batchwright.errors import RequestError
-from batchwright.request import Completion, FinishReason, Request, Result, TokenLogprob
+from batchwright.request import (
+    NO_MARKUP,
+    Completion,
+    FinishReason,
+    Markup,
+    Request,
+    Result,
+    TokenLogprob,
+)
 
 BOS = 256
 
@@ -20,6 +28,12 @@ class ByteTokenizer:
     """One token per UTF-8 byte, and one token (256) put first."""
 
     backend: Any = None
+    bos_token_id = BOS
+    eos_token_id = None
+    chat_markup = NO_MARKUP
+
+    def markup(self, *, with_tools: bool, template: Any = None) -> Markup:
+        return self.chat_markup
 
     def encode_batch(
         self, texts: Sequence[str], *, add_special_tokens: bool = True, parse_special: bool = False
@@ -71,6 +85,7 @@ class FakeEngine:
             num_generated_tokens=0,
             num_preemptions=0,
             num_recomputed_tokens=0,
+            num_folded=0,
         )
     )
 
@@ -83,6 +98,10 @@ class FakeEngine:
             raise RequestError("prompt has 9120 tokens, model allows 8192", param="prompt")
         self.waiting.append(request)
         self.most_unfinished = max(self.most_unfinished, self.num_unfinished)
+
+    @property
+    def load(self) -> Any:
+        return SimpleNamespace(num_running_seqs=len(self.running), kv_used_fraction=0.0)
 
     def waiting_ids(self) -> list[str]:
         return [request.id for request in self.waiting]
@@ -113,6 +132,22 @@ class FakeEngine:
                     self.done[-1].error = RequestError("the model's logits were not numbers")
         done, self.done = self.done, []
         return done
+
+
+@dataclass
+class FakeModel:
+    """An engine with what a job needs beside it."""
+
+    engine: FakeEngine
+    tokenizer: Any = field(default_factory=ByteTokenizer)
+    name: str = "fake"
+
+    @staticmethod
+    def token_bytes(token_id: int) -> bytes:
+        return token_bytes(token_id)
+
+    def identity(self) -> dict[str, Any]:
+        return {"model": self.name}
 
 
 def answer(request: Request, reason: FinishReason) -> Result:

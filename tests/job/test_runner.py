@@ -1,6 +1,6 @@
 """run_job with an engine that has no model: every row ends once, whatever happens."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,19 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchwright.errors import OutputError
+from batchwright.job.directory import JobDirectory
 from batchwright.job.events import Draining, JobEvent, Progressed, RowFailed
+from batchwright.job.feed import CHUNK_ROWS, MAX_CHUNKS_AHEAD
 from batchwright.job.formats.openai_batch import read_rows
-from batchwright.job.runner import CHUNK_ROWS, JobOptions, run_job
+from batchwright.job.journal import MAX_PENDING_ROWS
+from batchwright.job.model_names import ModelNames
+from batchwright.job.run_job import JobPaths, run_job
+from batchwright.job.runner import JobOptions
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
 from batchwright.request import Request
 from tests.job.fakes import (
-    ByteTokenizer,
     FakeEngine,
+    FakeModel,
     chat_row,
     read_lines,
-    token_bytes,
     write_lines,
 )
 
@@ -43,16 +46,8 @@ class Run:
         self.events: list[JobEvent] = []
         source = write_lines(folder / "in.jsonl", rows)
         options = {"input_bytes": source.stat().st_size, **OPTIONS, **options}
-        self.summary = run_job(
-            read_rows(source),
-            folder / "out.jsonl",
-            folder / "err.jsonl",
-            engine,
-            ByteTokenizer(),
-            token_bytes,
-            JobOptions(**options),
-            stop=stop,
-            on_event=self.events.append,
+        self.summary = run_rows(
+            read_rows(source), folder, engine, stop=stop, on_event=self.events.append, **options
         )
         self.output = read_lines(folder / "out.jsonl")
         errors = folder / "err.jsonl"
@@ -60,6 +55,32 @@ class Run:
 
     def ids(self) -> tuple[list[str], list[str]]:
         return [line["custom_id"] for line in self.output], [e["custom_id"] for e in self.errors]
+
+
+def run_rows(
+    rows: Iterator[Any],
+    folder: Path,
+    engine: FakeEngine,
+    *,
+    stop: StopControl | None = None,
+    on_event: Callable[[JobEvent], None] = lambda event: None,
+    **options: Any,
+) -> JobSummary:
+    """The job in `folder`, begun or gone on with."""
+    directory = JobDirectory(folder / "out.jsonl.job")
+    try:
+        return run_job(
+            rows,
+            JobPaths(str(folder / "out.jsonl"), str(folder / "err.jsonl")),
+            directory,
+            FakeModel(engine),
+            JobOptions(**{**OPTIONS, **options}),
+            check=ModelNames("m").check,
+            stop=stop,
+            on_event=on_event,
+        )
+    finally:
+        directory.close()
 
 
 def test_a_mixed_file(tmp_path: Path) -> None:
@@ -103,25 +124,26 @@ def test_no_error_file_without_failures_and_an_old_one_goes(tmp_path: Path) -> N
     assert not (tmp_path / "err.jsonl").exists()
 
 
-def test_rows_are_written_as_they_finish(tmp_path: Path) -> None:
+def test_rows_are_written_while_others_run(tmp_path: Path) -> None:
     seen = []
-    engine = FakeEngine()
+    engine = FakeEngine(max_running=MAX_PENDING_ROWS // 2)
     out = tmp_path / "out.jsonl"
     engine.on_step = lambda number: seen.append(len(read_lines(out)))
-    Run(tmp_path, [chat_row(str(i), max_tokens=i + 1) for i in range(4)], engine)
-    assert seen == [0, 1, 2, 3]
+    rows = [chat_row(str(i), max_tokens=1) for i in range(MAX_PENDING_ROWS + 1)]
+    Run(tmp_path, rows, engine)
+    assert seen == [0, 0, MAX_PENDING_ROWS]
 
 
 def test_the_window_bounds_what_the_engine_holds(tmp_path: Path) -> None:
     rows = [chat_row(str(i)) for i in range(100)]
     engine = FakeEngine()
-    run = Run(tmp_path, rows, engine, horizon=10)
+    run = Run(tmp_path, rows, engine, horizon_rows=10)
     assert run.summary.num_succeeded == 100
     assert engine.most_unfinished <= 10
 
 
 def test_the_first_row_runs_before_the_last_is_read(tmp_path: Path) -> None:
-    num_rows = 3 * CHUNK_ROWS
+    num_rows = (MAX_CHUNKS_AHEAD + 4) * CHUNK_ROWS
     rows_read_at_first_step: list[int] = []
     source = write_lines(tmp_path / "in.jsonl", [chat_row(str(i)) for i in range(num_rows)])
     num_read = 0
@@ -133,11 +155,8 @@ def test_the_first_row_runs_before_the_last_is_read(tmp_path: Path) -> None:
             yield row
 
     engine = FakeEngine(on_step=lambda number: rows_read_at_first_step.append(num_read))
-    paths = tmp_path / "out.jsonl", tmp_path / "err.jsonl"
-    summary = run_job(
-        counted(), *paths, engine, ByteTokenizer(), token_bytes, JobOptions(**OPTIONS)
-    )
-    assert rows_read_at_first_step[0] == CHUNK_ROWS
+    summary = run_rows(counted(), tmp_path, engine)
+    assert CHUNK_ROWS <= rows_read_at_first_step[0] < num_rows
     assert summary.num_succeeded == num_rows
 
 
@@ -177,6 +196,7 @@ def test_a_stop_leaves_the_rest_of_the_input_unread(tmp_path: Path) -> None:
     run = Run(tmp_path, rows, engine, stop=stop)
     assert run.summary.num_rows_read == CHUNK_ROWS
     assert not run.summary.input_ended
+    assert [line["custom_id"] for line in run.output] == ["0", "1", "2", "3"]
 
 
 def test_draining_ends_after_its_time(tmp_path: Path) -> None:
@@ -234,22 +254,6 @@ def test_a_row_cancelled_by_someone_else_fails(tmp_path: Path) -> None:
     run = Run(tmp_path, [chat_row("a", max_tokens=9), chat_row("b", max_tokens=9)], engine)
     assert run.ids() == (["b"], ["a"])
     assert run.errors[0]["error"]["code"] == "cancelled"
-
-
-def test_a_full_disk_ends_the_job_with_a_clear_error(tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full")
-    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
-    with pytest.raises(OutputError, match="No space left"):
-        run_job(
-            read_rows(source),
-            "/dev/full",
-            tmp_path / "err.jsonl",
-            FakeEngine(),
-            ByteTokenizer(),
-            token_bytes,
-            JobOptions(**OPTIONS),
-        )
 
 
 def test_progress_is_told_after_every_step(tmp_path: Path) -> None:
@@ -322,7 +326,7 @@ def test_every_row_ends_once(
         on_step=lambda number: stop.request() if number == stop_at else None,
     )
     folder = tmp_path_factory.mktemp("job")
-    run = Run(folder, rows, engine, horizon=horizon, stop=stop)
+    run = Run(folder, rows, engine, horizon_rows=horizon, stop=stop)
     summary = run.summary
     assert (len(run.output), len(run.errors)) == (summary.num_succeeded, summary.num_failed)
     assert summary.num_rows_read == summary.num_finished + summary.num_cancelled

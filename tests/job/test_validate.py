@@ -89,7 +89,7 @@ def test_everything_at_once() -> None:
 
 def test_null_means_the_default() -> None:
     body: dict[str, Any] = dict.fromkeys(PARAM_NAMES - {"logprobs"})
-    assert chat(**body, guided_json=None, tools=None).params == SamplingParams()
+    assert chat(**body, tools=None).params == SamplingParams()
 
 
 def test_defaults_are_those_of_the_api() -> None:
@@ -139,9 +139,10 @@ def test_defaults_are_those_of_the_api() -> None:
         ({"logprobs": True, "top_logprobs": 101}, "top_logprobs", "between 0 and 100"),
         ({"prompt_logprobs": -1}, "prompt_logprobs", "between 0"),
         ({"stream": True}, "stream", "as rows finish"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
-        ({"guided_regex": "a+"}, "guided_regex", "not supported yet"),
-        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs", "not supported yet"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object' or"),
+        ({"guided_regex": ""}, "guided_regex", "at least 1"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "is empty"),
+        ({"chat_template": 5}, "chat_template", "must be a string"),
         ({"echo": True}, "echo", "/v1/completions"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
         ({"zzzz": 1}, "zzzz", "remove it"),

@@ -75,9 +75,11 @@ def draw_fast(
     scratch: Scratch | None = None,
     **tables: Any,
 ) -> np.ndarray:
-    """One draw per slot. tables: bias_ids, bias_values, suppressed_ids, history, allowed."""
+    """One draw per slot. tables: bias_ids, bias_values, suppressed_ids, history, allowed,
+    mask_of_sample (by default the lines of allowed, if there is one)."""
     num = len(slots)
     own_rows = np.arange(num, dtype=np.int32)
+    lines = own_rows if "allowed" in tables else np.full_like(own_rows, -1)
     return sample_rows(
         logits,
         own_rows if rows is None else rows,
@@ -88,7 +90,8 @@ def draw_fast(
         tables.get("bias_values", np.zeros((num, 1), np.float32)),
         tables.get("suppressed_ids", np.zeros((num, 1), np.int32)),
         tables.get("history", np.zeros((num, 1), np.int32)),
-        tables.get("allowed", np.empty((num, 0), np.uint32)),
+        tables.get("allowed", np.empty((1, 0), np.uint32)),
+        tables.get("mask_of_sample", lines),
         poisoned_scratch(2, logits.shape[1]) if scratch is None else scratch,
     )
 

@@ -229,6 +229,28 @@ def test_allowed_tokens() -> None:
     assert tokens[0] == -1 and may[np.arange(1, num), tokens[1:]].all()
 
 
+def test_draws_name_their_masks() -> None:
+    rng = np.random.default_rng(17)
+    num, vocab_size = 40, 333
+    logits, slots = make_rows("normal", num, vocab_size, rng), mixed_slots(num, rng)
+    slots["temperature"][::4] = 0.0
+    positions = positions_of(num, rng)
+    may = rng.random((3, vocab_size)) < 0.1
+    may[2, 32:300] = True  # whole words
+    bits = np.zeros((3, 384), np.bool_)  # masks may be wider than the vocabulary
+    bits[:, :vocab_size] = may
+    bits[:, vocab_size:] = True
+    allowed = np.packbits(bits, axis=1, bitorder="little").view("<u4")
+    lines = rng.integers(-1, 3, num).astype(np.int32)
+    tokens = draw_fast(logits, slots, positions, allowed=allowed, mask_of_sample=lines)
+    free = (lines < 0)[:, None]
+    masked = np.where(free | may[lines], logits, -np.inf).astype(np.float32)
+    np.testing.assert_array_equal(tokens, draw_naive(masked, slots, positions))
+    unmasked = draw_fast(logits, slots, positions)
+    assert (tokens[lines < 0] == unmasked[lines < 0]).all()
+    assert (tokens != unmasked).sum() > 10  # the masks matter
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_bias_penalties_and_suppression_equal_the_naive_twin(temperature: float) -> None:
     rng = np.random.default_rng(8)

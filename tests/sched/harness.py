@@ -19,6 +19,7 @@ from batchwright.sched.intake import Update
 from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import NO_SLOT, Sequence
 from batchwright.step import NewSequence, Step, StepResult
+from batchwright.structured.spec import GrammarSpec
 from tests.sched.symbolic import (
     SymbolicExecutor,
     expected_embedding,
@@ -45,6 +46,7 @@ def family(
     prompt_logprobs: int | None = None,
     logprobs: int | None = None,
     namespace: str = "",
+    grammar: GrammarSpec | None = None,
 ) -> Sequence:
     """The first sequence of a request, with its siblings, as the engine makes them."""
     generates = task is Task.GENERATE
@@ -52,7 +54,11 @@ def family(
         id=f"r{order}",
         prompt_token_ids=np.array(prompt, np.int32),
         params=SamplingParams(
-            max_tokens=max_tokens, n=n, prompt_logprobs=prompt_logprobs, logprobs=logprobs
+            max_tokens=max_tokens,
+            n=n,
+            prompt_logprobs=prompt_logprobs,
+            logprobs=logprobs,
+            grammar=grammar,
         ),
         task=task,
         score_start=score_start,
@@ -161,6 +167,7 @@ class Harness:
         self._check_division(step, rows, lacking, has_preempted)
         self._note_starts(step)
         self._note_computed(step, rows)
+        self._check_constrained(step)
         self.steps.append(step)
         self.outstanding.append(self.executor.execute(step))
         return True
@@ -310,13 +317,15 @@ class Harness:
     # What must hold of every Step --------------------------------------------------------------
 
     def _lacking(self) -> dict[Sequence, int]:
-        """Tokens that each running sequence could compute, in job order."""
+        """Tokens that each running sequence could compute, in job order.
+
+        What has a grammar waits for the token in flight.
+        """
         slots = self.scheduler.slots
         ends = np.minimum(slots.num_tokens, slots.compute_end)
-        return {
-            slots.sequences[slot]: int(ends[slot] - slots.num_computed[slot])
-            for slot in slots.running.tolist()
-        }
+        held = slots.constrained & (slots.num_known < slots.num_tokens)
+        lacking = np.where(held, 0, ends - slots.num_computed)
+        return {slots.sequences[slot]: int(lacking[slot]) for slot in slots.running.tolist()}
 
     def _check_division(self, step, rows, lacking, has_preempted) -> None:
         """Single tokens first, then job order, then new sequences; no budget is held back."""
@@ -338,6 +347,16 @@ class Harness:
                 assert not has_preempted, "what was freed went to a newcomer"
         granted = dict(zip(rows, lengths))
         assert granted == {sequence: num for sequence, num in expected.items() if num}
+
+    def _check_constrained(self, step: Step) -> None:
+        """Draws that a grammar restricts are known, and all tokens before them are."""
+        slots = self.scheduler.slots
+        drawn = dict(enumerate(step.sample_slots.tolist()))
+        expected = {i: slot for i, slot in drawn.items() if slots.constrained[slot]}
+        draws = self.scheduler.constrained_draws(step)
+        assert {index: sequence.slot for index, sequence in draws} == expected
+        for slot in expected.values():
+            assert slots.num_known[slot] == slots.num_tokens[slot] - 1
 
     def _note_starts(self, step: Step) -> None:
         """Sequences are started in order, except that forks and parked ones pass each other."""

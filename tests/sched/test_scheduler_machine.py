@@ -14,6 +14,7 @@ from hypothesis.stateful import (
 )
 
 from batchwright.request import FinishReason, Task
+from batchwright.structured.spec import json_object
 from tests.sched.harness import MAX_MODEL_LEN, VOCAB_SIZE, Harness, blocks_alone, family
 
 windows = st.sampled_from([[None], [3], [5], [None, 6], [2, 9], [None, 4, 30]])
@@ -24,6 +25,7 @@ generate = st.fixed_dictionaries(
         "end": st.just(False),
         "prompt_logprobs": st.integers(0, 2),
         "logprobs": st.just(0),
+        "grammar": st.just(json_object()),
     },
 )
 score = st.fixed_dictionaries({"task": st.just(Task.SCORE)})

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from batchwright.errors import OutputError, RequestError
-from batchwright.job.formats.completion_body import response_id
+from batchwright.job.answer import response_id
 
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 _encode = msgspec.json.Encoder().encode
@@ -88,21 +88,29 @@ class JsonlWriter:
             self._fd = None
 
 
-def success_line(custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The output line of a row that succeeded."""
+def success_line(
+    custom_id: str, body: dict[str, Any], columns: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The output line of a row that succeeded; `columns` are those that pass through."""
     request_id = response_id(custom_id)
-    return {
+    line: dict[str, Any] = {
         "id": f"batch_req_{request_id}",
         "custom_id": custom_id,
         "response": {"status_code": 200, "request_id": f"req_{request_id}", "body": body},
         "error": None,
     }
+    return line if columns is None else {**line, "columns": columns}
 
 
-def error_line(custom_id: str | None, line: int, error: RequestError) -> dict[str, Any]:
+def error_line(
+    custom_id: str | None,
+    line: int,
+    error: RequestError,
+    columns: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The error-file line of a row that failed; custom_id is None if it could not be read."""
     request_id = response_id(custom_id if custom_id is not None else f"line-{line}")
-    return {
+    failure: dict[str, Any] = {
         "id": f"batch_req_{request_id}",
         "custom_id": custom_id,
         "response": None,
@@ -113,3 +121,4 @@ def error_line(custom_id: str | None, line: int, error: RequestError) -> dict[st
             "line": line,
         },
     }
+    return failure if columns is None else {**failure, "columns": columns}

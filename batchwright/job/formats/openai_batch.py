@@ -1,23 +1,24 @@
 """Reading OpenAI batch files: one JSON object a line, `{"custom_id", "method", "url", "body"}`.
 
-Bare rows are read too: `{"id"?, "prompt" | "messages" | "prompt_token_ids", ...parameters}`. A byte
-order mark, CRLF and blank lines are tolerated. The file is read as a stream: memory is bounded by
-the longest line, and by the set of custom_ids that keeps them unique.
+Bare rows are read too: `{"id"?, "prompt" | "messages" | "prompt_token_ids" | "input" | "context",
+...parameters}`. A byte order mark, CRLF and blank lines are tolerated. The file is read as a
+stream: memory is bounded by the longest line, and by the set of custom_ids that keeps them unique.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import msgspec
 
 from batchwright.errors import InputError, RequestError
-from batchwright.job.rows import CHAT, COMPLETIONS, ENDPOINTS, InputRow, RowError
-
-MAX_LINE_BYTES = 64 * 1024 * 1024
-MAX_ID_CHARS = 1000
+from batchwright.job.formats.column_map import ColumnMap
+from batchwright.job.formats.columns import Columns, for_endpoint
+from batchwright.job.formats.row_names import RowNames, id_text, json_kind
+from batchwright.job.formats.source import Source, explained, read_lines, too_long
+from batchwright.job.rows import ENDPOINTS, InputRow, RowError, endpoint_of_bare_row
 
 _BATCH_KEYS = {"custom_id", "method", "url", "body"}
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -31,66 +32,82 @@ def read_rows(path: str | Path) -> Iterator[InputRow | RowError]:
     Raises:
         InputError: the file is missing, unreadable, not UTF-8 text at all, or has no rows.
     """
-    try:
-        with open(path, "rb") as stream:
-            yield from read_stream(stream, str(path))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    with explained(str(path), str(path)), open(path, "rb") as stream:
+        yield from read_stream(stream, str(path))
 
 
-def read_stream(stream: BinaryIO, name: str) -> Iterator[InputRow | RowError]:
+def read_stream(stream: IO[bytes], name: str) -> Iterator[InputRow | RowError]:
     """As `read_rows`, from an open binary stream; `name` is used in messages."""
-    seen: set[str] = set()
+    return read_json_lines(Source(stream, name), ColumnMap())
+
+
+def read_json_lines(source: Source, given: ColumnMap) -> Iterator[InputRow | RowError]:
+    """As `read_rows`, from an open source. With a column map, each line is a table's row.
+
+    Raises:
+        InputError: also if the first row lacks the prompt's column.
+    """
+    reader = _LineReader(source.name, given)
     num_rows = 0
-    for line, (raw, num_bytes) in enumerate(_lines(stream), start=1):
-        if line == 1:
-            if raw.startswith(_UTF16_MARKS):
-                raise InputError(f"{name} is UTF-16 text; save it as UTF-8")
-            raw = raw.removeprefix(_UTF8_MARK)
-        if not raw.strip():
+    for line, (raw, num_bytes) in enumerate(read_lines(source.stream), start=1):
+        if line == 1 and raw is not None:
+            raw = without_mark(raw, source.name)
+        if raw is not None and not raw.strip():
             continue
         num_rows += 1
-        yield _read_line(raw, line, num_bytes, seen)
+        counted = num_bytes if source.progress is None else source.progress()
+        try:
+            if raw is None:
+                raise too_long(num_bytes)
+            row = _decode(raw)
+        except RequestError as error:
+            error.line = line
+            yield RowError(line, None, error, counted)
+        else:
+            yield reader.read(row, line, counted)
     if num_rows == 0:
-        raise InputError(f"{name} has no rows (empty_file); it needs one JSON object a line")
+        raise InputError(f"{source.name} has no rows (empty_file); it needs one JSON object a line")
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Lines and their sizes in bytes. Of an overlong line only the first part is kept."""
-    while raw := stream.readline(MAX_LINE_BYTES + 1):
-        num_bytes = len(raw)
-        rest = raw
-        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = stream.readline(MAX_LINE_BYTES + 1)
-            num_bytes += len(rest)
-        yield raw, num_bytes
+def without_mark(raw: bytes, name: str) -> bytes:
+    """The first line of a text file without its byte order mark.
+
+    Raises:
+        InputError: the mark is UTF-16's.
+    """
+    if raw.startswith(_UTF16_MARKS):
+        raise InputError(f"{name} is UTF-16 text; save it as UTF-8")
+    return raw.removeprefix(_UTF8_MARK)
 
 
-def _read_line(raw: bytes, line: int, num_bytes: int, seen: set[str]) -> InputRow | RowError:
-    custom_id: str | None = None
-    try:
-        row = _decode(raw, num_bytes)
-        custom_id = _custom_id(row, line)
-        if custom_id in seen:
-            raise RequestError(
-                f"custom_id {custom_id!r} was used by an earlier row; each row needs its own",
-                code="duplicate_custom_id",
-                param="custom_id",
-            )
-        seen.add(custom_id)
-        endpoint, body = _route(row)
-    except RequestError as error:
-        error.line = line
-        return RowError(line, custom_id, error, num_bytes)
-    return InputRow(line, custom_id, endpoint, body, num_bytes)
+class _LineReader:
+    """From decoded lines to rows."""
+
+    def __init__(self, name: str, given: ColumnMap) -> None:
+        self._name = name
+        self._given = given
+        self._row_names = RowNames()
+        self._columns: Columns | None = None
+
+    def read(self, row: dict[str, Any], line: int, num_bytes: int) -> InputRow | RowError:
+        if self._given.is_given:
+            if self._columns is None:
+                self._columns = Columns(
+                    self._given, list(row), self._row_names, self._name, is_sample=True
+                )
+            return self._columns.row(line, row, num_bytes)
+        custom_id: str | None = None
+        try:
+            custom_id = _given_id(row)
+            custom_id = self._row_names.take(custom_id, line)
+            endpoint, body = _route(row, self._given.endpoint)
+        except RequestError as error:
+            error.line = line
+            return RowError(line, custom_id, error, num_bytes)
+        return InputRow(line, custom_id, endpoint, body, num_bytes)
 
 
-def _decode(raw: bytes, num_bytes: int) -> dict[str, Any]:
-    if num_bytes > MAX_LINE_BYTES:
-        raise RequestError(
-            f"line has {num_bytes} bytes; at most {MAX_LINE_BYTES} are read; shorten it",
-            code="invalid_json_line",
-        )
+def _decode(raw: bytes) -> dict[str, Any]:
     try:
         row = _decode_json(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -98,13 +115,13 @@ def _decode(raw: bytes, num_bytes: int) -> dict[str, Any]:
         raise RequestError(f"not valid JSON: {reason}", code="invalid_json_line") from None
     if not isinstance(row, dict):
         raise RequestError(
-            f"a row must be a JSON object, not {_json_kind(row)}", code="invalid_json_line"
+            f"a row must be a JSON object, not {json_kind(row)}", code="invalid_json_line"
         )
     return row
 
 
-def _custom_id(row: dict[str, Any], line: int) -> str:
-    """The row's name. Only a bare row may lack one, or give a whole number."""
+def _given_id(row: dict[str, Any]) -> str | None:
+    """The name that a row gives. Only a bare row may lack one, or give a whole number."""
     bare = not _is_batch_line(row)
     if bare and "id" in row and "custom_id" in row:
         raise RequestError('give "id" or "custom_id", not both', param="id")
@@ -112,29 +129,25 @@ def _custom_id(row: dict[str, Any], line: int) -> str:
     value = row.get(key)
     if value is None:
         if bare:
-            return f"line-{line}"
+            return None
         raise RequestError(
             "custom_id is missing", code="missing_required_parameter", param="custom_id"
         )
-    if bare and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_ID_CHARS:
-        raise RequestError(
-            f"{key} must be a string of 1 to {MAX_ID_CHARS} characters, not {_json_kind(value)}",
-            param=key,
-        )
-    return value
+    if not bare and not isinstance(value, str):
+        raise RequestError(f"custom_id must be a string, not {json_kind(value)}", param=key)
+    return id_text(key, value)
 
 
 def _is_batch_line(row: dict[str, Any]) -> bool:
     return "body" in row or "method" in row or "url" in row
 
 
-def _route(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _route(row: dict[str, Any], bare_endpoint: str | None) -> tuple[str, dict[str, Any]]:
     """(endpoint, body) of a batch line or a bare row."""
     if not _is_batch_line(row):
         body = {key: value for key, value in row.items() if key not in ("id", "custom_id")}
-        return (CHAT if "messages" in body else COMPLETIONS), body
+        endpoint = bare_endpoint or endpoint_of_bare_row(body)
+        return endpoint, for_endpoint(body, endpoint)
     if unknown := sorted(row.keys() - _BATCH_KEYS):
         raise RequestError(
             f"unknown key {unknown[0]!r} beside the body; parameters belong inside the body",
@@ -152,21 +165,8 @@ def _route(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         )
     if not isinstance(inner, dict):
         raise RequestError(
-            f"body must be a JSON object, not {_json_kind(inner)}",
+            f"body must be a JSON object, not {json_kind(inner)}",
             code="missing_required_parameter" if inner is None else "invalid_request",
             param="body",
         )
     return url, inner
-
-
-def _json_kind(value: object) -> str:
-    """What a JSON value is, in JSON's words, short enough for a message."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f"a string of {len(value)} characters"
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    return f"the number {value!s:.40}"

@@ -10,6 +10,7 @@ _F32 = np.float32
 _I32 = np.int32
 _MINUS_INF = np.float32(-np.inf)
 _PROMPT = np.int32(1 << 30)
+_ALL_BITS = np.uint32(0xFFFFFFFF)
 
 
 @inner
@@ -67,7 +68,11 @@ def adjust(  # type: ignore[no-untyped-def]
     if position < slot.min_tokens:
         for i in range(slot.num_suppressed):
             row[suppressed_ids[i]] = _MINUS_INF
-    if len(allowed) > 0:
-        for i in range(size):
-            if (allowed[i >> 5] >> np.uint32(i & 31)) & np.uint32(1) == 0:
-                row[i] = _MINUS_INF
+    for word in range((size + 31) // 32 if len(allowed) > 0 else 0):
+        bits = allowed[word]
+        if bits == _ALL_BITS:
+            continue
+        start = word * 32
+        for i in range(min(32, size - start)):
+            if (bits >> np.uint32(i)) & np.uint32(1) == 0:
+                row[start + i] = _MINUS_INF

@@ -58,6 +58,7 @@ def sample_rows(
     suppressed_ids: Int32Array,
     history: Int32Array,
     allowed: Any,
+    mask_of_sample: Int32Array,
     scratch: Scratch,
 ) -> Int32Array:
     """Draw one token per sample; -1 where the row is not sound or nothing may be drawn.
@@ -69,8 +70,9 @@ def sample_rows(
         bias_ids, bias_values: [max_num_seqs, any] int32 and float32.
         suppressed_ids: [max_num_seqs, any] int32.
         history: [max_num_seqs, any] int32, the tokens so far of slots with penalties.
-        allowed: [num_samples, ceil(vocab_size / 32)] uint32, bit v % 32 of word v // 32 set if v
-            may be drawn; or [num_samples, 0] for no restriction.
+        allowed: [num_masks, at least ceil(vocab_size / 32)] uint32, bit v % 32 of word v // 32 set
+            if v may be drawn.
+        mask_of_sample: [num_samples] int32, a line of `allowed`, or -1 for no restriction.
         scratch: from `make_scratch`.
     """
     out = np.empty(len(row_of_sample), np.int32)
@@ -87,6 +89,7 @@ def sample_rows(
         suppressed_ids,
         history,
         own(allowed, np.uint32),
+        own(mask_of_sample, np.int32),
         *scratch,
         out,
     )
@@ -143,6 +146,7 @@ def _sample_task(  # type: ignore[no-untyped-def]
     suppressed_ids,
     history,
     allowed,
+    mask_of_sample,
     floats,
     ints,
     doubles,
@@ -155,7 +159,8 @@ def _sample_task(  # type: ignore[no-untyped-def]
         index = slot_of_sample[i]
         slot = slots[index]
         row = logits[row_of_sample[i]]
-        if allowed.shape[1] > 0 or is_adjusted(slot, positions[i]):
+        mask = mask_of_sample[i]
+        if mask >= 0 or is_adjusted(slot, positions[i]):
             adjust(
                 row,
                 slot,
@@ -164,7 +169,7 @@ def _sample_task(  # type: ignore[no-untyped-def]
                 bias_values[index],
                 suppressed_ids[index],
                 history[index],
-                allowed[i],
+                allowed[mask] if mask >= 0 else allowed[0, :0],
                 ints[task, COUNTS],
                 floats[task, 0],
             )
@@ -237,6 +242,7 @@ def _sample_task_pointer() -> Any:
         int_2d,
         int_2d,
         types.uint32[:, ::1],
+        int_1d,
         types.float32[:, :, ::1],
         types.int32[:, :, ::1],
         types.float64[:, ::1],

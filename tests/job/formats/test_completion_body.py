@@ -4,7 +4,10 @@ import math
 
 import msgspec
 
-from batchwright.job.formats.completion_body import AnswerForm, response_body, token_text
+from batchwright.job.answer import AnswerForm
+from batchwright.job.formats.logprobs import token_text
+from batchwright.job.formats.response_body import response_body
+from batchwright.job.rows import CHAT, COMPLETIONS
 from batchwright.request import Completion, FinishReason, Result, TokenLogprob
 from tests.job.fakes import token_bytes
 
@@ -39,7 +42,7 @@ def body(form: AnswerForm, **changes: object) -> dict:
 
 
 def test_chat_body() -> None:
-    made = body(AnswerForm(chat=True))
+    made = body(AnswerForm(CHAT))
     assert made["object"] == "chat.completion"
     assert made["id"].startswith("chatcmpl-")
     assert (made["model"], made["created"]) == ("m", 5)
@@ -61,12 +64,12 @@ def test_chat_body() -> None:
 
 def test_no_logprobs_unless_asked() -> None:
     plain = Completion(index=0, text="a", token_ids=[97], finish_reason=FinishReason.LENGTH)
-    assert body(AnswerForm(chat=True), outputs=[plain])["choices"][0]["logprobs"] is None
-    assert body(AnswerForm(chat=False), outputs=[plain])["choices"][0]["logprobs"] is None
+    assert body(AnswerForm(CHAT), outputs=[plain])["choices"][0]["logprobs"] is None
+    assert body(AnswerForm(COMPLETIONS), outputs=[plain])["choices"][0]["logprobs"] is None
 
 
 def test_text_body() -> None:
-    made = body(AnswerForm(chat=False))
+    made = body(AnswerForm(COMPLETIONS))
     assert made["object"] == "text_completion"
     assert made["choices"][0]["text"] == "é!"
     logprobs = made["choices"][0]["logprobs"]
@@ -78,7 +81,7 @@ def test_text_body() -> None:
 
 def test_echo_puts_the_prompt_first_and_joins_the_logprobs() -> None:
     prompt_logprobs = [None, TokenLogprob(-1, -3.0, 7, ((65, -1.0),))]
-    made = body(AnswerForm(chat=False, echo=True), prompt_logprobs=prompt_logprobs)
+    made = body(AnswerForm(COMPLETIONS, echo=True), prompt_logprobs=prompt_logprobs)
     assert made["choices"][0]["text"] == "Hié!"
     assert "prompt_logprobs" not in made["choices"][0]
     logprobs = made["choices"][0]["logprobs"]
@@ -89,7 +92,7 @@ def test_echo_puts_the_prompt_first_and_joins_the_logprobs() -> None:
 
 
 def test_echo_of_token_ids_without_text() -> None:
-    assert body(AnswerForm(chat=False, echo=True), prompt=None)["choices"][0]["text"] == "Hié!"
+    assert body(AnswerForm(COMPLETIONS, echo=True), prompt=None)["choices"][0]["text"] == "Hié!"
 
 
 def test_prompt_logprobs_have_the_form_of_vllm() -> None:
@@ -101,15 +104,15 @@ def test_prompt_logprobs_have_the_form_of_vllm() -> None:
             "105": {"logprob": -3.0, "rank": 7, "decoded_token": "i"},
         },
     ]
-    chat = body(AnswerForm(chat=True, prompt_logprobs=True), prompt_logprobs=entries)
+    chat = body(AnswerForm(CHAT, prompt_logprobs=True), prompt_logprobs=entries)
     assert chat["prompt_logprobs"] == expected
-    text = body(AnswerForm(chat=False, prompt_logprobs=True), prompt_logprobs=entries)
+    text = body(AnswerForm(COMPLETIONS, prompt_logprobs=True), prompt_logprobs=entries)
     assert text["choices"][0]["prompt_logprobs"] == expected
 
 
 def test_bodies_are_a_function_of_the_result() -> None:
-    assert body(AnswerForm(chat=True)) == body(AnswerForm(chat=True))
-    assert body(AnswerForm(chat=True))["id"] != body(AnswerForm(chat=True), request_id="r2")["id"]
+    assert body(AnswerForm(CHAT)) == body(AnswerForm(CHAT))
+    assert body(AnswerForm(CHAT))["id"] != body(AnswerForm(CHAT), request_id="r2")["id"]
 
 
 def test_token_text_keeps_whole_characters() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchwright.errors import InputError
-from batchwright.job.formats import openai_batch
+from batchwright.job.formats import source
 from batchwright.job.formats.openai_batch import read_rows, read_stream
 from batchwright.job.rows import CHAT, COMPLETIONS, InputRow, RowError
 from tests.job.fakes import chat_row, write_lines
@@ -128,7 +128,7 @@ def test_a_second_use_of_an_id_fails_and_the_first_stands() -> None:
 
 
 def test_an_overlong_line_is_skipped_without_being_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_batch, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(source, "MAX_LINE_BYTES", 100)
     long = b'{"prompt": "' + b"x" * 1000 + b'"}\n'
     exact = b'{"id":"e","prompt":"'
     exact += b"y" * (97 - len(exact)) + b'"}\n'
@@ -163,3 +163,12 @@ def test_any_object_is_a_row_or_a_row_error(row: dict[str, Any]) -> None:
         return
     (found,) = read(data)
     assert found.line == 1
+
+
+def test_automatic_names_keep_clear_of_given_ones() -> None:
+    rows = read(
+        b'{"id":"line-2","prompt":"a"}\n{"prompt":"b"}\n{"prompt":"c"}\n{"id":"line-3","prompt":"d"}'
+    )
+    assert [row.custom_id for row in rows[:3]] == ["line-2", "line-2-2", "line-3"]
+    assert isinstance(rows[3], RowError)
+    assert "if it gives none" in rows[3].error.message

@@ -1,0 +1,144 @@
+"""The job directory `OUT.job/`: everything a job needs to go on after it was broken off.
+
+    lock            held by the process that works on the job
+    manifest.json   what answers depend on; another value on resume is refused
+    results.jsonl   final lines, appended as rows end
+    journal.sqlite  which line of results.jsonl is whose (see `journal.py`)
+    metrics.jsonl   progress, one line per interval (see `metrics.py`)
+    summary.json    what became of the rows, when the job ended or was stopped
+
+All of it is readable by its owner only: results may be private.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from batchwright.errors import ConfigError, OutputError
+
+SUFFIX = ".job"
+
+_FILES = ("manifest.json", "results.jsonl", "journal.sqlite", "metrics.jsonl", "summary.json")
+
+
+def job_directory_for(output: str | Path) -> Path:
+    """Where the job that writes `output` keeps its state: results.jsonl has results.jsonl.job."""
+    return Path(f"{output}{SUFFIX}")
+
+
+class JobDirectory:
+    """A job directory, locked by this process until `close`.
+
+    Args:
+        path: created with mode 0700 if it is not there.
+    Raises:
+        ConfigError: another process works on the job, or the path is taken by something else.
+        OutputError: it cannot be created.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            raise ConfigError(
+                f"{self.path} is not a directory; remove it, or name another output"
+            ) from None
+        except OSError as error:
+            raise OutputError(f"cannot create {self.path}: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
+            os.close(self._lock)
+            raise ConfigError(
+                f"another process{f' ({holder})' if holder else ''} works on the job in "
+                f"{self.path}; wait for it, stop it, or name another output"
+            ) from None
+        self._name_holder()
+
+    def _name_holder(self) -> None:
+        """Write who holds the lock, for the message above; the lock holds without it."""
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"pid {os.getpid()}".encode(), 0)
+        except OSError:
+            pass
+
+    @property
+    def manifest_path(self) -> Path:
+        """The manifest; it exists once a job has started here."""
+        return self.path / "manifest.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """Progress lines."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        """The last summary."""
+        return self.path / "summary.json"
+
+    def clear(self) -> None:
+        """Forget the job: delete its files, so that it starts over.
+
+        Raises:
+            OutputError: a file cannot be deleted.
+        """
+        try:
+            for name in _FILES:
+                for path in self.path.glob(f"{name}*"):  # SQLite keeps files beside its own
+                    path.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot clear {self.path}: {error.strerror or error}") from error
+
+    def remove(self) -> None:
+        """Delete the directory; for jobs that nobody will resume."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        os.close(self._lock)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace a file by `data` in one go, durably, readable by its owner only.
+
+    Raises:
+        OutputError: it cannot be written; the old file, if any, is as it was.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(part, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """os.write until everything is written."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def sync_directory(path: Path) -> None:
+    """Make names in a directory durable, where the file system can."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # some network file systems cannot; the files themselves are synced
+    finally:
+        os.close(fd)

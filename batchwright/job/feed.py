@@ -1,0 +1,207 @@
+"""The feed: rows are read, checked and tokenised in one background thread, ahead of the engine.
+
+Encoding a batch of texts releases the interpreter, so it overlaps the model. The thread is ahead by
+a bounded number of chunks; the first row is handed out before the last is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from batchwright.errors import RequestError
+from batchwright.job.journal import ANY_CONTENT, FinishedRows, named_row, unnamed_row
+from batchwright.job.prepare import Tokenizer, prepare_rows
+from batchwright.job.rows import InputRow, RowError
+from batchwright.job.validate import ParsedRow, parse_row
+from batchwright.request import Request
+
+CHUNK_ROWS = 256
+MAX_CHUNKS_AHEAD = 4
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyRow:
+    """A row the engine can run; `columns` pass through to the output."""
+
+    key: str
+    digest: bytes
+    row: ParsedRow
+    request: Request
+    columns: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedRow:
+    """A row that cannot run; it fails alone."""
+
+    key: str
+    digest: bytes
+    line: int
+    custom_id: str | None
+    error: RequestError
+    columns: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _CheckedRow:
+    key: str
+    digest: bytes
+    row: ParsedRow
+    columns: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some rows of the input, in its order.
+
+    Attributes:
+        rows: those that have to be answered.
+        num_read: rows read, including those that were answered before.
+        num_bytes: bytes of the input they took.
+    """
+
+    rows: list[ReadyRow | RefusedRow]
+    num_read: int
+    num_bytes: int
+
+
+class Feed:
+    """Chunks of rows from a background thread, which starts at once.
+
+    Args:
+        rows: the input.
+        tokenizer: makes Requests of rows.
+        check: a further check of each sound row, in input order; raises RequestError.
+        finished: rows that are done are counted and skipped; closed by the feed.
+        chunk_rows: rows of a chunk.
+    """
+
+    def __init__(
+        self,
+        rows: Iterator[InputRow | RowError],
+        tokenizer: Tokenizer,
+        *,
+        check: Callable[[ParsedRow], None] = lambda row: None,
+        finished: FinishedRows | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+    ) -> None:
+        self._rows = rows
+        self._tokenizer = tokenizer
+        self._check = check
+        self._finished = finished
+        self.chunk_rows = chunk_rows
+        self._chunks: queue.Queue[Chunk | Exception | None] = queue.Queue(MAX_CHUNKS_AHEAD)
+        self._closed = threading.Event()
+        self.ended = False
+        self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
+        self._thread.start()
+
+    def get(self, *, wait: bool) -> Chunk | None:
+        """The next chunk; None if the input has ended or, without `wait`, none is ready.
+
+        Raises:
+            InputError: the input cannot be read on.
+        """
+        if self.ended:
+            return None
+        try:
+            item = self._chunks.get(block=wait)
+        except queue.Empty:
+            return None
+        if isinstance(item, Exception):
+            self.ended = True
+            raise item
+        self.ended = item is None
+        return item
+
+    def close(self) -> None:
+        """Stop reading. A thread that waits for its input ends with the process."""
+        self._closed.set()
+
+    # In the thread ----------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while rows := list(islice(self._rows, self.chunk_rows)):
+                if not self._put(self._prepare(rows)):
+                    return
+            self._put(None)
+        except Exception as error:  # noqa: BLE001 - whatever it is, who waits must hear of it
+            self._put(error)
+        finally:
+            if self._finished is not None:
+                self._finished.close()
+
+    def _put(self, item: Chunk | Exception | None) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._chunks.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _prepare(self, rows: list[InputRow | RowError]) -> Chunk:
+        checked = [self._parse(row) for row in self._unfinished(rows)]
+        sound = [item.row for item in checked if isinstance(item, _CheckedRow)]
+        prepared = iter(prepare_rows(sound, self._tokenizer))
+        out: list[ReadyRow | RefusedRow] = []
+        for item in checked:
+            if isinstance(item, RefusedRow):
+                out.append(item)
+                continue
+            key, digest, row, columns = item.key, item.digest, item.row, item.columns
+            request = next(prepared)
+            if isinstance(request, RequestError):
+                refused = RefusedRow(key, digest, row.line, row.custom_id, request, columns)
+                out.append(refused)
+            else:
+                out.append(ReadyRow(key, digest, row, request, columns))
+        return Chunk(out, len(rows), sum(row.num_bytes for row in rows))
+
+    def _unfinished(
+        self, rows: list[InputRow | RowError]
+    ) -> list[tuple[bytes, InputRow | RowError]]:
+        """Rows that have no answer yet, or whose content has changed since; with their digests."""
+        digests = [_digest(row) for row in rows]
+        done: dict[str, bytes] = {}
+        if self._finished is not None:
+            keys = [named_row(row.custom_id) for row in rows if isinstance(row, InputRow)]
+            done = self._finished.among(keys)
+        return [
+            (digest, row)
+            for digest, row in zip(digests, rows, strict=True)
+            if isinstance(row, RowError)
+            or done.get(named_row(row.custom_id)) not in (digest, ANY_CONTENT)
+        ]
+
+    def _parse(self, item: tuple[bytes, InputRow | RowError]) -> _CheckedRow | RefusedRow:
+        digest, row = item
+        if isinstance(row, RowError):
+            key = unnamed_row(row.line)
+            return RefusedRow(key, digest, row.line, row.custom_id, row.error, row.extra)
+        key = named_row(row.custom_id)
+        try:
+            parsed = parse_row(row)
+            self._check(parsed)
+        except RequestError as error:
+            return RefusedRow(key, digest, row.line, row.custom_id, error, row.extra)
+        return _CheckedRow(key, digest, parsed, row.extra)
+
+
+def _digest(row: InputRow | RowError) -> bytes:
+    """Identifies what a row asks: a finished row whose content has changed is answered again."""
+    if isinstance(row, RowError):
+        return b""
+    content = _encode((row.endpoint, row.body, row.extra))
+    return hashlib.blake2b(content, digest_size=8).digest()

@@ -1,0 +1,46 @@
+"""The manifest: what the answers of a job depend on. A resumed job must have the same.
+
+Device, batch and scheduling options are not in it: they change no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from batchwright.errors import ConfigError
+from batchwright.job.directory import write_private
+
+Manifest = Mapping[str, Any]
+
+_WHAT_TO_DO = "give the same as before, name another output, or start over with --force"
+
+
+def check_manifest(path: Path, manifest: Manifest) -> bool:
+    """Compare with the manifest of an earlier run, or write the first.
+
+    Returns:
+        Whether there was an earlier run.
+    Raises:
+        ConfigError: a field differs (all that do are named), or the file is damaged.
+        OutputError: it cannot be written.
+    """
+    try:
+        before = msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError:
+        write_private(path, msgspec.json.format(msgspec.json.encode(dict(manifest)), indent=2))
+        return False
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); {_WHAT_TO_DO}") from error
+    differences = [
+        f"{field} was {before.get(field)!r:.120}, is {manifest.get(field)!r:.120}"
+        for field in sorted({*before, *manifest})
+        if before.get(field) != manifest.get(field)
+    ]
+    if differences:
+        what = "; ".join(differences)
+        raise ConfigError(f"this job was begun differently: {what}; {_WHAT_TO_DO}")
+    return True

@@ -1,0 +1,136 @@
+"""run_job: a whole job, from an input to its files, gone on with where it was left."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from batchwright import __version__
+from batchwright.job.answer import TokenBytes
+from batchwright.job.directory import JobDirectory, write_private
+from batchwright.job.events import JobEvent
+from batchwright.job.feed import CHUNK_ROWS, Feed
+from batchwright.job.journal import FinishedRows, Journal, RowState
+from batchwright.job.manifest import check_manifest
+from batchwright.job.metrics import MetricsLog
+from batchwright.job.output_files import OutputFiles
+from batchwright.job.prepare import Tokenizer
+from batchwright.job.rows import InputRow, RowError
+from batchwright.job.runner import Job, JobEngine, JobOptions
+from batchwright.job.stop import StopControl
+from batchwright.job.summary import JobSummary
+from batchwright.job.validate import ParsedRow
+
+
+class JobModel(Protocol):
+    """What a job needs of `llm.LLM`."""
+
+    @property
+    def engine(self) -> JobEngine: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def token_bytes(self) -> TokenBytes: ...
+    def identity(self) -> Mapping[str, Any]:
+        """What answers depend on, for the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobPaths:
+    """Where a job writes.
+
+    Attributes:
+        output, errors: the files of rows that succeeded and failed; `-` is standard output.
+        in_input_order: write the output in input order, when the job ends.
+    """
+
+    output: str
+    errors: str
+    in_input_order: bool = False
+
+
+def run_job(
+    rows: Iterator[InputRow | RowError],
+    paths: JobPaths,
+    directory: JobDirectory,
+    model: JobModel,
+    options: JobOptions,
+    *,
+    check: Callable[[ParsedRow], None] = lambda row: None,
+    settings: Mapping[str, Any] | None = None,
+    stop: StopControl | None = None,
+    on_event: Callable[[JobEvent], None] = lambda event: None,
+) -> JobSummary:
+    """Run the rows that `directory` does not have an answer for, and write the files.
+
+    Args:
+        check: a further check of each row, in input order; raises RequestError.
+        settings: how rows become prompts (columns, templates); part of the manifest.
+    Returns:
+        The summary of this run.
+    Raises:
+        ConfigError: the directory holds a job that was begun differently.
+        InputError, OutputError: a file fails. Rows committed before are safe.
+    """
+    manifest = {"engine": __version__, **model.identity(), **(settings or {})}
+    resumed = check_manifest(directory.manifest_path, manifest)
+    journal = Journal(directory.path)
+    metrics = MetricsLog(directory.metrics_path, now=time.perf_counter, wall=time.time)
+    feed = None
+    files = OutputFiles(paths.output, paths.errors, journal, in_input_order=paths.in_input_order)
+    try:
+        done = tuple(RowState) if options.keep_failed else (RowState.SUCCEEDED,)
+        if resumed:
+            journal.forget_unnamed()
+        files.begin(resumed=resumed)
+        feed = Feed(
+            rows,
+            model.tokenizer,
+            check=check,
+            finished=FinishedRows(directory.path, done),
+            chunk_rows=min(CHUNK_ROWS, options.horizon_rows),
+        )
+        metrics.write({**manifest, "machine": platform.platform()}, event="start")
+        job = Job(
+            feed,
+            journal,
+            files,
+            model.engine,
+            model.token_bytes,
+            options,
+            stop=stop or StopControl(),
+            metrics=metrics,
+            on_event=on_event,
+        )
+        try:
+            summary = job.run()
+        finally:
+            metrics.write(job.metrics(), event="end")
+        files.finish(resumed=resumed)
+        write_private(directory.summary_path, _summary_json(job, journal))
+        return summary
+    finally:
+        if feed is not None:
+            feed.close()
+        files.close()
+        metrics.close()
+        journal.close()
+
+
+def _summary_json(job: Job, journal: Journal) -> bytes:
+    summary = job.summary
+    values = {
+        **job.metrics(),
+        "run_s": summary.run_s,
+        "stopped": summary.stopped,
+        "input_ended": summary.input_ended,
+        "rows_length_limited": summary.num_length_limited,
+        "error_codes": dict(summary.error_codes),
+        "rows_of_all_runs": {state.value: count for state, count in journal.counts().items()},
+    }
+    return msgspec.json.format(msgspec.json.encode(values), indent=2)

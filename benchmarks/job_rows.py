@@ -1,0 +1,132 @@
+"""How many rows a second do reading, checking, tokenising, scheduling, journal and writing manage?
+
+Completions rows of about 64 prompt tokens and 8 output tokens go through the whole job, with the
+real tokenizer and a simulated model: everything but the model's arithmetic is paid. Each size runs
+in a process of its own, so that peak memory is its own; it must not grow with the number of rows.
+The limit expected is the one Python thread that schedules and writes.
+
+    python -m benchmarks.job_rows --rows 100k --rows 1m
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+from batchwright.cli.numbers import parse_count
+from benchmarks.machine import describe_machine
+
+WORDS = "the of and to in is was for on that with as it at by from his be this which or had not are"
+PROMPT_WORDS = 62
+OUTPUT_TOKENS = 8
+
+
+def write_rows(path: Path, num_rows: int) -> None:
+    """Rows of random words, none shared on purpose."""
+    random, words = Random(1), WORDS.split()
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(num_rows):
+            text = " ".join(random.choices(words, k=PROMPT_WORDS))
+            body = {"prompt": f"{index} {text}", "max_tokens": OUTPUT_TOKENS, "temperature": 0}
+            row = {
+                "custom_id": f"row-{index}",
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": body,
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def run_one(folder: Path) -> dict:
+    """The job, in this process."""
+    from batchwright.clock import VirtualClock
+    from batchwright.engine import Engine
+    from batchwright.exec.sim import SimExecutor
+    from batchwright.job.directory import JobDirectory
+    from batchwright.job.formats.openai_batch import read_rows
+    from batchwright.job.run_job import JobPaths, run_job
+    from batchwright.job.runner import JobOptions
+    from batchwright.kv.groups import KVGroup
+    from batchwright.sched.scheduler import Scheduler
+    from batchwright.text.token_bytes import token_bytes
+    from batchwright.text.tokenizer import load_tokenizer
+    from batchwright.weights.locate import locate_model
+
+    tokenizer = load_tokenizer(locate_model("smollm2"))
+    scheduler = Scheduler(
+        [KVGroup(None, 4096)],
+        block_size=32,
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        max_model_len=2048,
+    )
+    engine = Engine(
+        scheduler, SimExecutor(VirtualClock()), tokenizer, max_model_len=2048, vocab_size=49152
+    )
+
+    class Model:
+        def __init__(self) -> None:
+            self.engine, self.tokenizer = engine, tokenizer
+            self.token_bytes = token_bytes(tokenizer.backend)
+
+        def identity(self) -> dict:
+            return {"model": "simulated"}
+
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
+    directory = JobDirectory(folder / "out.jsonl.job")
+    summary = run_job(
+        read_rows(folder / "in.jsonl"),
+        JobPaths(str(folder / "out.jsonl"), str(folder / "out.errors.jsonl")),
+        directory,
+        Model(),
+        JobOptions(model_name="simulated", created=0),
+    )
+    directory.close()
+    seconds = time.perf_counter() - start_s
+    assert summary.num_succeeded == summary.num_rows_read
+    return {
+        "rows": summary.num_succeeded,
+        "seconds": seconds,
+        "cpu_s": time.process_time() - start_cpu_s,
+        "rows_per_s": summary.num_succeeded / seconds,
+        "prompt_tokens": summary.num_prompt_tokens,
+        "output_tokens": summary.num_output_tokens,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def main() -> None:
+    """Run each size and print the table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=parse_count, action="append", default=None)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.folder is not None:
+        print(json.dumps(run_one(arguments.folder)))
+        return
+    results = []
+    for num_rows in arguments.rows or [100_000, 1_000_000]:
+        with tempfile.TemporaryDirectory() as folder:
+            write_rows(Path(folder) / "in.jsonl", num_rows)
+            command = [sys.executable, "-m", "benchmarks.job_rows", "--folder", folder]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        results.append(result)
+        print(
+            f"{result['rows']:>9,} rows  {result['seconds']:7.1f} s  {result['rows_per_s']:7,.0f} "
+            f"rows/s  {result['peak_bytes'] / 2**20:6,.0f} MiB at the peak"
+        )
+    print(
+        json.dumps({"benchmark": "benchmarks.job_rows", "results": results, **describe_machine()})
+    )
+
+
+if __name__ == "__main__":
+    main()
