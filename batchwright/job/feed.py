@@ -18,7 +18,7 @@ import msgspec
 
 from batchwright.errors import RequestError
 from batchwright.job.journal import ANY_CONTENT, FinishedRows, named_row, unnamed_row
-from batchwright.job.prepare import Tokenizer, prepare_rows
+from batchwright.job.prepare import Grammars, Tokenizer, prepare_rows
 from batchwright.job.rows import InputRow, RowError
 from batchwright.job.validate import ParsedRow, parse_row
 from batchwright.request import Request
@@ -81,6 +81,7 @@ class Feed:
     Args:
         rows: the input.
         tokenizer: makes Requests of rows.
+        grammars: compiles the rows' grammars and renders their own templates, ahead of the engine.
         check: a further check of each sound row, in input order; raises RequestError.
         finished: rows that are done are counted and skipped; closed by the feed.
         chunk_rows: rows of a chunk.
@@ -91,12 +92,14 @@ class Feed:
         rows: Iterator[InputRow | RowError],
         tokenizer: Tokenizer,
         *,
+        grammars: Grammars | None = None,
         check: Callable[[ParsedRow], None] = lambda row: None,
         finished: FinishedRows | None = None,
         chunk_rows: int = CHUNK_ROWS,
     ) -> None:
         self._rows = rows
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._check = check
         self._finished = finished
         self.chunk_rows = chunk_rows
@@ -154,7 +157,7 @@ class Feed:
     def _prepare(self, rows: list[InputRow | RowError]) -> Chunk:
         checked = [self._parse(row) for row in self._unfinished(rows)]
         sound = [item.row for item in checked if isinstance(item, _CheckedRow)]
-        prepared = iter(prepare_rows(sound, self._tokenizer))
+        prepared = iter(prepare_rows(sound, self._tokenizer, self._grammars))
         out: list[ReadyRow | RefusedRow] = []
         for item in checked:
             if isinstance(item, RefusedRow):

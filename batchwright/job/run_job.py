@@ -19,7 +19,7 @@ from batchwright.job.journal import FinishedRows, Journal, RowState
 from batchwright.job.manifest import check_manifest
 from batchwright.job.metrics import MetricsLog
 from batchwright.job.output_files import OutputFiles
-from batchwright.job.prepare import Tokenizer
+from batchwright.job.prepare import Grammars, Tokenizer
 from batchwright.job.rows import InputRow, RowError
 from batchwright.job.runner import Job, JobEngine, JobOptions
 from batchwright.job.stop import StopControl
@@ -36,6 +36,8 @@ class JobModel(Protocol):
     def tokenizer(self) -> Tokenizer: ...
     @property
     def token_bytes(self) -> TokenBytes: ...
+    @property
+    def grammars(self) -> Grammars | None: ...
     def identity(self) -> Mapping[str, Any]:
         """What answers depend on, for the manifest."""
 
@@ -91,6 +93,7 @@ def run_job(
         feed = Feed(
             rows,
             model.tokenizer,
+            grammars=model.grammars,
             check=check,
             finished=FinishedRows(directory.path, done),
             chunk_rows=min(CHUNK_ROWS, options.horizon_rows),

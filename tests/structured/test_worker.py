@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -63,11 +64,8 @@ def bombed(tokenizer: Tokenizer) -> Iterator[GrammarCompiler]:
 @pytest.mark.parametrize("name", BOMBS)
 def test_grammar_bombs_end_in_time(name: str, bombed: GrammarCompiler) -> None:
     start_s = time.monotonic()
-    try:
+    with contextlib.suppress(RequestError):
         bombed.compile(BOMBS[name])
-    except RequestError as error:
-        assert len(error.message) < 350
-        print(name, error.message)
     took_s = time.monotonic() - start_s
     # A grammar that is fine after all is compiled twice, here and there.
     assert took_s < 2 * bombed.worker.deadline_s + SLACK_S

@@ -24,7 +24,8 @@ COMPRESSED = (".gz", ".zst")
 MAX_LINE_BYTES = 64 * 1024 * 1024
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-_ZSTD_FEED_BYTES = 1024  # of compressed data at a time: they stand for 44 MB at the very most
+_BUFFER_BYTES = 1 << 17
+_ZSTD_FEED_BYTES = 512  # of compressed data at a time: they stand for 22 MB at the very most
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,11 @@ def open_source(path: str) -> Iterator[Source]:
         with open_binary(path) as raw:
             suffix = PurePath(path).suffix.lower()
             if suffix == ".gz":
-                yield Source(io.BufferedReader(gzip.GzipFile(fileobj=raw)), name, _delta(raw))
+                yield Source(
+                    io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER_BYTES), name, _delta(raw)
+                )
             elif suffix == ".zst":
-                yield Source(io.BufferedReader(_ZstdReader(raw), 1 << 17), name, _delta(raw))
+                yield Source(io.BufferedReader(_ZstdReader(raw), _BUFFER_BYTES), name, _delta(raw))
             else:
                 yield Source(raw, name)
 
