@@ -73,7 +73,7 @@ def run_one(folder: Path) -> dict:
 
     class Model:
         def __init__(self) -> None:
-            self.engine, self.tokenizer = engine, tokenizer
+            self.engine, self.tokenizer, self.grammars = engine, tokenizer, None
             self.token_bytes = token_bytes(tokenizer.backend)
 
         def identity(self) -> dict:

@@ -140,6 +140,7 @@ class FakeModel:
 
     engine: FakeEngine
     tokenizer: Any = field(default_factory=ByteTokenizer)
+    grammars: Any = None
     name: str = "fake"
 
     @staticmethod

@@ -90,7 +90,7 @@ def test_template_bombs_end_in_time() -> None:
         (
             "{% set x = namespace(s='a') %}{% for i in range(40) %}{% set x.s = x.s ~ x.s %}"
             "{% endfor %}{{ x.s | length }}",
-            "Memory",
+            "Memory|more than",
         ),
         ("{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}", "more than 16777216"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
