@@ -20,7 +20,7 @@ from batchwright.errors import ConfigError, InputError, OutputError
 from batchwright.job.directory import sync_directory, write_all
 from batchwright.job.formats.arrow_rows import need_pyarrow
 from batchwright.job.formats.result_table import TableShape, table_rows
-from batchwright.job.formats.source import COMPRESSED, file_system, is_url, need_package, text_suffix
+from batchwright.job.formats.source import COMPRESSED, file_system, is_url, text_suffix
 from batchwright.job.formats.table_files import write_csv, write_parquet
 
 STDOUT = "-"
