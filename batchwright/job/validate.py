@@ -55,7 +55,6 @@ class ParsedRow:
         tool_names: functions whose calls are split out of the answer.
         continuation: what is scored after the prompt (score).
         pooling, base64, normalize: which embedding, and how it is written.
-        extra: columns that pass through to the output.
     """
 
     line: int
@@ -82,7 +81,6 @@ class ParsedRow:
     pooling: str = "mean"
     base64: bool = False
     normalize: bool = True
-    extra: dict[str, Any] | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -126,7 +124,6 @@ def _common(row: InputRow, body: dict[str, Any]) -> dict[str, Any]:
         "line": row.line,
         "custom_id": row.custom_id,
         "endpoint": row.endpoint,
-        "extra": row.extra,
         "model": checks.text("model", body["model"], max_chars=4096) if "model" in body else None,
         "parse_special": checks.boolean("parse_special", body.get("parse_special", False)),
     }

@@ -17,7 +17,7 @@ from batchwright.errors import BatchwrightError, InputError, RequestError
 from batchwright.job.formats.column_map import ColumnMap
 from batchwright.job.formats.columns import Columns
 from batchwright.job.formats.row_names import RowNames
-from batchwright.job.formats.source import explained, open_binary
+from batchwright.job.formats.source import explained, need_package, open_binary
 from batchwright.job.rows import InputRow, RowError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def read_parquet(path: str, given: ColumnMap) -> Iterator[InputRow | RowError]:
     Raises:
         InputError: unreadable, no rows, a column is missing, or pyarrow is not installed.
     """
-    need_pyarrow(path)
+    need_package("pyarrow", "parquet", path)
     import pyarrow.parquet as parquet
 
     with _explained(path), open_binary(path) as stream:
@@ -49,7 +49,7 @@ def read_dataset(path: str, given: ColumnMap) -> Iterator[InputRow | RowError]:
     Raises:
         InputError: it is not such a directory, or as `read_parquet`.
     """
-    need_pyarrow(path)
+    need_package("pyarrow", "parquet", path)
     files = _dataset_files(Path(path))
     with _explained(path):
         schema = next(_batches(files[:1], with_schema=True))
@@ -62,21 +62,11 @@ def num_parquet_rows(path: str) -> int:
     Raises:
         InputError: as `read_parquet`.
     """
-    need_pyarrow(path)
+    need_package("pyarrow", "parquet", path)
     import pyarrow.parquet as parquet
 
     with _explained(path), open_binary(path) as stream:
         return int(parquet.ParquetFile(stream).metadata.num_rows)
-
-
-def need_pyarrow(path: str) -> None:
-    """Raises:
-    InputError: pyarrow is not installed.
-    """
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise InputError(f"{path} needs pyarrow: pip install 'batchwright[parquet]'") from None
 
 
 def _rows(

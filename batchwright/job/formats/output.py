@@ -18,9 +18,14 @@ from typing import IO, Any
 
 from batchwright.errors import ConfigError, InputError, OutputError
 from batchwright.job.directory import sync_directory, write_all
-from batchwright.job.formats.arrow_rows import need_pyarrow
 from batchwright.job.formats.result_table import TableShape, table_rows
-from batchwright.job.formats.source import COMPRESSED, file_system, is_url, text_suffix
+from batchwright.job.formats.source import (
+    COMPRESSED,
+    file_system,
+    is_url,
+    need_package,
+    text_suffix,
+)
 from batchwright.job.formats.table_files import write_csv, write_parquet
 
 STDOUT = "-"
@@ -51,8 +56,7 @@ def check_output(path: str) -> None:
     if kind in ("parquet.gz", "parquet.zst"):
         raise ConfigError(f"{path}: Parquet is compressed inside; name it .parquet")
     try:
-        if kind == "parquet":
-            need_pyarrow(path)
+        _need_packages(path, kind)
         if is_url(path):
             file_system(path)
     except InputError as error:
@@ -72,6 +76,7 @@ def write_projection(path: str, lines: Iterable[bytes], *, kind: str | None = No
     """
     kind = kind or output_kind(path)
     try:
+        _need_packages(path, kind)
         if path == STDOUT:
             for line in lines:
                 write_all(1, line)
@@ -90,6 +95,13 @@ def write_projection(path: str, lines: Iterable[bytes], *, kind: str | None = No
             raise
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot write {path}: {reason}") from error
+
+
+def _need_packages(path: str, kind: str) -> None:
+    if kind == "parquet":
+        need_package("pyarrow", "parquet", path)
+    if kind.endswith(".zst"):
+        need_package("zstandard", "zstd", path)
 
 
 def _write_file(path: Path, lines: Iterable[bytes], kind: str) -> None:

@@ -7,6 +7,7 @@ a small file that stands for terabytes costs time, not memory.
 from __future__ import annotations
 
 import gzip
+import importlib
 import io
 import re
 import sys
@@ -75,6 +76,7 @@ def open_source(path: str) -> Iterator[Source]:
                     io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER_BYTES), name, _delta(raw)
                 )
             elif suffix == ".zst":
+                need_package("zstandard", "zstd", path)
                 yield Source(io.BufferedReader(_ZstdReader(raw), _BUFFER_BYTES), name, _delta(raw))
             else:
                 yield Source(raw, name)
@@ -106,6 +108,18 @@ def file_system(url: str) -> tuple[Any, str]:
             f"pip install fsspec {packages.get(protocol, '')}".rstrip()
         ) from error
     return system, str(path)
+
+
+def need_package(module: str, extra: str, path: str) -> None:
+    """Fail if a package that a path's format needs is not installed.
+
+    Raises:
+        InputError: with the command that installs it.
+    """
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        raise InputError(f"{path} needs {module}: pip install 'batchwright[{extra}]'") from None
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 import datetime
 import decimal
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +117,6 @@ def test_other_files_that_cannot_be_used(tmp_path: Path) -> None:
         list(read_input(write(tmp_path / "a.parquet", prompt=["a"]), template="{x}"))
     with pytest.raises(InputError, match="compressed inside"):
         list(read_input(str(tmp_path / "a.parquet.gz")))
-
-
-def test_without_pyarrow_the_command_to_install_it_is_told(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['pyarrow'] = None\n"
-        "from batchwright.job.formats.read_input import read_input\n"
-        "from batchwright.errors import InputError\n"
-        "try: next(read_input('in.parquet'))\n"
-        "except InputError as error: sys.exit('pip install' not in str(error))"
-    )
-    root = Path(__file__).parents[3]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 
 def save_to_disk(folder: Path, *parts: dict[str, list[Any]], state: Any = None) -> str:
