@@ -1,4 +1,4 @@
-"""PrefixCache: which nodes of the prefix tree have their KV in blocks, and who computes the rest.
+"""PrefixCache: which nodes of the prefix tree have their KV in blocks.
 
 The cache holds one reference per group on the block of a resident node, as long as some waiting
 row will use it; the tree knows. "Resident" means scheduled: a Step writes all KV of a layer before
@@ -26,7 +26,6 @@ class PrefixCache:
         self._tables = tables
         self._blocks: Int32Array = np.full((len(tables), tree.capacity), ABSENT, np.int32)
         self._node_of_block = [np.full(t.pool.num_blocks, ABSENT, np.int32) for t in tables]
-        self._computing: Int32Array = np.full(tree.capacity, ABSENT, np.int32)
 
     def match(self, nodes: Int32Array, limit: int) -> int:
         """Longest prefix, in blocks, from whose end a sequence can go on.
@@ -54,27 +53,10 @@ class PrefixCache:
             first = int(_first_needed(table, np.array(len(nodes)), limit))
             table.adopt(slot, first, self._blocks[group, nodes[first:]])
 
-    def computing_slot(self, node: int) -> int:
-        """The slot that is going to compute this node, or ABSENT."""
-        return int(self._computing[node])
-
-    def announce(self, slot: int, nodes: Int32Array) -> None:
-        """Slot `slot` is going to compute these nodes; who shares them can wait for it."""
-        self._fit_capacity()
-        self._computing[nodes[self._computing[nodes] == ABSENT]] = slot
-
-    def retract(self, slot: int, nodes: Int32Array) -> Int32Array:
-        """Slot `slot` gives up. Returns the nodes it had announced and not computed."""
-        given_up = nodes[self._computing[nodes] == slot]
-        self._computing[given_up] = ABSENT
-        return given_up
-
     def insert(self, slot: int, nodes: Int32Array, first: int, end: int) -> None:
         """Blocks [first, end) of the slot's prompt are scheduled: keep those with future users."""
         self._fit_capacity()
-        fresh = nodes[first:end]
-        self._computing[fresh] = ABSENT
-        indices = np.arange(first, end)[self._tree.num_waiting[fresh] > 0]
+        indices = np.arange(first, end)[self._tree.num_waiting[nodes[first:end]] > 0]
         for group, table in enumerate(self._tables):
             held = indices[(indices >= table.start[slot]) & (indices < table.end[slot])]
             held = held[self._blocks[group, nodes[held]] == ABSENT]
@@ -128,10 +110,9 @@ class PrefixCache:
         return nodes[(nodes != ABSENT) & (self._tables[group].pool.ref_counts == 1)]
 
     def _fit_capacity(self) -> None:
-        missing = self._tree.capacity - len(self._computing)
+        missing = self._tree.capacity - self._blocks.shape[1]
         if missing > 0:
             self._blocks = np.pad(self._blocks, ((0, 0), (0, missing)), constant_values=ABSENT)
-            self._computing = np.pad(self._computing, (0, missing), constant_values=ABSENT)
 
 
 def _first_needed(table: BlockTable, num_blocks: np.ndarray, limit: int) -> np.ndarray:

@@ -12,7 +12,7 @@ preempted, so it always ends.
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
@@ -21,7 +21,7 @@ import numpy as np
 from batchwright.errors import RequestError
 from batchwright.kv.block_table import BlockTable
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
-from batchwright.kv.prefix_cache import ABSENT, PrefixCache
+from batchwright.kv.prefix_cache import PrefixCache
 from batchwright.plan.plan import Plan
 from batchwright.plan.prefix_tree import PrefixTree
 from batchwright.request import FinishReason, Int32Array
@@ -90,7 +90,6 @@ class Scheduler:
         self._held: list[Sequence] = []  # waiting like those in _returned, but not in _only
         # Sequences that were started or held back before: by order, ahead of the plan.
         self._returned: list[tuple[int, Sequence]] = []
-        self._parked: dict[int, list[Sequence]] = defaultdict(list)  # by the node they wait for
         self._in_flight: deque[InFlight] = deque()
         self._intake = Intake(self.slots, self.stats, self._finish_all)
         self._builder = StepBuilder(self.slots, self.tables)
@@ -368,20 +367,20 @@ class Scheduler:
     def _leave(self, *slots: int) -> None:
         """Vacate slots, at least one, and drop their blocks."""
         for slot in slots:
-            num_computed = self.slots.num_computed[slot]
-            sequence = self.slots.vacate(slot)
+            self.slots.vacate(slot)
             self._builder.release(slot)
-            if num_computed < len(sequence.nodes) * self.block_size:  # its prompt is not done
-                self._unpark(self.cache.retract(slot, sequence.nodes))
         for table in self.tables:
             table.release(*slots)
 
     # Admission -------------------------------------------------------------------------------
 
     def _admit(self, budget: int) -> None:
-        """Start waiting sequences while budget, slots and blocks last."""
-        num_parked = 0
-        while budget > 0 and self._num_free_slots and num_parked <= len(self.slots.sequences):
+        """Start waiting sequences while budget, slots and blocks last.
+
+        No two of them compute the same prefix: there is budget for another only while every row
+        that runs has all its prompt scheduled, and what is scheduled is shared.
+        """
+        while budget > 0 and self._num_free_slots:
             sequence = self._next_waiting()
             if sequence is None:
                 break
@@ -391,11 +390,6 @@ class Scheduler:
             self._advance_simple()
             nodes, limit = sequence.nodes, sequence.first_needed_position
             num_matched = self.cache.match(nodes, limit) if len(nodes) else 0
-            is_needed = num_matched < len(nodes) and num_matched * self.block_size < limit
-            if is_needed and self.cache.computing_slot(int(nodes[num_matched])) != ABSENT:
-                self._parked[int(nodes[num_matched])].append(sequence)
-                num_parked += 1
-                continue
             if not self._has_room(sequence, num_matched):
                 self._wait(sequence)
                 break
@@ -423,11 +417,7 @@ class Scheduler:
     def _start_simple(self, sequence: Sequence, budget: int) -> int:
         """Give a slot to a simple sequence; returns the tokens that it will compute."""
         slot = self.slots.occupy(sequence, 0, write_from=0)
-        end = sequence.compute_end
-        num_tokens = min(len(sequence.token_ids), end, budget)
-        first, last = num_tokens // self.block_size, end // self.block_size
-        if first < min(last, len(sequence.nodes)):  # rows to come may want to wait for the rest
-            self.cache.announce(slot, sequence.nodes[first:last])
+        num_tokens = min(len(sequence.token_ids), sequence.compute_end, budget)
         self._simple.append((slot, num_tokens))
         self._num_promised_blocks += -(-num_tokens // self.block_size)
         self._builder.add_new(slot)
@@ -485,8 +475,6 @@ class Scheduler:
         if num_matched:
             self.cache.adopt(slot, sequence.nodes[:num_matched], limit)
         self._started(sequence, num_cached=int(self.slots.num_computed[slot]))
-        num_to_compute = sequence.compute_end // self.block_size
-        self.cache.announce(slot, sequence.nodes[num_matched:num_to_compute])
         self._builder.add_new(slot)
         slots, wanted = self._divide(np.array([slot], np.int32))
         grants = np.minimum(wanted, np.int32(budget))
@@ -508,25 +496,18 @@ class Scheduler:
             self.cache.drop(nodes)
 
     def _keep_prefix(self, slot: int, first: int, end: int) -> None:
-        """Prompt blocks [first, end) of a slot are scheduled: share them, wake who waits."""
+        """Prompt blocks [first, end) of a slot are scheduled: share them."""
         sequence = self.slots.sequences[slot]
         assert sequence is not None
         end = min(end, len(sequence.nodes))
         if first < end:
             self.cache.insert(slot, sequence.nodes, first, end)
-            self._unpark(sequence.nodes[first:end])
 
     def _wait(self, sequence: Sequence) -> None:
         if self._only is None or sequence.request.id in self._only:
             heapq.heappush(self._returned, (sequence.order, sequence))
         else:
             self._held.append(sequence)
-
-    def _unpark(self, nodes: Int32Array) -> None:
-        if self._parked:
-            for node in nodes.tolist():
-                for sequence in self._parked.pop(node, ()):
-                    self._wait(sequence)
 
 
 def ends_prompt(state: Slots, slots: Int32Array) -> np.ndarray:

@@ -106,7 +106,6 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             num_only = np.count_nonzero(table.pool.ref_counts[blocks] == 1)
             assert self.cache.num_adopted(group, matched, row.limit) == (len(blocks), num_only)
         self.cache.adopt(slot, matched, row.limit)
-        self.cache.announce(slot, row.nodes[num_matched:])
         row.slot, row.write_from = slot, num_matched * BLOCK_SIZE
         row.num_computed = min(row.write_from, row.limit)
         self.cache.drop(self.tree.start(row.nodes))
@@ -175,8 +174,6 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.rows.remove(row)
 
     def leave(self, row: Row) -> None:
-        announced = [n for n in row.nodes.tolist() if self.cache.computing_slot(n) == row.slot]
-        assert self.cache.retract(row.slot, row.nodes).tolist() == announced
         for table in self.tables:
             table.release(row.slot)
         row.slot = None
@@ -272,13 +269,3 @@ def test_a_prefix_may_lack_the_blocks_that_nobody_sees(window, num_matched) -> N
     assert cache.match(nodes, 6) == 2
     cache.drop(nodes[:1])
     assert cache.match(nodes, 6) == num_matched
-
-
-def test_a_block_is_computed_by_the_slot_that_announced_it_first() -> None:
-    tree, _, cache = one_group(None)
-    nodes = tree.add("", np.zeros(9, np.int32), 2)
-    cache.announce(0, nodes[:2])
-    cache.announce(1, nodes)
-    assert [cache.computing_slot(node) for node in nodes.tolist()] == [0, 0, 1]
-    assert cache.retract(1, nodes).tolist() == nodes[2:].tolist()
-    assert [cache.computing_slot(node) for node in nodes.tolist()] == [0, 0, ABSENT]

@@ -127,7 +127,7 @@ class Harness:
         self.scored: dict[str, dict[int, int]] = {}  # by request: forks leave it to their parent
         self.pooled: dict[Sequence, list[int]] = {}
         # How often the hard things happened.
-        self.num_late = self.num_parked = self.num_evictions = 0
+        self.num_late = self.num_evictions = 0
         self.ended: set[str] = set()  # requests of which a sequence was ended from outside
         self._first_was_cancelled = False
         self._count_evictions()
@@ -152,11 +152,10 @@ class Harness:
 
     def schedule(self) -> bool:
         """Make and execute a Step; False when there is none."""
-        parked, lacking = set(self._parked()), self._lacking()
+        lacking = self._lacking()
         num_preemptions = self.scheduler.stats.num_preemptions
         step = self.scheduler.schedule()
         has_preempted = self.scheduler.stats.num_preemptions > num_preemptions
-        self.num_parked += len(set(self._parked()) - parked)
         self.num_late += len(self.scheduler._intake._late)
         if step is None:
             busy = self.outstanding or not self.scheduler.num_unfinished
@@ -247,8 +246,14 @@ class Harness:
         self._check_places()
         self._check_tree()
         self._check_cache()
-        self._check_parked()
+        self._check_prompts()
         self._check_token_counts()
+
+    def _check_prompts(self) -> None:
+        """One running row at most is inside its prompt, so no two compute the same prefix."""
+        slots = self.scheduler.slots
+        running = slots.running
+        assert (slots.num_computed[running] < slots.num_prompt[running] - 1).sum() <= 1
 
     def _check_places(self) -> None:
         """Every unfinished sequence is in exactly one place."""
@@ -256,7 +261,6 @@ class Harness:
         waiting = [
             *scheduler.plan._waiting,
             *(sequence for _, sequence in scheduler._returned),
-            *self._parked(),
         ]
         places = Counter(sequence for sequence in waiting if sequence.finish_reason is None)
         places.update(sequence for sequence in scheduler.slots.sequences if sequence is not None)
@@ -284,26 +288,11 @@ class Harness:
         assert len(tree) == np.count_nonzero(num_rows)
 
     def _check_cache(self) -> None:
-        """What is resident has a future user, and announced nodes have their computer."""
+        """What is resident has a future user."""
         scheduler = self.scheduler
         blocks = scheduler.cache._blocks
         has_user = scheduler.tree.num_waiting[: blocks.shape[1]] > 0
         assert has_user[(blocks != ABSENT).any(axis=0)].all(), "kept without a future user"
-        for node in np.flatnonzero(scheduler.cache._computing != ABSENT).tolist():
-            self._check_announced(node, scheduler.cache.computing_slot(node))
-
-    def _check_parked(self) -> None:
-        """Who is parked waits for a node that some running sequence has yet to compute."""
-        for node, sequences in self.scheduler._parked.items():
-            slot = self.scheduler.cache.computing_slot(node)
-            assert slot != ABSENT or all(s.finish_reason is not None for s in sequences)
-
-    def _check_announced(self, node: int, slot: int) -> None:
-        sequence = self.scheduler.slots.sequences[slot]
-        assert sequence is not None, "announced by nobody"
-        depth = sequence.nodes.tolist().index(node)
-        assert self.scheduler.slots.num_computed[slot] < (depth + 1) * BLOCK_SIZE, "it is computed"
-        assert (depth + 1) * BLOCK_SIZE <= sequence.compute_end, "it will never be computed"
 
     def _check_token_counts(self) -> None:
         """The scheduler's own counts against those taken from its Steps."""
@@ -359,9 +348,8 @@ class Harness:
             assert slots.num_known[slot] == slots.num_tokens[slot] - 1
 
     def _note_starts(self, step: Step) -> None:
-        """Sequences are started in order, except that forks and parked ones pass each other."""
+        """Sequences are started in order, except that forks pass each other."""
         first_position = dict(zip(step.slots.tolist(), step.positions[step.cu_seqlens_q[:-1]]))
-        parked = {*self._parked()}
         for new in step.new_sequences:
             sequence = self.scheduler.slots.sequences[new.slot]
             is_fork = new.slot not in first_position
@@ -374,7 +362,7 @@ class Harness:
                 continue
             earlier = [m for m in self.unfinished() if m.order < sequence.order]
             siblings = {s for m in earlier for s in m.siblings}
-            left = {m for m in earlier if m.slot == NO_SLOT} - parked - siblings
+            left = {m for m in earlier if m.slot == NO_SLOT} - siblings
             assert not left, "a later sequence was started first"
 
     def _check_new(self, new: NewSequence, sequence: Sequence) -> None:
@@ -431,10 +419,6 @@ class Harness:
             assert (sequence.finish_reason, sequence.stop_reason) == (FinishReason.STOP, output[-1])
         else:
             assert (sequence.finish_reason, sequence.stop_reason) == (FinishReason.LENGTH, None)
-
-    def _parked(self) -> list[Sequence]:
-        lists = self.scheduler._parked.values()
-        return [s for parked in lists for s in parked if s.finish_reason is None]
 
     def _count_evictions(self) -> None:
         cache = self.scheduler.cache
