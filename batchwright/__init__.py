@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# torch and Numba each bring a pool of OpenMP threads. Threads that spin for long after one pool's
-# work take the cores from the other's; threads that sleep at once wake late. So they spin for some
-# 0.1 ms (docs/experiments.md). The variable is read once, when the libraries load, hence here,
-# before anything imports them.
+# OpenMP threads that spin for long after their work take the cores from others; threads that sleep
+# at once wake late. So they spin for some 0.1 ms (docs/experiments.md). The variable is read once,
+# when the libraries load, hence here, before anything imports them.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from batchwright.errors import BatchwrightError, RequestError

@@ -11,29 +11,20 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 from batchwright.errors import ConfigError, RequestError, ResourceError
 from batchwright.exec.executor import Executor
 from batchwright.exec.memory import is_out_of_memory
 from batchwright.folding import Folding, answer_as, fold_key
+from batchwright.limits import ModelLimits
 from batchwright.outputs import (
     RunningRequest,
     Stream,
     cancelled,
     failed,
     make_result,
-    token_logprobs,
 )
 from batchwright.recovery import Isolation, describe, internal_error
-from batchwright.request import (
-    DEFAULT_MAX_TOKENS,
-    FinishReason,
-    Request,
-    Result,
-    SamplingParams,
-    Task,
-)
+from batchwright.request import FinishReason, Request, Result, Task
 from batchwright.sampling.noise import noise_key
 from batchwright.sched.intake import SchedulerStats, Update
 from batchwright.sched.scheduler import Scheduler
@@ -41,7 +32,6 @@ from batchwright.sequence import NO_SLOT, Sequence
 from batchwright.step import Step, StepResult
 from batchwright.structured.compile import CompiledGrammar, GrammarCompiler
 from batchwright.structured.masks import with_masks
-from batchwright.text.detokenizer import StopStringChecker
 from batchwright.text.tokenizer import Tokenizer
 from batchwright.watchdog import Watchdog
 
@@ -90,8 +80,7 @@ class Engine:
         self._scheduler = scheduler
         self._executor = executor
         self._tokenizer = tokenizer
-        self.max_model_len = max_model_len
-        self.vocab_size = vocab_size
+        self._limits = ModelLimits(max_model_len, vocab_size)
         self._job_seed = job_seed
         self._look_ahead = look_ahead
         self.grammars = grammars
@@ -105,6 +94,16 @@ class Engine:
         self._watchdog = Watchdog()
         self._is_torn = False  # a round was interrupted; the books may contradict each other
         self._resource_error: ResourceError | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a sequence, prompt and output."""
+        return self._limits.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._limits.vocab_size
 
     @property
     def stats(self) -> SchedulerStats:
@@ -148,16 +147,13 @@ class Engine:
                 return
             if self._folding.follow(key, request):
                 return
-        max_len = self._max_len(request)
-        self._check_token_ids(request.params)
+        max_len = self._limits.check(request)
         sequences = [self._sequence(request, index, max_len) for index in range(self._num(request))]
         first = sequences[0]
         first.siblings = sequences[1:]
-        if request.task is Task.SCORE and max_len <= request.score_start:
-            raise RequestError("there is no token to score; give a non-empty continuation")
         streams = [Stream(sequence) for sequence in sequences]
-        running = RunningRequest(request, streams, len(streams), grammar=self._grammar(request))
-        self._watch_from_start(running)
+        running = RunningRequest(request, streams, grammar=self._grammar(request))
+        running.start_over(self._tokenizer)
         self._scheduler.add(first)
         self._requests[request.id] = running
         if key is not None:
@@ -288,6 +284,8 @@ class Engine:
         Identical requests are not affected: one of them takes over what has been computed.
         """
         self._mend()
+        if request_id in self._done:
+            return  # its result is on its way
         if request_id in self._folding:
             self._done[request_id] = cancelled(self._folding.leave(request_id))
             return
@@ -320,43 +318,6 @@ class Engine:
     def _num(request: Request) -> int:
         return request.params.n if request.task is Task.GENERATE else 1
 
-    def _max_len(self, request: Request) -> int:
-        """Tokens at which the request's sequences end; checks the prompt."""
-        num_prompt, token_ids = len(request.prompt_token_ids), request.prompt_token_ids
-        if not num_prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        if token_ids.view(np.uint32).max() >= self.vocab_size:  # negative ones are large then
-            index = int(((token_ids < 0) | (token_ids >= self.vocab_size)).argmax())
-            raise RequestError(
-                f"prompt has token id {token_ids[index]} at index {index}; "
-                f"the model's are 0 to {self.vocab_size - 1}",
-                param="prompt",
-            )
-        generates = request.task is Task.GENERATE
-        limit = self.max_model_len - 1 if generates else self.max_model_len
-        if num_prompt > limit:
-            raise RequestError(
-                f"prompt has {num_prompt} tokens, model allows {limit}"
-                f"{' and one to generate' if generates else ''}; shorten it "
-                f"(custom_id={request.id})",
-                code="context_length_exceeded",
-                param="prompt",
-            )
-        if not generates:
-            return num_prompt
-        max_tokens = request.params.max_tokens or DEFAULT_MAX_TOKENS
-        return min(num_prompt + max_tokens, self.max_model_len)
-
-    def _check_token_ids(self, params: SamplingParams) -> None:
-        for param in ("logit_bias", "stop_token_ids"):
-            for token_id in getattr(params, param):
-                if not 0 <= token_id < self.vocab_size:
-                    raise RequestError(
-                        f"{param} names token id {token_id}; the model's ids are "
-                        f"0 to {self.vocab_size - 1}",
-                        param=param,
-                    )
-
     def _sequence(self, request: Request, index: int, max_len: int) -> Sequence:
         params = request.params
         ends = () if params.ignore_eos else self._tokenizer.end_token_ids
@@ -381,21 +342,6 @@ class Engine:
         if self.grammars is None:
             raise RequestError("structured output is not available here; remove it")
         return self.grammars.compile(spec)
-
-    def _watch_from_start(self, running: RunningRequest) -> None:
-        """Give each stream what follows its output; nothing of it is known yet."""
-        params, grammar = running.request.params, running.grammar
-        for stream in running.streams:
-            stream.stop_checker, stream.stop_match = None, None
-            if params.stop:
-                stream.stop_checker = StopStringChecker(
-                    self._tokenizer,
-                    params,
-                    keep=running.request.markup.visible_token_ids,
-                    accepts=grammar.accepts if grammar else lambda text: True,
-                )
-            stream.matcher = grammar.matcher(params) if grammar else None
-            stream.logprobs.clear()
 
     def _masked(self, step: Step) -> Step:
         """The newest Step with masks for the sequences that have a grammar."""
@@ -465,12 +411,11 @@ class Engine:
             if request_id in self._requests:  # interrupted while it was being answered
                 self._answer(self._requests[request_id], result)
         for running in self._requests.values():
-            for stream in running.streams:
-                stream.sequence.start_over()
-            self._watch_from_start(running)
-            running.num_unfinished = len(running.streams)
             sequences = [stream.sequence for stream in running.streams]
+            for sequence in sequences:
+                sequence.start_over()
             sequences[0].siblings = sequences[1:]
+            running.start_over(self._tokenizer)
         self._scheduler.restart(r.streams[0].sequence for r in self._requests.values())
 
     def _started(self) -> list[str]:
@@ -502,55 +447,30 @@ class Engine:
 
     def _take(self, update: Update, result: StepResult) -> None:
         for sequence, position, first, end in update.scored:
-            assert result.score_logprobs is not None
-            running = self._requests[sequence.request.id]
-            targets = running.request.prompt_token_ids[position : position + end - first]
-            num_top = running.request.params.prompt_logprobs
-            lines = token_logprobs(targets.tolist(), result.score_logprobs, first, num_top or 0)
-            running.scores.update(enumerate(lines, start=position))
+            self._requests[sequence.request.id].take_scores(position, first, end, result)
         for sequence, slot in update.pooled:
             assert result.embeddings is not None
             self._requests[sequence.request.id].embedding = result.embeddings[slot]
         # last: a stop string may complete the request
         for sequence, line in update.watched:
             if sequence.request.id in self._requests:
-                self._watch_safely(sequence, line, result)
+                self._watch(sequence, line, result)
         for sequence in update.finished:
             self._finish(sequence)
 
-    def _watch_safely(self, sequence: Sequence, line: int, result: StepResult) -> None:
+    def _watch(self, sequence: Sequence, line: int, result: StepResult) -> None:
+        """Let a request look at a token of its own; it may end with it."""
+        running = self._requests[sequence.request.id]
         try:
-            self._watch(sequence, line, result)
+            is_whole, stop = running.take_token(sequence.sample_index, line, result)
         except Exception as error:  # noqa: BLE001 - text of this row only; the row fails
             self._fail(sequence.request.id, error)
-
-    def _watch(self, sequence: Sequence, line: int, result: StepResult) -> None:
-        """Note a token's log-probability, follow the grammar and look for stop strings."""
-        running = self._requests[sequence.request.id]
-        stream = running.streams[sequence.sample_index]
-        if running.request.params.logprobs is not None and result.sample_logprobs is not None:
-            num_top = running.request.params.logprobs
-            drawn = [int(result.token_ids[line])]
-            stream.logprobs += token_logprobs(drawn, result.sample_logprobs, line, num_top)
-        token_id = int(result.token_ids[line])
-        if token_id < 0:
             return
-        if stream.matcher is not None:
-            stream.matcher.consume(token_id)
-        if stream.stop_checker is not None:
-            stream.stop_match = stream.stop_checker.append([token_id])
-        if stream.stop_match is not None:
-            self._stop(sequence, stream.stop_match.stop)
-        elif stream.matcher is not None and stream.matcher.is_complete:
-            self._stop(sequence, None)
-
-    def _stop(self, sequence: Sequence, stop: str | None) -> None:
-        """The text is whole, because of a stop string or because its grammar allows no more."""
-        if sequence.finish_reason is None:
+        if is_whole and sequence.finish_reason is None:
             self._scheduler.finish(sequence, FinishReason.STOP, stop)
             self._finish(sequence)
-        elif sequence.finish_reason is FinishReason.LENGTH:  # with the last token it was allowed
-            sequence.finish_reason = FinishReason.STOP
+        elif is_whole and sequence.finish_reason is FinishReason.LENGTH:
+            sequence.finish_reason = FinishReason.STOP  # with the last token it was allowed
 
     def _finish(self, sequence: Sequence) -> None:
         running = self._requests.get(sequence.request.id)

@@ -32,7 +32,7 @@ from batchwright.text.token_bytes import token_bytes
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
 from batchwright.validation.messages import check_messages
 from batchwright.validation.params import check_params
-from batchwright.weights.checkpoint import open_checkpoint
+from batchwright.weights.checkpoint import Checkpoint, open_checkpoint
 from batchwright.weights.locate import locate_model
 
 logger = logging.getLogger(__name__)
@@ -60,9 +60,13 @@ class LLM:
         fields = {field.name for field in dataclasses.fields(EngineConfig)}
         if unknown := sorted(settings.keys() - fields):
             raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {sorted(fields)}")
-        self.path = locate_model(str(model))
-        self.tokenizer: Tokenizer = load_tokenizer(self.path)
-        self.engine, self.config = build_engine(self.path, self.tokenizer, EngineConfig(**settings))
+        path = locate_model(str(model))
+        self.tokenizer: Tokenizer = load_tokenizer(path)
+        checkpoint = open_checkpoint(path)
+        self._fingerprint = checkpoint.fingerprint
+        self.engine, self.config = build_engine(
+            checkpoint, self.tokenizer, EngineConfig(**settings)
+        )
 
     def generate(
         self,
@@ -176,7 +180,7 @@ class LLM:
         tokenizer = hashlib.blake2b(self.tokenizer.backend.to_str().encode(), digest_size=16)
         template = hashlib.blake2b(repr(self.tokenizer.chat_template).encode(), digest_size=16)
         return {
-            "model": open_checkpoint(self.path, cached=False).fingerprint,
+            "model": self._fingerprint,
             "tokenizer": tokenizer.hexdigest(),
             "chat_template": template.hexdigest(),
             "dtype": self.config.dtype,
@@ -192,10 +196,9 @@ class LLM:
 
 
 def build_engine(
-    path: Path, tokenizer: Tokenizer, config: EngineConfig
+    checkpoint: Checkpoint, tokenizer: Tokenizer, config: EngineConfig
 ) -> tuple[Engine, ResolvedConfig]:
     """Load a model and put an engine around it."""
-    checkpoint = open_checkpoint(path)
     model_config = read_config(checkpoint.config)
     resolved = config.resolve(
         context_length=model_config["max_position_embeddings"],

@@ -19,7 +19,7 @@ from batchwright.request import (
     TokenLogprob,
 )
 from batchwright.sequence import Sequence
-from batchwright.step import TokenLogprobs
+from batchwright.step import StepResult, TokenLogprobs
 from batchwright.structured.compile import CompiledGrammar
 from batchwright.structured.matcher import Matcher
 from batchwright.text.detokenizer import StopMatch, StopStringChecker
@@ -43,10 +43,58 @@ class RunningRequest:
 
     request: Request
     streams: list[Stream]
-    num_unfinished: int
+    num_unfinished: int = 0
     scores: dict[int, TokenLogprob] = field(default_factory=dict)  # by position in the prompt
     embedding: Float32Array | None = None
     grammar: CompiledGrammar | None = None
+
+    def start_over(self, tokenizer: Tokenizer) -> None:
+        """All streams run, and nothing of their outputs is known."""
+        params, grammar = self.request.params, self.grammar
+        self.num_unfinished = len(self.streams)
+        for stream in self.streams:
+            stream.stop_checker, stream.stop_match = None, None
+            if params.stop:
+                stream.stop_checker = StopStringChecker(
+                    tokenizer,
+                    params,
+                    keep=self.request.markup.visible_token_ids,
+                    accepts=grammar.accepts if grammar else lambda text: True,
+                )
+            stream.matcher = grammar.matcher(params) if grammar else None
+            stream.logprobs.clear()
+
+    def take_scores(self, position: int, first: int, end: int, result: StepResult) -> None:
+        """Lines [first, end) of the scores are those of the prompt's tokens from `position` on."""
+        assert result.score_logprobs is not None
+        targets = self.request.prompt_token_ids[position : position + end - first]
+        num_top = self.request.params.prompt_logprobs or 0
+        lines = token_logprobs(targets.tolist(), result.score_logprobs, first, num_top)
+        self.scores.update(enumerate(lines, start=position))
+
+    def take_token(
+        self, sample_index: int, line: int, result: StepResult
+    ) -> tuple[bool, str | None]:
+        """Note a token's log-probability, follow the grammar and look for stop strings.
+
+        Returns:
+            (whether the text is whole, the stop string that made it so). Without a stop string
+            it is whole when its grammar allows no more.
+        """
+        stream = self.streams[sample_index]
+        token_id = int(result.token_ids[line])
+        if self.request.params.logprobs is not None and result.sample_logprobs is not None:
+            num_top = self.request.params.logprobs
+            stream.logprobs += token_logprobs([token_id], result.sample_logprobs, line, num_top)
+        if token_id < 0:
+            return False, None
+        if stream.matcher is not None:
+            stream.matcher.consume(token_id)
+        if stream.stop_checker is not None:
+            stream.stop_match = stream.stop_checker.append([token_id])
+        if stream.stop_match is not None:
+            return True, stream.stop_match.stop
+        return stream.matcher is not None and stream.matcher.is_complete, None
 
 
 def make_result(running: RunningRequest, tokenizer: Tokenizer) -> Result:

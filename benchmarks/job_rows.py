@@ -50,7 +50,7 @@ def run_one(folder: Path) -> dict:
     from batchwright.engine import Engine
     from batchwright.exec.sim import SimExecutor
     from batchwright.job.directory import JobDirectory
-    from batchwright.job.formats.openai_batch import read_rows
+    from batchwright.job.formats.read_input import read_input
     from batchwright.job.run_job import JobPaths, run_job
     from batchwright.job.runner import JobOptions
     from batchwright.kv.groups import KVGroup
@@ -80,15 +80,14 @@ def run_one(folder: Path) -> dict:
             return {"model": "simulated"}
 
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
-    directory = JobDirectory(folder / "out.jsonl.job")
-    summary = run_job(
-        read_rows(folder / "in.jsonl"),
-        JobPaths(str(folder / "out.jsonl"), str(folder / "out.errors.jsonl")),
-        directory,
-        Model(),
-        JobOptions(model_name="simulated", created=0),
-    )
-    directory.close()
+    with JobDirectory(folder / "out.jsonl.job") as directory:
+        summary = run_job(
+            read_input(str(folder / "in.jsonl")),
+            JobPaths(str(folder / "out.jsonl"), str(folder / "out.errors.jsonl")),
+            directory,
+            Model(),
+            JobOptions(model_name="simulated", created=0),
+        )
     seconds = time.perf_counter() - start_s
     assert summary.num_succeeded == summary.num_rows_read
     return {

@@ -12,7 +12,7 @@ from batchwright.errors import ConfigError
 from batchwright.job import select
 from batchwright.job.formats.output import check_output
 from batchwright.job.formats.read_input import input_size, read_input
-from batchwright.job.formats.source import is_url
+from batchwright.job.formats.source import COMPRESSED, is_url
 from batchwright.job.rows import InputRow, RowError
 
 if TYPE_CHECKING:
@@ -25,11 +25,15 @@ STDIO = "-"
 
 
 def error_path_for(output: str) -> str:
-    """Where failures go by default: results.jsonl has results.errors.jsonl beside it."""
+    """Where failures go by default: results.jsonl has results.errors.jsonl beside it, and
+    results.csv.gz has results.errors.csv.gz."""
     if output == STDIO:
         return STDIO
-    path = Path(output)
-    return str(path.with_name(f"{path.stem}.errors{path.suffix or '.jsonl'}"))
+    head, slash, name = output.rpartition("/")
+    path = Path(name)
+    packed = path.suffix if path.suffix.lower() in COMPRESSED else ""
+    stem = Path(name.removesuffix(packed))
+    return f"{head}{slash}{stem.stem}.errors{stem.suffix or '.jsonl'}{packed}"
 
 
 def open_rows(arguments: RunArguments) -> tuple[Iterator[AnyRow], int | None]:

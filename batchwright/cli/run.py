@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from batchwright.cli import options
 from batchwright.cli.numbers import parse_count, parse_duration, parse_shard
 
 if TYPE_CHECKING:
@@ -78,16 +79,9 @@ def run(
             metavar="FILE", help="Failed rows. By default OUT with .errors before its suffix."
         ),
     ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PARAMETER=NAME", help="Which column is which parameter."),
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Prompt with columns in it: 'Sum up: {text}'")
-    ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Where rows go: /v1/chat/completions, ...")
-    ] = None,
+    column: options.Column = None,
+    template: options.Template = None,
+    endpoint: options.Endpoint = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start over: forget the job and replace its files.")
     ] = False,
@@ -211,13 +205,11 @@ def _run(arguments: RunArguments, settings: dict[str, Any]) -> int:
     log = Console(stderr=True)
     _set_up_logging(log)
     if arguments.output == STDIO:
-        with tempfile.TemporaryDirectory(prefix="batchwright-") as folder:
-            return _run_in(JobDirectory(folder), arguments, settings, log)
-    directory = JobDirectory(job_directory_for(arguments.output))
-    try:
+        folder = tempfile.TemporaryDirectory(prefix="batchwright-")
+        with folder, JobDirectory(folder.name) as directory:
+            return _run_in(directory, arguments, settings, log)
+    with JobDirectory(job_directory_for(arguments.output)) as directory:
         return _run_in(directory, arguments, settings, log)
-    finally:
-        directory.close()
 
 
 def _run_in(
@@ -228,6 +220,7 @@ def _run_in(
     from batchwright.cli.preflight import STDIO, check_existing, open_rows
     from batchwright.cli.progress import ProgressReport
     from batchwright.cli.report import print_summary
+    from batchwright.errors import OutputError, ResourceError
     from batchwright.job.model_names import ModelNames
     from batchwright.job.run_job import JobPaths, run_job
     from batchwright.job.runner import JobOptions
@@ -244,7 +237,7 @@ def _run_in(
         log.print("Interrupted while loading; no row was run and nothing was written.")
         return INTERRUPTED
     load_s = time.perf_counter() - start_s
-    options = JobOptions(
+    job_options = JobOptions(
         model_name=arguments.model,
         created=int(time.time()),
         input_bytes=input_bytes,
@@ -254,22 +247,26 @@ def _run_in(
     )
     paths = JobPaths(arguments.output, arguments.errors, arguments.in_input_order)
     names = ModelNames(arguments.model)
-    with stop_on_signals() as stop, ProgressReport(log) as progress:
-        summary = run_job(
-            rows,
-            paths,
-            directory,
-            llm,
-            options,
-            check=names.check,
-            settings={
-                "column": arguments.column,
-                "template": arguments.template,
-                "endpoint": arguments.endpoint,
-            },
-            stop=stop,
-            on_event=progress.on_event,
-        )
+    try:
+        with stop_on_signals() as stop, ProgressReport(log) as progress:
+            summary = run_job(
+                rows,
+                paths,
+                directory,
+                llm,
+                job_options,
+                check=names.check,
+                settings={
+                    "column": arguments.column,
+                    "template": arguments.template,
+                    "endpoint": arguments.endpoint,
+                },
+                stop=stop,
+                on_event=progress.on_event,
+            )
+    except (OutputError, ResourceError) as error:
+        log.print(f"batchwright: {error}", markup=False, highlight=False, soft_wrap=True)
+        return INTERRUPTED
     if names.foreign is not None:
         log.print(
             f"Rows name the model {names.foreign!r:.100}; {arguments.model} answered them.",

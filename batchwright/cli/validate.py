@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from batchwright.cli import options
+
 if TYPE_CHECKING:
     from batchwright.errors import RequestError
     from batchwright.job.rows import InputRow, RowError
@@ -22,16 +24,9 @@ def validate(
     source: Annotated[
         str, typer.Argument(metavar="IN", help="File of requests; - is stdin.", show_default=False)
     ],
-    column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PARAMETER=NAME", help="Which column is which parameter."),
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Prompt with columns in it: 'Sum up: {text}'")
-    ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Where rows go: /v1/chat/completions, ...")
-    ] = None,
+    column: options.Column = None,
+    template: options.Template = None,
+    endpoint: options.Endpoint = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per bad row, then one of counts.")
     ] = False,

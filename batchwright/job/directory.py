@@ -12,9 +12,9 @@ All of it is readable by its owner only: results may be private.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-import shutil
 from pathlib import Path
 
 from batchwright.errors import ConfigError, OutputError
@@ -63,11 +63,9 @@ class JobDirectory:
 
     def _name_holder(self) -> None:
         """Write who holds the lock, for the message above; the lock holds without it."""
-        try:
+        with contextlib.suppress(OSError):
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"pid {os.getpid()}".encode(), 0)
-        except OSError:
-            pass
 
     @property
     def manifest_path(self) -> Path:
@@ -97,48 +95,12 @@ class JobDirectory:
         except OSError as error:
             raise OutputError(f"cannot clear {self.path}: {error.strerror or error}") from error
 
-    def remove(self) -> None:
-        """Delete the directory; for jobs that nobody will resume."""
-        shutil.rmtree(self.path, ignore_errors=True)
-
     def close(self) -> None:
         """Let go of the lock."""
         os.close(self._lock)
 
+    def __enter__(self) -> JobDirectory:
+        return self
 
-def write_private(path: Path, data: bytes) -> None:
-    """Replace a file by `data` in one go, durably, readable by its owner only.
-
-    Raises:
-        OutputError: it cannot be written; the old file, if any, is as it was.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            write_all(fd, data)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(part, path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """os.write until everything is written."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def sync_directory(path: Path) -> None:
-    """Make names in a directory durable, where the file system can."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass  # some network file systems cannot; the files themselves are synced
-    finally:
-        os.close(fd)
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -25,39 +25,42 @@ from batchwright.request import Request
 
 CHUNK_ROWS = 256
 MAX_CHUNKS_AHEAD = 4
+POLL_S = 0.2
 
 _encode = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True)
-class ReadyRow:
-    """A row the engine can run; `columns` pass through to the output."""
+class RowId(NamedTuple):
+    """Which row it is, and what its line needs besides the answer.
 
-    key: str
-    digest: bytes
-    row: ParsedRow
-    request: Request
-    columns: dict[str, Any] | None
-
-
-@dataclass(frozen=True, slots=True)
-class RefusedRow:
-    """A row that cannot run; it fails alone."""
+    Attributes:
+        key: its id in the journal.
+        digest: identifies what it asks.
+        line: 1-based line of the input.
+        custom_id: its name, if it could be read.
+        columns: what passes through to the output.
+    """
 
     key: str
     digest: bytes
     line: int
     custom_id: str | None
-    error: RequestError
     columns: dict[str, Any] | None
 
 
-@dataclass(frozen=True, slots=True)
-class _CheckedRow:
-    key: str
-    digest: bytes
+class ReadyRow(NamedTuple):
+    """A row the engine can run."""
+
+    id: RowId
     row: ParsedRow
-    columns: dict[str, Any] | None
+    request: Request
+
+
+class RefusedRow(NamedTuple):
+    """A row that cannot run; it fails alone."""
+
+    id: RowId
+    error: RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,10 @@ class Feed:
         self._thread.start()
 
     def get(self, *, wait: bool) -> Chunk | None:
-        """The next chunk; None if the input has ended or, without `wait`, none is ready.
+        """The next chunk; None if the input has ended or none is ready.
+
+        Args:
+            wait: wait for one, at most POLL_S, so that the caller can look at other things.
 
         Raises:
             InputError: the input cannot be read on.
@@ -118,7 +124,7 @@ class Feed:
         if self.ended:
             return None
         try:
-            item = self._chunks.get(block=wait)
+            item = self._chunks.get(block=wait, timeout=POLL_S)
         except queue.Empty:
             return None
         if isinstance(item, Exception):
@@ -155,56 +161,51 @@ class Feed:
         return False
 
     def _prepare(self, rows: list[InputRow | RowError]) -> Chunk:
-        checked = [self._parse(row) for row in self._unfinished(rows)]
-        sound = [item.row for item in checked if isinstance(item, _CheckedRow)]
+        checked = [self._parse(id, row) for id, row in self._unfinished(rows)]
+        sound = [item[1] for item in checked if not isinstance(item, RefusedRow)]
         prepared = iter(prepare_rows(sound, self._tokenizer, self._grammars))
         out: list[ReadyRow | RefusedRow] = []
         for item in checked:
             if isinstance(item, RefusedRow):
                 out.append(item)
                 continue
-            key, digest, row, columns = item.key, item.digest, item.row, item.columns
+            id, parsed = item
             request = next(prepared)
             if isinstance(request, RequestError):
-                refused = RefusedRow(key, digest, row.line, row.custom_id, request, columns)
-                out.append(refused)
+                out.append(RefusedRow(id, request))
             else:
-                out.append(ReadyRow(key, digest, row, request, columns))
+                out.append(ReadyRow(id, parsed, request))
         return Chunk(out, len(rows), sum(row.num_bytes for row in rows))
 
     def _unfinished(
         self, rows: list[InputRow | RowError]
-    ) -> list[tuple[bytes, InputRow | RowError]]:
-        """Rows that have no answer yet, or whose content has changed since; with their digests."""
-        digests = [_digest(row) for row in rows]
+    ) -> list[tuple[RowId, InputRow | RowError]]:
+        """Rows that have no answer yet, or whose content has changed since."""
+        ids = [_row_id(row) for row in rows]
         done: dict[str, bytes] = {}
         if self._finished is not None:
-            keys = [named_row(row.custom_id) for row in rows if isinstance(row, InputRow)]
-            done = self._finished.among(keys)
+            done = self._finished.among([id.key for id in ids])
         return [
-            (digest, row)
-            for digest, row in zip(digests, rows, strict=True)
-            if isinstance(row, RowError)
-            or done.get(named_row(row.custom_id)) not in (digest, ANY_CONTENT)
+            (id, row)
+            for id, row in zip(ids, rows, strict=True)
+            if done.get(id.key) not in (id.digest, ANY_CONTENT)
         ]
 
-    def _parse(self, item: tuple[bytes, InputRow | RowError]) -> _CheckedRow | RefusedRow:
-        digest, row = item
+    def _parse(self, id: RowId, row: InputRow | RowError) -> tuple[RowId, ParsedRow] | RefusedRow:
         if isinstance(row, RowError):
-            key = unnamed_row(row.line)
-            return RefusedRow(key, digest, row.line, row.custom_id, row.error, row.extra)
-        key = named_row(row.custom_id)
+            return RefusedRow(id, row.error)
         try:
             parsed = parse_row(row)
             self._check(parsed)
         except RequestError as error:
-            return RefusedRow(key, digest, row.line, row.custom_id, error, row.extra)
-        return _CheckedRow(key, digest, parsed, row.extra)
+            return RefusedRow(id, error)
+        return id, parsed
 
 
-def _digest(row: InputRow | RowError) -> bytes:
-    """Identifies what a row asks: a finished row whose content has changed is answered again."""
+def _row_id(row: InputRow | RowError) -> RowId:
+    """A row that cannot be routed, or bears another's name, is known by its line alone."""
     if isinstance(row, RowError):
-        return b""
+        return RowId(unnamed_row(row.line), ANY_CONTENT, row.line, row.custom_id, row.extra)
     content = _encode((row.endpoint, row.body, row.extra))
-    return hashlib.blake2b(content, digest_size=8).digest()
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return RowId(named_row(row.custom_id), digest, row.line, row.custom_id, row.extra)

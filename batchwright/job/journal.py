@@ -29,7 +29,7 @@ from typing import NamedTuple
 import msgspec
 
 from batchwright.errors import OutputError
-from batchwright.job.directory import sync_directory, write_all
+from batchwright.job.durable import sync_directory, write_all
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from batchwright.errors import ConfigError
-from batchwright.job.directory import write_private
+from batchwright.job.durable import write_private
 
 Manifest = Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from batchwright.errors import OutputError
-from batchwright.job.directory import write_all
+from batchwright.job.durable import write_all
 
 INTERVAL_S = 1.0
 

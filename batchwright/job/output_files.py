@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from batchwright.errors import OutputError
-from batchwright.job.directory import write_all
+from batchwright.job.durable import write_all
 from batchwright.job.formats.output import output_kind, write_projection
 from batchwright.job.journal import Entry, Journal, RowState
 

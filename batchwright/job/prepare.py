@@ -16,21 +16,12 @@ from batchwright.errors import RequestError
 from batchwright.job.validate import ParsedRow
 from batchwright.request import NO_MARKUP, Markup, Request, Task
 from batchwright.structured.spec import GrammarSpec
+from batchwright.text import continuation
 from batchwright.text.chat_template import Template
-from batchwright.text.continuation import join
 
 
-class Tokenizer(Protocol):
+class Tokenizer(continuation.Tokenizer, Protocol):
     """What preparing rows needs of `text.tokenizer.Tokenizer`."""
-
-    @property
-    def bos_token_id(self) -> int | None: ...
-    @property
-    def eos_token_id(self) -> int | None: ...
-
-    def encode_batch(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True, parse_special: bool = False
-    ) -> list[list[int]]: ...
 
     def encode_chat(
         self,
@@ -138,13 +129,13 @@ def _prepare(
     )
 
 
-def _prepare_pair(row: ParsedRow, continuation: str | list[int], tokenizer: Tokenizer) -> Request:
+def _prepare_pair(row: ParsedRow, scored: str | list[int], tokenizer: Tokenizer) -> Request:
     context = row.prompt if row.prompt is not None else row.prompt_token_ids
     assert context is not None
-    token_ids, score_start = join(
+    token_ids, score_start = continuation.join(
         tokenizer,
         context,
-        continuation,
+        scored,
         add_special_tokens=row.add_special_tokens,
         parse_special=row.parse_special,
     )

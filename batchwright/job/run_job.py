@@ -12,7 +12,8 @@ import msgspec
 
 from batchwright import __version__
 from batchwright.job.answer import TokenBytes
-from batchwright.job.directory import JobDirectory, write_private
+from batchwright.job.directory import JobDirectory
+from batchwright.job.durable import write_private
 from batchwright.job.events import JobEvent
 from batchwright.job.feed import CHUNK_ROWS, Feed
 from batchwright.job.journal import FinishedRows, Journal, RowState

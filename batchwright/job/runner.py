@@ -19,12 +19,12 @@ from typing import Any, Protocol
 
 import msgspec
 
-from batchwright.errors import RequestError
+from batchwright.errors import InputError, RequestError, ResourceError
 from batchwright.job.answer import AnswerForm, TokenBytes, answer_form
 from batchwright.job.events import Draining, JobEvent, Progressed, RowFailed
-from batchwright.job.feed import Chunk, Feed, ReadyRow, RefusedRow
-from batchwright.job.formats.jsonl_writer import error_line, success_line
+from batchwright.job.feed import Chunk, Feed, ReadyRow, RefusedRow, RowId
 from batchwright.job.formats.response_body import response_body
+from batchwright.job.formats.result_line import error_line, success_line
 from batchwright.job.journal import Journal, RowState
 from batchwright.job.metrics import MetricsLog
 from batchwright.job.output_files import OutputFiles
@@ -43,8 +43,8 @@ _encode = msgspec.json.Encoder().encode
 class JobEngine(Protocol):
     """What a job needs of `engine.Engine`."""
 
-    max_model_len: int
-
+    @property
+    def max_model_len(self) -> int: ...
     @property
     def stats(self) -> EngineStats: ...
     @property
@@ -70,10 +70,7 @@ class EngineLoad(Protocol):
 class _InFlight:
     """What is kept of a row while the engine has it."""
 
-    key: str
-    digest: bytes
-    columns: dict[str, Any] | None
-    line: int
+    id: RowId
     form: AnswerForm
     num_allowed_tokens: int
     num_prompt_tokens: int
@@ -156,7 +153,8 @@ class Job:
         """Run all rows, or until stopped; returns the final summary.
 
         Raises:
-            InputError, OutputError: a file fails. What was committed before stays.
+            InputError, OutputError, ResourceError: a file fails, or there is no memory to go on.
+                Rows that have ended are committed first, unless it is their file that fails.
         """
         summary, start_s = self.summary, self._now()
         try:
@@ -165,6 +163,9 @@ class Job:
         except KeyboardInterrupt:  # anywhere, even between reading a row and adding it
             summary.stopped = True
             summary.num_cancelled += summary.num_in_flight
+        except (InputError, ResourceError):
+            self._commit()
+            raise
         self._commit()
         summary.run_s = self._now() - start_s
         assert summary.num_in_flight == 0, "a row was lost or counted twice"
@@ -215,19 +216,19 @@ class Job:
         self.summary.num_skipped += chunk.num_read - len(chunk.rows)
         for row in chunk.rows:
             if isinstance(row, RefusedRow):
-                self._fail(row, row.line, row.custom_id, row.error)
+                self._fail(row.id, row.error)
             elif self._time_is_up:
-                self._fail(row, row.row.line, row.row.custom_id, _deadline_error())
+                self._fail(row.id, _deadline_error())
             else:
                 self._add(row)
 
     def _add(self, ready: ReadyRow) -> None:
         """Give a row to the engine; what cannot be run fails here."""
-        row, request = ready.row, ready.request
+        id, row, request = ready
         try:
             self._engine.add(request)
         except RequestError as error:
-            self._fail(ready, row.line, row.custom_id, error)
+            self._fail(id, error)
             return
         num_prompt = len(request.prompt_token_ids)
         room = self._engine.max_model_len - num_prompt
@@ -235,9 +236,7 @@ class Job:
         if row.task is not Task.GENERATE:
             num_allowed = 0
         form = answer_form(row, request)
-        self._in_flight[row.custom_id] = _InFlight(
-            ready.key, ready.digest, ready.columns, row.line, form, num_allowed, num_prompt
-        )
+        self._in_flight[request.id] = _InFlight(id, form, num_allowed, num_prompt)
         self._num_tokens_in_flight += num_prompt
         self.summary.num_allowed_tokens += num_allowed
 
@@ -260,8 +259,7 @@ class Job:
 
     def _finish(self, result: Result) -> None:
         """Note a result in the journal and count it."""
-        custom_id = result.request_id
-        row = self._in_flight.pop(custom_id)
+        row = self._in_flight.pop(result.request_id)
         self._num_tokens_in_flight -= row.num_prompt_tokens
         cancelled = any(o.finish_reason is FinishReason.CANCELLED for o in result.outputs) or (
             result.error is not None and result.error.code == "cancelled"
@@ -270,9 +268,9 @@ class Job:
             self.summary.num_cancelled += 1  # no line: the row is run when the job goes on
         elif cancelled:
             error = row.expired or RequestError("the row was cancelled", code="cancelled")
-            self._fail(row, row.line, custom_id, error)
+            self._fail(row.id, error)
         elif result.error is not None:
-            self._fail(row, row.line, custom_id, result.error)
+            self._fail(row.id, result.error)
         else:
             self._succeed(result, row)
             return
@@ -286,8 +284,8 @@ class Job:
             model=self._options.model_name,
             created=self._options.created,
         )
-        data = _encode(success_line(result.request_id, body, row.columns)) + b"\n"
-        self._journal.append(row.key, row.line, RowState.SUCCEEDED, row.digest, data)
+        data = _encode(success_line(result.request_id, body, row.id.columns)) + b"\n"
+        self._journal.append(row.id.key, row.id.line, RowState.SUCCEEDED, row.id.digest, data)
         summary = self.summary
         summary.num_succeeded += 1
         summary.num_prompt_tokens += len(result.prompt_token_ids)
@@ -297,21 +295,15 @@ class Job:
             output.finish_reason is FinishReason.LENGTH for output in result.outputs
         )
 
-    def _fail(
-        self,
-        row: _InFlight | ReadyRow | RefusedRow,
-        line: int,
-        custom_id: str | None,
-        error: RequestError,
-    ) -> None:
+    def _fail(self, id: RowId, error: RequestError) -> None:
         expired = error.code in _EXPIRED_CODES
         state = RowState.EXPIRED if expired else RowState.FAILED
-        data = _encode(error_line(custom_id, line, error, row.columns)) + b"\n"
-        self._journal.append(row.key, line, state, row.digest, data)
+        data = _encode(error_line(id.custom_id, id.line, error, id.columns)) + b"\n"
+        self._journal.append(id.key, id.line, state, id.digest, data)
         self.summary.num_expired += expired
         self.summary.num_failed += not expired
         self.summary.error_codes[error.code] += 1
-        self._on_event(RowFailed(line, custom_id, error))
+        self._on_event(RowFailed(id.line, id.custom_id, error))
 
     def _commit(self) -> None:
         self._files.write(self._journal.commit())

@@ -8,7 +8,6 @@ when a task is late; the next task starts another one.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -76,7 +75,7 @@ class Worker:
             if self._vocabulary is not vocabulary:
                 self._ask(START_S, "vocabulary", *astuple(vocabulary))
                 self._vocabulary = vocabulary
-            return self._try("compile", spec)
+            return self._try("compile", str(spec.kind), spec.text)
 
     def render(self, source: str, options: dict[str, Any]) -> str:
         """Render a chat template that a row brings; options are those of ChatTemplate.render.
@@ -86,7 +85,7 @@ class Worker:
         """
         with self._lock:
             self._start()
-            return self._try("render", source, options)
+            return self._try("render", source, {**options, "now": options["now"].isoformat()})
 
     def close(self) -> None:
         """End the process; a later task starts another one."""
@@ -109,7 +108,11 @@ class Worker:
         connection = self._connection
         assert connection is not None
         try:
-            connection.send_bytes(pickle.dumps((seconds, name, arguments)))
+            task = msgspec.msgpack.encode((seconds, name, arguments))
+        except (TypeError, OverflowError, UnicodeError, RecursionError) as error:
+            raise RequestError(f"it has a value that cannot be used: {error}") from None
+        try:
+            connection.send_bytes(task)
             if not connection.poll(seconds):
                 raise Late
             return msgspec.msgpack.decode(connection.recv_bytes(), type=_Answer)

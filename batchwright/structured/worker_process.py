@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 import resource
 import signal
+from datetime import datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import msgspec
 
 from batchwright.errors import RequestError
 from batchwright.structured.grammar_text import guidance_grammar, open_matcher
+from batchwright.structured.spec import GrammarKind, GrammarSpec
 from batchwright.structured.vocabulary import Vocabulary, guidance_tokenizer
 from batchwright.text.chat_template import compile_chat_template
 
@@ -29,11 +30,11 @@ class Tasks:
         self._tokenizer = guidance_tokenizer(Vocabulary(tokens, special_ids, end_ids))
         return ""
 
-    def compile(self, spec: Any) -> str:
+    def compile(self, kind: str, text: str) -> str:
         """The llguidance form of a GrammarSpec, which is known to compile."""
         assert self._tokenizer is not None
         try:
-            grammar = guidance_grammar(spec)
+            grammar = guidance_grammar(GrammarSpec(GrammarKind(kind), text))
             open_matcher(self._tokenizer, grammar)
         except ValueError as error:
             raise RequestError(str(error)) from error
@@ -41,6 +42,7 @@ class Tasks:
 
     def render(self, source: str, options: dict[str, Any]) -> str:
         """A chat template's text."""
+        options["now"] = datetime.fromisoformat(options["now"])
         return compile_chat_template(source).render(**options)
 
 
@@ -55,17 +57,14 @@ def run(tasks: Tasks, name: str, arguments: tuple[Any, ...]) -> tuple[str, str, 
 
 
 def main(file_descriptor: int, memory_bytes: int) -> None:
-    """Serve tasks from a socket: (seconds, method, arguments), pickled; answers in MessagePack.
-
-    Answers are not pickled: what was computed from a row's text is not trusted.
-    """
-    tasks = Tasks()
+    """Serve tasks from a socket: (seconds, method, arguments); all in MessagePack."""
+    tasks, decode = Tasks(), msgspec.msgpack.Decoder().decode
     _limit_memory(memory_bytes)
     with Connection(file_descriptor) as connection:
         connection.send_bytes(b"ready")
         while True:
             try:
-                seconds, name, arguments = pickle.loads(connection.recv_bytes())
+                seconds, name, arguments = decode(connection.recv_bytes())
             except EOFError:
                 return
             # The parent kills a process that is late. This is for one whose parent was killed.

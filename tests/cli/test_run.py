@@ -19,7 +19,7 @@ from batchwright.cli import run as run_command
 from batchwright.cli.numbers import parse_count
 from batchwright.cli.preflight import error_path_for
 from batchwright.cli.progress import ProgressReport, duration
-from batchwright.errors import RequestError
+from batchwright.errors import BatchwrightError, OutputError, RequestError, ResourceError
 from batchwright.job.events import Progressed, RowFailed
 from batchwright.job.summary import JobSummary
 from batchwright.weights.locate import locate_model
@@ -220,6 +220,28 @@ def test_ctrl_c_while_loading(
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize("error", [OutputError("the disk is full"), ResourceError("no memory")])
+def test_a_job_that_breaks_off_says_so_and_can_go_on(
+    command: Command, tmp_path: Path, error: BatchwrightError
+) -> None:
+    def on_step(number: int) -> None:
+        if number == 3:
+            raise error
+
+    rows = [chat_row(str(i), max_tokens=2) for i in range(6)]
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    arguments = ("run", source, "-o", tmp_path / "out.jsonl", "--model", "m")
+    command.engine = FakeEngine(max_running=2, on_step=on_step)
+    status, _, err = command(*arguments)
+    assert status == 75
+    assert err.splitlines()[-1] == f"batchwright: {error}"
+    command.engine = FakeEngine(max_running=2)
+    status, _, _ = command(*arguments)
+    assert status == 0
+    lines = read_lines(tmp_path / "out.jsonl")
+    assert sorted(line["custom_id"] for line in lines) == list("012345")
+
+
 def test_help_is_quick_because_it_imports_little() -> None:
     code = (
         "import sys, batchwright.cli.main\n"
@@ -246,6 +268,10 @@ def test_what_is_no_number(text: str) -> None:
 def test_error_files_lie_beside_the_results() -> None:
     assert error_path_for("out/results.jsonl") == "out/results.errors.jsonl"
     assert error_path_for("results") == "results.errors.jsonl"
+    assert error_path_for("out.d/results.csv") == "out.d/results.errors.csv"
+    assert error_path_for("results.csv.gz") == "results.errors.csv.gz"
+    assert error_path_for("results.gz") == "results.errors.jsonl.gz"
+    assert error_path_for("s3://bucket/results.jsonl") == "s3://bucket/results.errors.jsonl"
     assert error_path_for("-") == "-"
 
 

@@ -15,6 +15,7 @@ from batchwright.engine import Engine
 from batchwright.llm import build_engine
 from batchwright.request import Request, Result, SamplingParams
 from batchwright.sampling.state import SamplingState
+from batchwright.weights.checkpoint import open_checkpoint
 
 Logits = dict[tuple[int, int, int], bytes]  # (noise key, sample, output position) -> bits
 
@@ -70,7 +71,7 @@ def run(
 ) -> Run:
     """All requests through a new engine on the checkpoint at `path`; `prepare` may change it."""
     settings.setdefault("num_threads", 1)  # tiny models: waking threads costs more than they do
-    engine, _ = build_engine(path, NoTokenizer(), EngineConfig(**settings))
+    engine, _ = build_engine(open_checkpoint(path), NoTokenizer(), EngineConfig(**settings))
     prepare(engine)
     with recorded_logits() as logits:
         results = {result.request_id: result for result in engine.run(requests)}

@@ -16,6 +16,7 @@ from batchwright.config import EngineConfig
 from batchwright.engine import Engine
 from batchwright.llm import build_engine
 from batchwright.request import FinishReason, Request, Result, SamplingParams, Task
+from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import NoTokenizer
 from tests.models.reference import make_checkpoint
 
@@ -92,7 +93,7 @@ def random_params(draw: random.Random) -> SamplingParams:
 
 def new_engine(path: Path, **settings: Any) -> Engine:
     config = EngineConfig(num_threads=1, max_model_len=192, **settings)
-    return build_engine(path, DigitTokenizer(), config)[0]
+    return build_engine(open_checkpoint(path), DigitTokenizer(), config)[0]
 
 
 def answers_alone(path: Path, job: list[Request], **settings: Any) -> dict[str, Result]:

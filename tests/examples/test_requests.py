@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from batchwright.errors import RequestError
-from batchwright.job.formats.openai_batch import read_rows
+from batchwright.job.formats.read_input import read_input
 from batchwright.job.rows import CHAT, COMPLETIONS, InputRow
 from batchwright.job.validate import ParsedRow, parse_row
 
@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 def parsed_rows() -> tuple[list[ParsedRow], list[str]]:
     """(sound rows, ids of the others)"""
     sound, bad = [], []
-    for row in read_rows(EXAMPLES / "requests.jsonl"):
+    for row in read_input(str(EXAMPLES / "requests.jsonl")):
         assert isinstance(row, InputRow)
         try:
             sound.append(parse_row(row))

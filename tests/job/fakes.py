@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 
 from batchwright.errors import RequestError
+from batchwright.job.formats.read_input import read_input
+from batchwright.job.rows import InputRow, RowError
 from batchwright.request import (
     NO_MARKUP,
     Completion,
@@ -195,6 +197,10 @@ def write_lines(path: Path, rows: Iterable[Any]) -> Path:
     lines = [row if isinstance(row, bytes) else msgspec.json.encode(row) for row in rows]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
+
+
+def read_rows(path: Path) -> Iterator[InputRow | RowError]:
+    return read_input(str(path))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

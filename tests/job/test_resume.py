@@ -1,22 +1,23 @@
 """Jobs that are broken off and gone on with: each row is answered once, and for what it asks."""
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchwright.errors import ConfigError
+from batchwright.errors import ConfigError, ResourceError
 from batchwright.job import select
 from batchwright.job.directory import JobDirectory
-from batchwright.job.formats.openai_batch import read_rows
 from batchwright.job.run_job import JobPaths, run_job
 from batchwright.job.runner import JobOptions
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
 from batchwright.request import Request
-from tests.job.fakes import FakeEngine, FakeModel, chat_row, read_lines, write_lines
+from tests.job.fakes import FakeEngine, FakeModel, chat_row, read_lines, read_rows, write_lines
 
 
 class Recording(FakeEngine):
@@ -162,6 +163,41 @@ def test_an_output_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
         _, given = go(tmp_path, rows)
         assert given == []
         assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_rows_that_ended_before_an_engine_gave_up_are_kept(tmp_path: Path) -> None:
+    def on_step(number: int) -> None:
+        if number == 3:
+            raise ResourceError("no memory is left")
+
+    with pytest.raises(ResourceError):
+        go(tmp_path, rows_named("abcdef"), FakeEngine(max_running=2, on_step=on_step))
+    assert ids(tmp_path / "out.jsonl") == ["a", "b"]
+    _, given = go(tmp_path, rows_named("abcdef"))
+    assert given == list("cdef")
+
+
+def test_a_job_that_waits_for_its_input_can_be_stopped(tmp_path: Path) -> None:
+    stop, silence = StopControl(), threading.Event()
+    start_s = time.monotonic()
+
+    def rows() -> Iterator[Any]:
+        threading.Timer(0.3, stop.request).start()
+        silence.wait(30)
+        yield from ()
+
+    with JobDirectory(tmp_path / "out.jsonl.job") as directory:
+        summary = run_job(
+            rows(),
+            JobPaths(str(tmp_path / "out.jsonl"), str(tmp_path / "err.jsonl")),
+            directory,
+            FakeModel(FakeEngine()),
+            JobOptions(model_name="m", created=5),
+            stop=stop,
+        )
+    silence.set()
+    assert summary.stopped
+    assert time.monotonic() - start_s < 10
 
 
 def test_a_deadline_expires_what_is_not_done_also_what_is_not_read(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from batchwright.job.directory import JobDirectory
 from batchwright.job.events import Draining, JobEvent, Progressed, RowFailed
 from batchwright.job.feed import CHUNK_ROWS, MAX_CHUNKS_AHEAD
-from batchwright.job.formats.openai_batch import read_rows
 from batchwright.job.journal import MAX_PENDING_ROWS
 from batchwright.job.model_names import ModelNames
 from batchwright.job.run_job import JobPaths, run_job
@@ -25,6 +24,7 @@ from tests.job.fakes import (
     FakeModel,
     chat_row,
     read_lines,
+    read_rows,
     write_lines,
 )
 

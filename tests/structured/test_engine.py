@@ -19,6 +19,7 @@ from batchwright.structured.compile import CompiledGrammar, GrammarCompiler
 from batchwright.structured.grammar_text import guidance_grammar, open_matcher
 from batchwright.structured.spec import GrammarSpec
 from batchwright.structured.vocabulary import Vocabulary, guidance_tokenizer
+from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import NoTokenizer
 from tests.engine.test_parity import bytes_of_a_block
 from tests.models.reference import make_checkpoint
@@ -66,7 +67,7 @@ def path(tmp_path_factory):
 
 def new_engine(path, **settings: Any) -> Engine:
     config = EngineConfig(num_threads=1, **settings)
-    engine, _ = build_engine(path, CharTokenizer(), config)
+    engine, _ = build_engine(open_checkpoint(path), CharTokenizer(), config)
     engine.grammars = PlainCompiler()
     return engine
 

@@ -8,8 +8,7 @@ stream: memory is bounded by the longest line, and by the set of custom_ids that
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
@@ -17,7 +16,7 @@ from batchwright.errors import InputError, RequestError
 from batchwright.job.formats.column_map import ColumnMap
 from batchwright.job.formats.columns import Columns, for_endpoint
 from batchwright.job.formats.row_names import RowNames, id_text, json_kind
-from batchwright.job.formats.source import Source, explained, read_lines, too_long
+from batchwright.job.formats.source import Source, read_lines, too_long
 from batchwright.job.rows import ENDPOINTS, InputRow, RowError, endpoint_of_bare_row
 
 _BATCH_KEYS = {"custom_id", "method", "url", "body"}
@@ -26,26 +25,13 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _decode_json = msgspec.json.Decoder().decode
 
 
-def read_rows(path: str | Path) -> Iterator[InputRow | RowError]:
+def read_json_lines(source: Source, given: ColumnMap) -> Iterator[InputRow | RowError]:
     """Yield the rows of a batch file in order; a bad line is yielded as a RowError.
 
-    Raises:
-        InputError: the file is missing, unreadable, not UTF-8 text at all, or has no rows.
-    """
-    with explained(str(path), str(path)), open(path, "rb") as stream:
-        yield from read_stream(stream, str(path))
-
-
-def read_stream(stream: IO[bytes], name: str) -> Iterator[InputRow | RowError]:
-    """As `read_rows`, from an open binary stream; `name` is used in messages."""
-    return read_json_lines(Source(stream, name), ColumnMap())
-
-
-def read_json_lines(source: Source, given: ColumnMap) -> Iterator[InputRow | RowError]:
-    """As `read_rows`, from an open source. With a column map, each line is a table's row.
+    With a column map, each line is a table's row.
 
     Raises:
-        InputError: also if the first row lacks the prompt's column.
+        InputError: not UTF-8 text at all, no rows, or the first row lacks the prompt's column.
     """
     reader = _LineReader(source.name, given)
     num_rows = 0

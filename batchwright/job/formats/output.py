@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from batchwright.errors import ConfigError, InputError, OutputError
-from batchwright.job.directory import sync_directory, write_all
+from batchwright.job.durable import sync_directory, write_all
 from batchwright.job.formats.result_table import TableShape, table_rows
 from batchwright.job.formats.source import (
     COMPRESSED,

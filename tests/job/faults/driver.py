@@ -24,10 +24,9 @@ from typing import Any
 from batchwright.errors import BatchwrightError
 from batchwright.job import journal
 from batchwright.job.directory import JobDirectory
-from batchwright.job.formats.openai_batch import read_rows
 from batchwright.job.run_job import JobPaths, run_job
 from batchwright.job.runner import JobOptions
-from tests.job.fakes import FakeEngine, FakeModel, chat_row, read_lines, write_lines
+from tests.job.fakes import FakeEngine, FakeModel, chat_row, read_lines, read_rows, write_lines
 
 MODES = {"fail": 1, "full": 2, "torn": 3, "kill": 4, "tear": 5}
 CRASHED = 70

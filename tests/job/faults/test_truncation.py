@@ -8,10 +8,9 @@ import pytest
 
 from batchwright.job import journal
 from batchwright.job.directory import JobDirectory
-from batchwright.job.formats.openai_batch import read_rows
 from batchwright.job.run_job import JobPaths, run_job
 from batchwright.job.runner import JobOptions
-from tests.job.fakes import FakeEngine, FakeModel, chat_row, read_lines, write_lines
+from tests.job.fakes import FakeEngine, FakeModel, chat_row, read_lines, read_rows, write_lines
 
 JOB = "out.jsonl.job"
 NUM_BYTES = 9000  # the last transaction of the write-ahead log has two or three pages of 4 KiB

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from batchwright.errors import InputError
-from batchwright.job.formats.jsonl_writer import _encode
 from batchwright.job.formats.read_input import input_size, read_input
 from batchwright.job.rows import InputRow, RowError
 from batchwright.job.validate import parse_row
@@ -79,7 +79,7 @@ def test_every_kind_of_column_passes_through_as_json(tmp_path: Path) -> None:
     }
     (row,) = read_input(write(tmp_path / "in.parquet", prompt=["x"], **columns))
     assert isinstance(row, InputRow)
-    assert json.loads(_encode(row.extra)) == {
+    assert json.loads(msgspec.json.encode(row.extra)) == {
         "ns": "2026-01-02T03:04:05.678901",
         "us": "2026-01-02T03:04:05.678901",
         "span": "PT1.5S",

@@ -22,11 +22,11 @@ from batchwright.errors import ConfigError, InputError, RequestError
 from batchwright.job.formats import csv_rows, source
 from batchwright.job.formats.column_map import ColumnMap, parse_columns
 from batchwright.job.formats.csv_rows import read_csv
-from batchwright.job.formats.jsonl_writer import error_line, success_line
 from batchwright.job.formats.openai_batch import read_json_lines
 from batchwright.job.formats.output import write_projection
 from batchwright.job.formats.prompt_template import parse_template
 from batchwright.job.formats.read_input import read_input
+from batchwright.job.formats.result_line import error_line, success_line
 from batchwright.job.formats.source import Source
 from batchwright.job.rows import ENDPOINTS, InputRow, RowError
 from batchwright.job.validate import parse_row

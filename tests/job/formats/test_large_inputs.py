@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from batchwright.job.formats.id_set import IdSet
-from batchwright.job.formats.jsonl_writer import success_line
 from batchwright.job.formats.output import write_projection
+from batchwright.job.formats.result_line import success_line
 
 ROOT = Path(__file__).parents[3]
 NUM_ROWS = 200_000

@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 
 from batchwright.errors import InputError
 from batchwright.job.formats import source
-from batchwright.job.formats.openai_batch import read_rows, read_stream
+from batchwright.job.formats.column_map import ColumnMap
+from batchwright.job.formats.openai_batch import read_json_lines
+from batchwright.job.formats.read_input import read_input
+from batchwright.job.formats.source import Source
 from batchwright.job.rows import CHAT, COMPLETIONS, InputRow, RowError
 from tests.job.fakes import chat_row, write_lines
 
 
 def read(data: bytes) -> list[InputRow | RowError]:
-    return list(read_stream(BytesIO(data), "test"))
+    return list(read_json_lines(Source(BytesIO(data), "test"), ColumnMap()))
 
 
 def one_error(row: Any) -> RowError:
@@ -39,7 +42,7 @@ def test_batch_lines_and_bare_rows(tmp_path: Path) -> None:
             {"custom_id": "d", "prompt": "x"},
         ],
     )
-    rows = list(read_rows(path))
+    rows = list(read_input(str(path)))
     assert all(isinstance(row, InputRow) for row in rows)
     assert [
         (row.line, row.custom_id, row.endpoint) for row in rows if isinstance(row, InputRow)
@@ -79,7 +82,7 @@ def test_utf16_is_named() -> None:
 
 def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
-        list(read_rows(tmp_path / "nothing.jsonl"))
+        list(read_input(str(tmp_path / "nothing.jsonl")))
 
 
 @pytest.mark.parametrize(

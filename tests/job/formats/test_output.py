@@ -15,8 +15,8 @@ import zstandard
 
 from batchwright.errors import ConfigError, OutputError, RequestError
 from batchwright.job.formats import result_table
-from batchwright.job.formats.jsonl_writer import error_line, success_line
 from batchwright.job.formats.output import check_output, output_kind, write_projection
+from batchwright.job.formats.result_line import error_line, success_line
 
 
 def chat_body(*texts: str | None) -> dict[str, Any]:
