@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -24,7 +22,8 @@ from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model, read_config
 from batchwright.models.row_invariance import ensure_row_invariance
-from batchwright.request import DEFAULT_MAX_TOKENS, Request, Result, SamplingParams, Task
+from batchwright.opened_model import answer_identity, engine_settings
+from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.structured.compile import GrammarCompiler
 from batchwright.text.continuation import join, prefix_token_id
@@ -57,16 +56,12 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **settings: Any) -> None:
-        fields = {field.name for field in dataclasses.fields(EngineConfig)}
-        if unknown := sorted(settings.keys() - fields):
-            raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {sorted(fields)}")
+        engine_config = engine_settings(settings)
         path = locate_model(str(model))
         self.tokenizer: Tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
         self._fingerprint = checkpoint.fingerprint
-        self.engine, self.config = build_engine(
-            checkpoint, self.tokenizer, EngineConfig(**settings)
-        )
+        self.engine, self.config = build_engine(checkpoint, self.tokenizer, engine_config)
 
     def generate(
         self,
@@ -173,21 +168,8 @@ class LLM:
         return token_bytes(self.tokenizer.backend)
 
     def identity(self) -> dict[str, Any]:
-        """What answers depend on besides the rows: a job that goes on must have the same.
-
-        Settings of device, batch and schedule change no answer and are not in it.
-        """
-        tokenizer = hashlib.blake2b(self.tokenizer.backend.to_str().encode(), digest_size=16)
-        template = hashlib.blake2b(repr(self.tokenizer.chat_template).encode(), digest_size=16)
-        return {
-            "model": self._fingerprint,
-            "tokenizer": tokenizer.hexdigest(),
-            "chat_template": template.hexdigest(),
-            "dtype": self.config.dtype,
-            "max_model_len": self.config.max_model_len,
-            "seed": self.config.seed,
-            "default_max_tokens": DEFAULT_MAX_TOKENS,
-        }
+        """What answers depend on besides the rows: a job that goes on must have the same."""
+        return answer_identity(self._fingerprint, self.tokenizer, self.config)
 
     @property
     def prefix_token_id(self) -> int:
@@ -208,10 +190,11 @@ def build_engine(
     torch.set_num_threads(resolved.num_threads)  # after the kernels': starting theirs resets it
     dtype = getattr(torch, resolved.dtype)
     backend = _backend(resolved)
+    kv_dtype = backend.kv_dtype(dtype)
     model = load_model(checkpoint, dtype=dtype, max_positions=resolved.max_model_len)
     ensure_row_invariance(model, resolved.max_num_batched_tokens)
     windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
-    groups = resolved.kv_groups(windows, _block_bytes(model, group_of_layer, resolved, dtype))
+    groups = resolved.kv_groups(windows, _block_bytes(model, group_of_layer, resolved, kv_dtype))
     logger.info(
         "memory for keys and values: up to %s, %.1f GB, taken as needed",
         " and ".join(
@@ -230,7 +213,7 @@ def build_engine(
         max_num_seqs=resolved.max_num_seqs,
         max_model_len=resolved.max_model_len,
         vocab_size=model_config["vocab_size"],
-        kv_dtype=dtype,
+        kv_dtype=kv_dtype,
     )
     scheduler = Scheduler(
         groups,
