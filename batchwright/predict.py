@@ -150,9 +150,7 @@ class _Run:
         started_s, started_work_s: time and work when the last row had started.
     """
 
-    def __init__(
-        self, families: Iterator[Sequence], engine: EngineSizes, cost: CostModel
-    ) -> None:
+    def __init__(self, families: Iterator[Sequence], engine: EngineSizes, cost: CostModel) -> None:
         self.clock = VirtualClock()
         self.scheduler = engine.scheduler()
         self.work_s = self.started_s = self.started_work_s = 0.0

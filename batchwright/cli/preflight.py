@@ -75,8 +75,17 @@ def check_existing(directory: JobDirectory, output: str, *, force: bool) -> None
     """
     if force:
         directory.clear()
-    begun = directory.manifest_path.exists()
-    if output == STDIO or begun or force:
+    else:
+        check_not_foreign(directory.manifest_path, output)
+
+
+def check_not_foreign(manifest_path: Path, output: str) -> None:
+    """Refuse an output that exists although no job was begun that writes it.
+
+    Raises:
+        ConfigError: with the remedies.
+    """
+    if output == STDIO or manifest_path.exists():
         return
     if os.path.isfile(output) and os.path.getsize(output):
         raise ConfigError(

@@ -10,15 +10,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from batchwright.cli import options
-from batchwright.cli.numbers import parse_count, parse_duration, parse_shard
+from batchwright.cli.numbers import parse_duration, parse_shard
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from batchwright.job.directory import JobDirectory
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 
 SOME_ROWS_FAILED = 1
 INTERRUPTED = 75  # the same command goes on where it was left
-
-
-class Dtype(StrEnum):
-    """Number format of weights and activations."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +51,18 @@ class RunArguments:
     deadline_s: float = math.inf
     row_timeout_s: float = math.inf
 
+    def row_settings(self) -> dict[str, Any]:
+        """How rows become prompts, for the manifest."""
+        return {"column": self.column, "template": self.template, "endpoint": self.endpoint}
+
 
 def run(
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="OUT", help="Result file; - is stdout.")
     ],
-    model: Annotated[str, typer.Option(help="smollm2, a Hugging Face directory, or a GGUF file.")],
-    input_path: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="IN", help="File of requests; - is stdin (JSONL).", show_default=False
-        ),
-    ] = None,
-    input_option: Annotated[
-        str | None, typer.Option("-i", "--input", metavar="IN", help="The same as IN.")
-    ] = None,
+    model: options.Model,
+    input_path: options.InputPath = None,
+    input_option: options.InputOption = None,
     error_file: Annotated[
         str | None,
         typer.Option(
@@ -91,17 +81,9 @@ def run(
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Do not run rows again that failed before.")
     ] = False,
-    limit: Annotated[
-        int | None, typer.Option(parser=parse_count, metavar="N", help="Only the first N rows.")
-    ] = None,
-    sample: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Only N rows, chosen by their ids."),
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Only part I of N; rows are divided by their ids."),
-    ] = None,
+    limit: options.Limit = None,
+    sample: options.Sample = None,
+    shard: options.Shard = None,
     deadline: Annotated[
         float | None,
         typer.Option(
@@ -114,33 +96,17 @@ def run(
             parser=parse_duration, metavar="TIME", help="A row that has run for TIME expires."
         ),
     ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_count, metavar="N", help="Most tokens of a row, prompt and output."
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Most sequences running at once."),
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Most tokens computed in one step."),
-    ] = None,
-    kv_cache_memory: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="BYTES", help="Memory for keys and values: 4G."),
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = Dtype.auto,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
-    ] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; by default one per core.")
-    ] = None,
-    no_prefix_sharing: Annotated[
-        bool, typer.Option("--no-prefix-sharing", help="Compute shared prefixes for each row.")
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    kv_cache_memory: options.KVCacheMemory = None,
+    dtype: options.Dtype = options.DtypeName.auto,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    no_prefix_sharing: options.NoPrefixSharing = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what would be done; see batchwright plan."),
     ] = False,
 ) -> None:
     """Run a file of requests through a model: JSONL, CSV, Parquet, a dataset; docs/formats.md.
@@ -155,22 +121,19 @@ def run(
     """
     from batchwright.cli.preflight import error_path_for
 
-    if (input_path is None) == (input_option is None):
-        raise typer.BadParameter("give the input file once, as IN or with -i")
+    source = options.one_source(input_path, input_option)
     if limit is not None and sample is not None:
         raise typer.BadParameter("--limit and --sample exclude each other")
-    source = input_path if input_path is not None else input_option
-    assert source is not None
-    settings = {
-        "dtype": dtype.value,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "kv_cache_bytes": kv_cache_memory,
-        "num_threads": threads,
-        "seed": seed,
-        "prefix_sharing": not no_prefix_sharing,
-    }
+    settings = options.given(
+        dtype=dtype.value,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_bytes=kv_cache_memory,
+        num_threads=threads,
+        seed=seed,
+        prefix_sharing=not no_prefix_sharing,
+    )
     arguments = RunArguments(
         source=source,
         output=output,
@@ -188,8 +151,11 @@ def run(
         deadline_s=math.inf if deadline is None else deadline,
         row_timeout_s=math.inf if row_timeout is None else row_timeout,
     )
-    given = {name: value for name, value in settings.items() if value is not None}
-    raise typer.Exit(_run(arguments, given))
+    if dry_run:
+        from batchwright.cli.plan import show_plan
+
+        raise typer.Exit(show_plan(arguments, settings))
+    raise typer.Exit(_run(arguments, settings))
 
 
 def _run(arguments: RunArguments, settings: dict[str, Any]) -> int:
@@ -199,9 +165,11 @@ def _run(arguments: RunArguments, settings: dict[str, Any]) -> int:
     from batchwright.cli.preflight import STDIO, check_outputs
     from batchwright.config import EngineConfig
     from batchwright.job.directory import JobDirectory, job_directory_for
+    from batchwright.job.disk_space import check_input_has_space
 
     EngineConfig(**settings).check()
     check_outputs(arguments.source, arguments.output, arguments.errors)
+    check_input_has_space(arguments.output, arguments.source)
     log = Console(stderr=True)
     _set_up_logging(log)
     if arguments.output == STDIO:
@@ -232,6 +200,8 @@ def _run_in(
     try:
         locate_model(arguments.model)  # before torch is imported; a hub id is downloaded here
         log.print(f"Loading {arguments.model}", markup=False, highlight=False)
+        if directory.manifest_path.exists():
+            check_same_job(directory.manifest_path, arguments, settings)
         llm = load(arguments.model, settings)
     except KeyboardInterrupt:
         log.print("Interrupted while loading; no row was run and nothing was written.")
@@ -256,11 +226,7 @@ def _run_in(
                 llm,
                 job_options,
                 check=names.check,
-                settings={
-                    "column": arguments.column,
-                    "template": arguments.template,
-                    "endpoint": arguments.endpoint,
-                },
+                settings=arguments.row_settings(),
                 stop=stop,
                 on_event=progress.on_event,
             )
@@ -283,6 +249,15 @@ def load(model: str, settings: dict[str, Any]) -> LLM:
     from batchwright.llm import LLM
 
     return LLM(model, **settings)
+
+
+def check_same_job(manifest_path: Path, arguments: RunArguments, settings: dict[str, Any]) -> None:
+    """Refuse to go on with a job that was begun differently, before its weights are loaded."""
+    from batchwright.job.manifest import compare_manifest, job_manifest
+    from batchwright.opened_model import open_model
+
+    identity = open_model(arguments.model, settings).identity()
+    compare_manifest(manifest_path, job_manifest(identity, arguments.row_settings()))
 
 
 def exit_status(summary: JobSummary) -> int:

@@ -10,14 +10,13 @@ from typing import Any, Protocol
 
 import msgspec
 
-from batchwright import __version__
 from batchwright.job.answer import TokenBytes
 from batchwright.job.directory import JobDirectory
 from batchwright.job.durable import write_private
 from batchwright.job.events import JobEvent
 from batchwright.job.feed import CHUNK_ROWS, Feed
 from batchwright.job.journal import FinishedRows, Journal, RowState
-from batchwright.job.manifest import check_manifest
+from batchwright.job.manifest import check_manifest, job_manifest
 from batchwright.job.metrics import MetricsLog
 from batchwright.job.output_files import OutputFiles
 from batchwright.job.prepare import Grammars, Tokenizer
@@ -80,7 +79,7 @@ def run_job(
         ConfigError: the directory holds a job that was begun differently.
         InputError, OutputError: a file fails. Rows committed before are safe.
     """
-    manifest = {"engine": __version__, **model.identity(), **(settings or {})}
+    manifest = job_manifest(model.identity(), settings or {})
     resumed = check_manifest(directory.manifest_path, manifest)
     journal = Journal(directory.path)
     metrics = MetricsLog(directory.metrics_path, now=time.perf_counter, wall=time.time)

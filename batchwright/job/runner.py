@@ -367,6 +367,7 @@ class Job:
             "preemptions": engine.num_preemptions,
             "prompt_tokens": summary.num_prompt_tokens,
             "output_tokens": summary.num_output_tokens,
+            "allowed_tokens_done": summary.num_allowed_tokens_done,
             "num_running_seqs": load.num_running_seqs,
             "kv_used_fraction": load.kv_used_fraction,
             "step_s": summary.step_s,

@@ -6,7 +6,6 @@ likely and a highest end, and says where each comes from.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -209,18 +208,3 @@ def count_tokens(columns: RowColumns, savings: Savings, lengths: OutputLengths) 
             int((lengths.high * samples).sum()),
         ),
     )
-
-
-@dataclass(slots=True)
-class RowCounts:
-    """Rows of a job by what will become of them.
-
-    Attributes:
-        num_read: rows of the input.
-        num_done: those that an earlier run has finished.
-        bad: rows that will fail, by error code.
-    """
-
-    num_read: int = 0
-    num_done: int = 0
-    bad: Counter[str] | None = None
