@@ -2,7 +2,7 @@
 
 A node is a run of tokens that the same rows share: it ends where its rows part, or where one ends.
 Nodes are numbered depth first and rows are sorted by their tokens, so everything below a node is
-one range of nodes and one range of rows. Sums over a node's rows are differences of cumulative sums.
+one range of nodes and one range of rows, and sums are differences of cumulative sums.
 
 `plan/prefix_tree.py` is the other tree: blocks of the rows in the engine, changing row by row.
 """
@@ -10,6 +10,7 @@ one range of nodes and one range of rows. Sums over a node's rows are difference
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +93,12 @@ class JobTree:
         np.subtract.at(changes, self.subtree_end, values)
         return np.cumsum(changes)[:-1]
 
+    def min_over_users(self, values: np.ndarray) -> np.ndarray:
+        """[num_nodes], least of values [num_rows] among each node's users; at least one row."""
+        ranges = np.stack((self.first, self.end), axis=1).ravel()
+        ordered = values[self.rows]
+        return np.minimum.reduceat(np.append(ordered, ordered[-1]), ranges)[::2]
+
     def num_distinct_tokens(self) -> int:
         """Tokens to compute when every shared one is computed once."""
         return int((self.depth - self.start).sum(dtype=np.int64))
@@ -100,14 +107,11 @@ class JobTree:
         """The same tree with depths rounded down to whole blocks: what blocks can share."""
         return replace(self, depth=self.depth // block_size * block_size)
 
-    def depth_first(self, key: np.ndarray) -> Int32Array:
+    def depth_first(self, key: np.ndarray) -> Walk:
         """Rows depth first, siblings by `key` [num_nodes], smallest first.
 
         Rows that end at a node come before those that go on. No order of siblings changes what
         can be shared.
-
-        Returns:
-            [num_rows] int32, every row once.
         """
         by_parent = np.lexsort((key, self.parent))[1:]  # the root, whose parent is -1, is first
         users = self.num_users[by_parent].astype(np.int64)
@@ -118,12 +122,25 @@ class JobTree:
         before -= np.repeat(before[firsts], np.diff(np.append(firsts, len(parents))))
         offset = np.zeros(self.num_nodes, np.int64)  # from the parent's first row to one's own
         offset[by_parent] = before + self.num_ending[parents]
-        place = self.sum_over_path(offset)
+        first_line = self.sum_over_path(offset)
         nodes = self.node_of_row[self.rows]
-        lines = place[nodes] + np.arange(self.num_rows) - self.first[nodes]
+        lines = first_line[nodes] + np.arange(self.num_rows) - self.first[nodes]
         rows = np.empty_like(self.rows)
         rows[lines] = self.rows
-        return rows
+        return Walk(rows, first_line)
+
+
+class Walk(NamedTuple):
+    """Rows in an order that keeps subtrees together.
+
+    Attributes:
+        rows: [num_rows] int32, every row once.
+        first_line: [num_nodes] int64, where in `rows` a node's users begin; its `num_ending` rows
+            are the first of them.
+    """
+
+    rows: Int32Array
+    first_line: Int64Array
 
 
 def build_job_tree(

@@ -72,6 +72,13 @@ def test_nodes_are_numbered_depth_first(prompts: list[list[int]]) -> None:
     ]
     assert tree.sum_over_users(row_values).tolist() == expected
     assert tree.num_ending.sum() == tree.num_rows
+    if prompts:
+        arrivals = np.array([hash((row, 3)) % 100 for row in range(tree.num_rows)])
+        least = [
+            min(arrivals[tree.rows[tree.first[node] : tree.end[node]]])
+            for node in range(tree.num_nodes)
+        ]
+        assert tree.min_over_users(arrivals).tolist() == least
 
 
 def ancestors(tree: JobTree, node: int) -> set[int]:
@@ -87,7 +94,7 @@ def ancestors(tree: JobTree, node: int) -> set[int]:
 def test_depth_first_keeps_subtrees_whole_and_siblings_by_key(prompts, random) -> None:
     tree = tree_of(prompts)
     key = np.array([random.random() for _ in range(tree.num_nodes)])
-    rows = tree.depth_first(key)
+    rows, first_line = tree.depth_first(key)
     assert sorted(rows.tolist()) == list(range(len(prompts)))
     place = np.argsort(rows)
     first_place = np.full(tree.num_nodes, -1)
@@ -95,6 +102,7 @@ def test_depth_first_keeps_subtrees_whole_and_siblings_by_key(prompts, random) -
         places = np.sort(place[tree.rows[tree.first[node] : tree.end[node]]])
         if len(places):
             first_place[node] = places[0]
+            assert first_line[node] == places[0]
             assert places.tolist() == list(range(places[0], places[0] + len(places)))
     for a in range(1, tree.num_nodes):
         for b in range(1, tree.num_nodes):

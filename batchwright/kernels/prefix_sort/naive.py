@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from batchwright.request import Int32Array
@@ -11,7 +13,7 @@ def sort_prompts(
     tokens: Int32Array, offsets: np.ndarray, groups: np.ndarray
 ) -> tuple[Int32Array, Int32Array]:
     """See numba.sort_prompts."""
-    prompts = [tokens[start:end].tolist() for start, end in zip(offsets, offsets[1:], strict=False)]
+    prompts = [tokens[start:end].tolist() for start, end in pairwise(offsets)]
     rows = sorted(range(len(prompts)), key=lambda row: (groups[row], prompts[row]))
     shared = [0] * len(rows)
     for index in range(1, len(rows)):
