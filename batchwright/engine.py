@@ -113,9 +113,9 @@ class Engine:
     @property
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
-        pools = [table.pool for table in self._scheduler.tables]
+        pools = [table.pool for table in self._scheduler.books.tables]
         return EngineLoad(
-            num_running_seqs=len(self._scheduler.slots.running),
+            num_running_seqs=self._scheduler.books.slots.num_running,
             kv_used_fraction=max(1 - pool.num_free / pool.num_blocks for pool in pools),
         )
 
@@ -373,17 +373,17 @@ class Engine:
 
     def _take_less_memory(self, error: Exception) -> None:
         """Out of memory is no row's fault: go on with smaller batches, if there are any."""
-        scheduler = self._scheduler
-        if scheduler.halve_limits():
+        limits = self._scheduler.limits
+        if limits.halve():
             logger.warning(
                 "memory ran out (%s); going on with at most %d rows and %d tokens in a step",
                 describe(error),
-                scheduler.max_running,
-                scheduler.max_num_batched_tokens,
+                limits.max_running,
+                limits.max_tokens,
             )
             return
         self._resource_error = ResourceError(
-            f"memory does not suffice for one row in steps of {scheduler.max_num_batched_tokens} "
+            f"memory does not suffice for one row in steps of {limits.max_tokens} "
             f"tokens ({describe(error)}); give less memory to keys and values, use a smaller "
             "model or free memory; finished rows are kept"
         )

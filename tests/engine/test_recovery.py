@@ -13,6 +13,8 @@ import pytest
 import batchwright
 from batchwright.errors import ResourceError
 from batchwright.request import FinishReason
+from batchwright.sched.admission import Admission
+from batchwright.sched.books import Books
 from batchwright.sched.scheduler import Scheduler
 from tests.engine.symbolic_engine import (
     LetterTokenizer,
@@ -92,7 +94,7 @@ def test_a_row_that_fails_late_keeps_the_others_tokens(undisturbed, look_ahead):
 
     def fault(step, ids):
         for index, slot in enumerate(step.slots.tolist()):
-            sequence = engine._scheduler.slots.sequences[slot]
+            sequence = engine._scheduler.books.slots.sequences[slot]
             last = int(step.positions[step.cu_seqlens_q[index + 1] - 1])
             if sequence.request.id == "r7" and last >= sequence.num_prompt_tokens + 3:
                 raise ValueError("late")
@@ -134,12 +136,19 @@ def test_other_rows_hold_while_suspects_are_tried():
 
 
 @LOOK_AHEAD
-@pytest.mark.parametrize("method", ["update", "schedule", "finish", "_start", "_leave"])
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [
+        *((Scheduler, name) for name in ("update", "schedule", "finish")),
+        (Admission, "_start"),
+        (Books, "leave"),
+    ],
+)
 def test_a_scheduler_that_fails_half_way_changes_no_row(
-    undisturbed, look_ahead, method, monkeypatch
+    undisturbed, look_ahead, part, method, monkeypatch
 ):
     """Our own bugs: the books are torn, and made anew."""
-    whole = getattr(Scheduler, method)
+    whole = getattr(part, method)
     for number in range(0, 40, 3):
         calls = iter(range(10**9))
 
@@ -149,7 +158,7 @@ def test_a_scheduler_that_fails_half_way_changes_no_row(
                 raise AssertionError("a bug")
             return result
 
-        monkeypatch.setattr(Scheduler, method, torn)
+        monkeypatch.setattr(part, method, torn)
         engine, _ = new_engine(look_ahead=look_ahead)
         assert_same(answers(engine, mixed_job()), undisturbed)
 
@@ -211,7 +220,7 @@ def test_out_of_memory_blames_no_row(undisturbed, look_ahead, error, caplog):
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == executor.num_failures <= 3
     assert all("memory ran out" in warning for warning in warnings)
-    assert engine._scheduler.max_running in (1, 3)
+    assert engine._scheduler.limits.max_running in (1, 3)
 
 
 def test_an_error_that_is_no_lack_of_memory_blames_a_row():
@@ -219,7 +228,7 @@ def test_an_error_that_is_no_lack_of_memory_blames_a_row():
     executor.fault = fail_calls(0, 1, 2, 3, 4, 5, error=lambda: RuntimeError("no memory of this"))
     results = answers(engine, mixed_job())
     assert any(result.error for result in results.values())
-    assert engine._scheduler.max_running == 6
+    assert engine._scheduler.limits.max_running == 6
 
 
 def test_no_memory_for_one_row_is_one_clear_error_and_loses_nothing(undisturbed):
@@ -230,7 +239,7 @@ def test_no_memory_for_one_row_is_one_clear_error_and_loses_nothing(undisturbed)
     while len(results) < 3:
         results |= {result.request_id: result for result in engine.step()}
     executor.fault = fail_calls(*range(1000), error=MemoryError)
-    while engine._scheduler.halve_limits():
+    while engine._scheduler.limits.halve():
         pass
     with pytest.raises(ResourceError, match="one row in steps of 16 tokens"):
         engine.step()

@@ -233,7 +233,7 @@ def test_a_row_is_admitted_exactly_when_it_and_the_next_growth_fit(num_blocks, i
     ):
         assert harness.add(family(order, prompt, max_tokens, end=False))
     harness.round()
-    assert harness.scheduler.cache.num_evictable(0) == 1
+    assert harness.scheduler.books.cache.num_evictable(0) == 1
     harness.schedule()
     assert (harness.steps[-1].num_rows == 2) == is_admitted
     harness.deliver()

@@ -110,10 +110,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         unfinished = self.harness.unfinished()
         self.harness.end(unfinished[place % len(unfinished)])
 
-    @precondition(lambda self: len(self.harness.scheduler.slots.running))
+    @precondition(lambda self: len(self.harness.scheduler.books.slots.running))
     @rule(place=st.integers(0, 1000))
     def stop_running(self, place):
-        slots = self.harness.scheduler.slots
+        slots = self.harness.scheduler.books.slots
         sequence = slots.sequences[slots.running[place % len(slots.running)]]
         self.harness.end(sequence, FinishReason.STOP)
 
