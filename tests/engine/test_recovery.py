@@ -223,6 +223,24 @@ def test_out_of_memory_blames_no_row(undisturbed, look_ahead, error, caplog):
     assert engine._scheduler.limits.max_running in (1, 3)
 
 
+@LOOK_AHEAD
+def test_steps_grow_again_when_memory_is_there_again(undisturbed, look_ahead, monkeypatch):
+    monkeypatch.setattr("batchwright.sched.limits.FIRST_WAIT_STEPS", 4)
+    engine, executor = new_engine(look_ahead=look_ahead)
+    limits, seen = engine._scheduler.limits, []
+
+    def fault(step, ids):
+        seen.append((limits.max_running, limits.max_tokens))
+        if len(seen) < 20 and step.num_rows > 1:
+            raise MemoryError
+
+    executor.fault = fault
+    assert_same(answers(engine, mixed_job()), undisturbed)
+    assert min(seen) == (1, 16)
+    assert seen[-1] == (6, 30)
+    assert 3 <= executor.num_failures <= 6
+
+
 def test_an_error_that_is_no_lack_of_memory_blames_a_row():
     engine, executor = new_engine()
     executor.fault = fail_calls(0, 1, 2, 3, 4, 5, error=lambda: RuntimeError("no memory of this"))

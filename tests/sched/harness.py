@@ -136,7 +136,7 @@ class Harness:
 
     def add(self, first: Sequence) -> bool:
         """Add a family; False if the scheduler refuses it, which it must do exactly when due."""
-        budget = self.scheduler.limits.max_tokens
+        budget = self.scheduler.limits.largest_max_tokens
         fits = all(
             blocks_alone(table.window, first.max_len, budget) <= table.pool.num_blocks
             for table in self.scheduler.books.tables
