@@ -263,14 +263,18 @@ class Harness:
             *(sequence for _, sequence in scheduler.books.waiting._returned),
         ]
         places = Counter(sequence for sequence in waiting if sequence.finish_reason is None)
-        places.update(sequence for sequence in scheduler.books.slots.sequences if sequence is not None)
+        places.update(
+            sequence for sequence in scheduler.books.slots.sequences if sequence is not None
+        )
         for sequence in list(places):
             places.update(s for s in sequence.siblings if s.finish_reason is None)
         assert places == Counter(self.unfinished()), "a sequence was lost or doubled"
         assert scheduler.num_unfinished == len(self.unfinished())
         running = scheduler.books.slots.running.tolist()
         assert {
-            s for s in range(len(scheduler.books.slots.sequences)) if scheduler.books.slots.sequences[s]
+            s
+            for s in range(len(scheduler.books.slots.sequences))
+            if scheduler.books.slots.sequences[s]
         } == (set(running))
         orders = scheduler.books.slots.order[scheduler.books.slots.running]
         assert (np.diff(orders) > 0).all(), "running slots are out of order"
