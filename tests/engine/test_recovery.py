@@ -270,7 +270,8 @@ def test_no_memory_for_one_row_is_one_clear_error_and_loses_nothing(undisturbed)
 # Interruptions --------------------------------------------------------------------------------
 
 DECIDING = tuple(
-    str(Path(batchwright.__file__).parent / name) for name in ("engine.py", "sched", "kv", "plan")
+    str(Path(batchwright.__file__).parent / name)
+    for name in ("engine.py", "open_requests.py", "sched", "kv", "plan")
 )
 
 
