@@ -3,7 +3,7 @@
 Only 128-bit hashes are kept, so two different ids could be taken for the same: among n ids with
 probability n^2 / 2^129, 1e-27 for a million and 1e-21 for a billion.
 
-The hashes lie in a private SQLite table, which is in memory while it is small (about 100,000 ids)
+The hashes lie in a private SQLite table, which is in memory while it is small (about 50,000 ids)
 and then goes to a temporary file without a name, about 60 bytes an id. Ids are added many at a
 time: one statement does it, outside of the interpreter's lock.
 """
