@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from batchwright.errors import BatchwrightError, RequestError
 
-GROUP_BYTES = 16 * 2**20
 UNNAMED = ""
+"""The custom_id of a row that gives none, until `formats/row_names.py` gives it one."""
+
+GROUP_BYTES = 16 * 2**20
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -36,7 +38,7 @@ class InputRow:
 
     Attributes:
         line: 1-based line of the input file.
-        custom_id: the user's name for the row, or `line-N` where a bare row has none.
+        custom_id: the user's name for the row, or `line-N` where it gives none.
         endpoint: one of ENDPOINTS.
         body: the request's parameters, as decoded from JSON.
         num_bytes: bytes of the input this row took, for progress.

@@ -14,7 +14,6 @@ from batchwright.kv.block_table import BlockTable
 from batchwright.kv.groups import KVGroup
 from batchwright.kv.prefix_cache import PrefixCache
 from batchwright.plan.prefix_tree import PrefixTree
-from batchwright.request import Int32Array
 from batchwright.sched.slots import Slots
 from batchwright.sched.step_builder import StepBuilder
 from batchwright.sched.waiting import Waiting
@@ -92,11 +91,6 @@ class Books:
         self.leave(slot)
         self.waiting.put_back(sequence)
         return sequence
-
-    def write_range(self, slots: Int32Array, grants: Int32Array) -> tuple[Int32Array, Int32Array]:
-        """First position each slot will write, and the end of what it will compute."""
-        computed = self.slots.num_computed[slots]
-        return np.maximum(computed, self.slots.write_from[slots]), computed + grants
 
     def check_integrity(self) -> None:
         """Conservation law: every block reference is held by a slot or by the prefix cache."""

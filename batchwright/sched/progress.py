@@ -67,7 +67,7 @@ class Progress:
     def make_room(self, slots: Int32Array, grants: Int32Array) -> bool:
         """Evict until the slots can grow. False: even that is not enough."""
         books = self._books
-        starts, ends = books.write_range(slots, grants)
+        starts, ends = self._write_range(slots, grants)
         for group, table in enumerate(books.tables):
             need = int(table.num_blocks_to_grow(slots, starts, ends).sum())
             if need > table.pool.num_free:
@@ -86,7 +86,7 @@ class Progress:
         if not len(slots):
             return
         books, state = self._books, self._books.slots
-        starts, ends = books.write_range(slots, grants)
+        starts, ends = self._write_range(slots, grants)
         for table in books.tables:
             table.grow(slots, starts, ends)
         computed = state.num_computed[slots]
@@ -110,6 +110,12 @@ class Progress:
             sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
             self._stats.num_cached_tokens += sequence.num_cached_tokens
         self._books.no_longer_waits(sequence)
+
+    def _write_range(self, slots: Int32Array, grants: Int32Array) -> tuple[Int32Array, Int32Array]:
+        """First position each slot will write, and the end of what it will compute."""
+        state = self._books.slots
+        computed = state.num_computed[slots]
+        return np.maximum(computed, state.write_from[slots]), computed + grants
 
     def _fork_siblings(self, slot: int) -> None:
         """The prompt is computed: samples 1..n-1 share its blocks and draw from its logits.

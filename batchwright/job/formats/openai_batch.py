@@ -2,7 +2,7 @@
 
 Bare rows are read too: `{"id"?, "prompt" | "messages" | "prompt_token_ids" | "input" | "context",
 ...parameters}`. A byte order mark, CRLF and blank lines are tolerated. The file is read as a
-stream.
+stream: memory is bounded by the longest line.
 """
 
 from __future__ import annotations
