@@ -12,6 +12,7 @@ import pytest
 
 import batchwright
 from batchwright.errors import ResourceError
+from batchwright.folding import Folding
 from batchwright.request import FinishReason
 from batchwright.sched.admission import Admission
 from batchwright.sched.books import Books
@@ -316,6 +317,32 @@ def test_interrupts_pass_and_the_engine_can_go_on(undisturbed, look_ahead, error
         assert_same(finish(engine, results), undisturbed)
         number += 331  # a prime: over all runs every kind of place is met
     assert num_interrupts > 35
+
+
+def test_an_interrupt_while_a_request_is_answered_loses_and_doubles_nothing(
+    undisturbed, monkeypatch
+):
+    close, calls = Folding.close, iter(range(10**9))
+
+    def interrupted(self, request_id, result):
+        if next(calls) % 2 == 0:
+            raise KeyboardInterrupt
+        close(self, request_id, result)
+
+    monkeypatch.setattr(Folding, "close", interrupted)
+    engine, _ = new_engine()
+    for request in mixed_job():
+        engine.add(request)
+    results, num_interrupts = {}, 0
+    while engine.num_unfinished:
+        try:
+            for result in engine.step():
+                assert result.request_id not in results, "answered twice"
+                results[result.request_id] = result
+        except KeyboardInterrupt:
+            num_interrupts += 1
+    assert_same(results, undisturbed)
+    assert num_interrupts > 3
 
 
 def test_a_run_that_was_interrupted_leaves_an_engine_for_the_next(undisturbed):

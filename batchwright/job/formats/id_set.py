@@ -25,9 +25,8 @@ PRAGMA cache_size = -{_CACHE_KIB};
 CREATE TABLE ids (hash TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
 """
 _ADD = "INSERT OR IGNORE INTO ids SELECT value, ? + key FROM json_each(?)"
-_ADDED = """
-SELECT json_group_array(number) FROM ids
-WHERE hash IN (SELECT value FROM json_each(?)) AND number >= ?
+_NUMBERS = """
+SELECT json_group_array(number) FROM ids WHERE hash IN (SELECT value FROM json_each(?))
 """
 
 
@@ -51,14 +50,14 @@ class IdSet:
         try:
             if self._sql.execute(_ADD, (first, hashes)).rowcount == len(names):
                 return [True] * len(names)
-            (found,) = self._sql.execute(_ADDED, (hashes, first)).fetchone()
+            (found,) = self._sql.execute(_NUMBERS, (hashes,)).fetchone()
         except sqlite3.Error as error:
             raise ResourceError(
                 f"the ids of the rows need a temporary file, about 60 bytes a row: {error}; set "
                 "TMPDIR to a directory with room for it"
             ) from error
-        added = set(msgspec.json.decode(found))
-        return [number in added for number in range(first, self._num_given)]
+        holders = set(msgspec.json.decode(found))  # numbers of those that came first
+        return [number in holders for number in range(first, self._num_given)]
 
     def close(self) -> None:
         """Give the memory and the file back."""
