@@ -24,6 +24,7 @@ from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model, read_config
 from batchwright.models.row_invariance import ensure_row_invariance
+from batchwright.plan.order import find_order
 from batchwright.request import DEFAULT_MAX_TOKENS, Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.structured.compile import GrammarCompiler
@@ -239,6 +240,7 @@ def build_engine(
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         max_model_len=resolved.max_model_len,
         prefix_sharing=resolved.prefix_sharing,
+        order=find_order(resolved.order),
     )
     engine = Engine(
         scheduler,

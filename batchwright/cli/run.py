@@ -132,6 +132,13 @@ def run(
         int | None,
         typer.Option(parser=parse_count, metavar="BYTES", help="Memory for keys and values: 4G."),
     ] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(parser=parse_count, metavar="N", help="Most tokens of keys and values kept."),
+    ] = None,
+    order: Annotated[
+        str, typer.Option(metavar="NAME", help="In which order rows start; docs/orders.md.")
+    ] = "fcfs",
     dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = Dtype.auto,
     seed: Annotated[
         int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
@@ -167,6 +174,8 @@ def run(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "kv_cache_bytes": kv_cache_memory,
+        "kv_tokens": kv_tokens,
+        "order": order,
         "num_threads": threads,
         "seed": seed,
         "prefix_sharing": not no_prefix_sharing,

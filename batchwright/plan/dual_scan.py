@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from batchwright.plan.order import Order
+from batchwright.request import Int32Array
 
 
 class MemorySplit(NamedTuple):
@@ -77,6 +78,29 @@ class DualScan:
         elif pick is right:
             self._right_line += 1
         return pick
+
+    def __len__(self) -> int:
+        left = self._ends[self._left] - self._left_line
+        if self._left == self._right:
+            return int(left)
+        between = self._starts[self._right] - self._ends[self._left]
+        return int(left + between + self._ends[self._right] - self._right_line)
+
+    def rest(self) -> Int32Array:
+        """Rows not picked yet, as if the ends took turns."""
+        left = np.arange(self._left_line, self._ends[self._left])
+        if self._left < self._right:
+            units = [
+                np.arange(self._starts[unit], self._ends[unit])
+                for unit in range(self._left + 1, self._right)
+            ]
+            right = np.arange(self._right_line, self._ends[self._right])
+            from_left = np.concatenate((left, *units, right))
+            from_right = np.concatenate((right, *reversed(units), left))
+            left = np.column_stack((from_left, from_right)).ravel()
+            _, first = np.unique(left, return_index=True)
+            left = left[np.sort(first)]
+        return self._rows[left]
 
     def _side_with_room(self, left: Pick, right: Pick, in_use: MemorySplit) -> Pick | None:
         densest, sparsest = self._units.density[[self._left, self._right]].tolist()

@@ -15,6 +15,7 @@ import numpy as np
 
 from batchwright.plan.job_tree import Float64Array, Int64Array, JobTree
 from batchwright.request import Int32Array
+from batchwright.techniques import find
 
 
 class Rates(NamedTuple):
@@ -100,3 +101,13 @@ class Order(NamedTuple):
 
 
 OrderFunction = Callable[[JobFacts], Order]
+
+
+def find_order(name: str) -> OrderFunction:
+    """The function of a file of `plan/orders`.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    function: OrderFunction = getattr(find("plan.orders", name), name)
+    return function

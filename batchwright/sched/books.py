@@ -13,6 +13,9 @@ import numpy as np
 from batchwright.kv.block_table import BlockTable
 from batchwright.kv.groups import KVGroup
 from batchwright.kv.prefix_cache import PrefixCache
+from batchwright.plan.order import OrderFunction
+from batchwright.plan.orders.fcfs import fcfs
+from batchwright.plan.plan import Plan
 from batchwright.plan.prefix_tree import PrefixTree
 from batchwright.sched.slots import Slots
 from batchwright.sched.step_builder import StepBuilder
@@ -33,11 +36,18 @@ class Books:
     """
 
     def __init__(
-        self, groups: Seq[KVGroup], *, block_size: int, max_num_seqs: int, max_model_len: int
+        self,
+        groups: Seq[KVGroup],
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        order: OrderFunction = fcfs,
     ) -> None:
         self.block_size = block_size
         self.slots = Slots(max_num_seqs, max_model_len)
-        self.waiting = Waiting()
+        kv_tokens = max(group.num_blocks for group in groups) * block_size
+        self.waiting = Waiting(Plan(order, block_size=block_size, kv_tokens=kv_tokens))
         self.tables = [
             BlockTable(
                 group,
@@ -48,7 +58,7 @@ class Books:
             for group in groups
         ]
         self.tree = PrefixTree(block_size)
-        self.cache = PrefixCache(self.tree, self.tables)
+        self.cache = PrefixCache(self.tree, self.tables, self.waiting.next_use)
         self.builder = StepBuilder(self.slots, self.tables)
 
     def occupant(self, slot: int) -> Sequence:

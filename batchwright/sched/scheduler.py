@@ -18,6 +18,8 @@ import numpy as np
 
 from batchwright.errors import RequestError
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
+from batchwright.plan.order import OrderFunction
+from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import FinishReason
 from batchwright.sched.admission import Admission
 from batchwright.sched.books import Books
@@ -39,6 +41,7 @@ class Scheduler:
         max_num_batched_tokens: token budget of a Step, at least max_num_seqs.
         max_model_len: most tokens of a sequence.
         prefix_sharing: whether prompts share blocks.
+        order: in which order rows start, a function of `plan/orders`.
 
     Attributes:
         limits: slots and token budget in use; memory may run short.
@@ -56,12 +59,14 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         prefix_sharing: bool = True,
+        order: OrderFunction = fcfs,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self._groups = groups
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._prefix_sharing = prefix_sharing
+        self._order = order
         self.block_size = block_size
         self.limits = StepLimits(max_num_seqs, max_num_batched_tokens)
         self.stats = SchedulerStats()
@@ -74,6 +79,7 @@ class Scheduler:
             block_size=self.block_size,
             max_num_seqs=self._max_num_seqs,
             max_model_len=self._max_model_len,
+            order=self._order,
         )
         self.num_unfinished = 0
         self._in_flight: deque[InFlight] = deque()

@@ -20,6 +20,7 @@ from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import NO_SLOT, Sequence
 from batchwright.step import NewSequence, Step, StepResult
 from batchwright.structured.spec import GrammarSpec
+from batchwright.techniques import find
 from tests.sched.symbolic import (
     SymbolicExecutor,
     expected_embedding,
@@ -95,7 +96,17 @@ def smallest_pools(windows, families, budget) -> list[int]:
 class Harness:
     """A scheduler and a symbolic executor with a given look-ahead."""
 
-    def __init__(self, windows, num_blocks, *, budget, max_num_seqs, look_ahead=0, sharing=True):
+    def __init__(
+        self,
+        windows,
+        num_blocks,
+        *,
+        budget,
+        max_num_seqs,
+        look_ahead=0,
+        sharing=True,
+        order="fcfs",
+    ):
         self.scheduler = Scheduler(
             [KVGroup(w, n) for w, n in zip(windows, num_blocks, strict=True)],
             block_size=BLOCK_SIZE,
@@ -103,7 +114,9 @@ class Harness:
             max_num_batched_tokens=budget,
             max_model_len=MAX_MODEL_LEN,
             prefix_sharing=sharing,
+            order=getattr(find("plan.orders", order), order),
         )
+        self.order = order
         self.executor = SymbolicExecutor(
             windows,
             num_blocks,
@@ -258,9 +271,11 @@ class Harness:
     def _check_places(self) -> None:
         """Every unfinished sequence is in exactly one place."""
         scheduler = self.scheduler
+        plan = scheduler.books.waiting._plan
         waiting = [
-            *scheduler.books.waiting._plan._waiting,
-            *(sequence for _, sequence in scheduler.books.waiting._returned),
+            *(sequence for sequence in plan._rows if sequence is not None),
+            *plan._new,
+            *(sequence for *_, sequence in scheduler.books.waiting._returned),
         ]
         places = Counter(sequence for sequence in waiting if sequence.finish_reason is None)
         places.update(
@@ -362,7 +377,8 @@ class Harness:
             cached = sequence.num_prompt_tokens if is_fork else int(first_position[new.slot])
             self.num_cached.setdefault(sequence, cached)
             self.num_computed[sequence] = max(cached, self.num_computed.get(sequence, 0))
-            if is_fork or self._first_was_cancelled:
+            # Where rows are started from both ends their numbers only estimate the order.
+            if is_fork or self._first_was_cancelled or self.order == "density":
                 continue
             earlier = [m for m in self.unfinished() if m.order < sequence.order]
             siblings = {s for m in earlier for s in m.siblings}

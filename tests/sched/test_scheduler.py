@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from batchwright.request import FinishReason, Task
 from batchwright.sequence import Sequence
 from batchwright.step import Step, StepResult
+from batchwright.techniques import names
 from tests.sched.harness import (
     BLOCK_SIZE,
     VOCAB_SIZE,
@@ -20,6 +21,8 @@ from tests.sched.harness import (
     family,
     smallest_pools,
 )
+
+ORDERS = [name for name in names("plan.orders") if name != "fcfs"]
 
 prompts = st.integers(0, 3).flatmap(
     lambda family_id: st.tuples(
@@ -38,9 +41,10 @@ rows = st.lists(st.tuples(prompts, st.integers(1, 24), st.integers(1, 4)), min_s
     look_ahead=st.integers(0, 1),
     sharing=st.booleans(),
     windows=st.sampled_from([[None], [5], [None, 5], [3, 9], [None, 4, 33]]),
+    order=st.sampled_from(["fcfs", *ORDERS]),
 )
 def test_any_job_ends_with_the_right_tokens(
-    rows, budget, max_num_seqs, spare, look_ahead, sharing, windows
+    rows, budget, max_num_seqs, spare, look_ahead, sharing, windows, order
 ):
     families = [family(i, p, m, n) for i, (p, m, n) in enumerate(rows)]
     num_blocks = [n + spare for n in smallest_pools(windows, families, budget)]
@@ -51,6 +55,7 @@ def test_any_job_ends_with_the_right_tokens(
         max_num_seqs=max_num_seqs,
         look_ahead=look_ahead,
         sharing=sharing,
+        order=order,
     )
     for first in families:
         assert harness.add(first)
@@ -67,12 +72,12 @@ def random_prompt(draw: random.Random, earlier: list[list[int]]) -> list[int]:
     return earlier[-1]
 
 
-def crowded_job(seed: int, num_families: int = 14) -> Harness:
+def crowded_job(seed: int, num_families: int = 14, order: str = "fcfs") -> Harness:
     """A job in memory for little more than its largest sequence."""
     draw = random.Random(seed)
     earlier: list[list[int]] = []
     families = []
-    for order in range(num_families):
+    for place in range(num_families):
         prompt = random_prompt(draw, earlier)
         options = {"max_tokens": draw.randint(1, 24), "n": draw.choice([1, 1, 2, 4])}
         kind = draw.randrange(8)
@@ -84,11 +89,13 @@ def crowded_job(seed: int, num_families: int = 14) -> Harness:
             options = {"task": Task.EMBED, "pooling": draw.choice(["mean", "last"])}
         elif kind == 3:
             options["logprobs"] = 0
-        families.append(family(order, prompt, end=draw.random() < 0.3, **options))
+        families.append(family(place, prompt, end=draw.random() < 0.3, **options))
     windows = [[None], [6], [None, 6], [3, 9], [None, 4, 30]][seed % 5]
     budget = draw.randint(8, 24)
     pools = [num + draw.randint(0, 6) for num in smallest_pools(windows, families, budget)]
-    harness = Harness(windows, pools, budget=budget, max_num_seqs=8, look_ahead=seed // 5 % 2)
+    harness = Harness(
+        windows, pools, budget=budget, max_num_seqs=8, look_ahead=seed // 5 % 2, order=order
+    )
     for first in families:
         assert harness.add(first)
     return harness
@@ -125,7 +132,13 @@ def test_crowded_jobs_end_well_and_go_through_everything_hard() -> None:
 @pytest.mark.slow
 def test_many_crowded_jobs() -> None:
     for seed in range(1000, 2000):
-        crowded_job(seed, num_families=25).run()
+        crowded_job(seed, num_families=25, order=["fcfs", *ORDERS][seed % 6]).run()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_crowded_jobs_end_well_in_every_order(order: str) -> None:
+    for seed in range(5):
+        crowded_job(seed, order=order).run()
 
 
 def prefill_tokens(prompts: list[list[int]]) -> int:

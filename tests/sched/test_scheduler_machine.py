@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 
 from batchwright.request import FinishReason, Task
 from batchwright.structured.spec import json_object
+from batchwright.techniques import names
 from tests.sched.harness import MAX_MODEL_LEN, VOCAB_SIZE, Harness, blocks_alone, family
 
 windows = st.sampled_from([[None], [3], [5], [None, 6], [2, 9], [None, 4, 30]])
@@ -61,8 +62,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         look_ahead=st.integers(0, 1),
         sharing=st.sampled_from([True, True, True, False]),
+        order=st.sampled_from(["fcfs", *names("plan.orders")]),
     )
-    def start(self, windows, max_len, spare, budget, max_num_seqs, look_ahead, sharing):
+    def start(self, windows, max_len, spare, budget, max_num_seqs, look_ahead, sharing, order):
         self.harness = Harness(
             windows,
             [blocks_alone(window, max_len, budget) + spare for window in windows],
@@ -70,6 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             look_ahead=look_ahead,
             sharing=sharing,
+            order=order,
         )
 
     @rule(rows=st.lists(rows, min_size=1, max_size=4))
