@@ -137,8 +137,9 @@ def run(
         typer.Option(parser=parse_count, metavar="N", help="Most tokens of keys and values kept."),
     ] = None,
     order: Annotated[
-        str, typer.Option(metavar="NAME", help="In which order rows start; docs/orders.md.")
-    ] = "fcfs",
+        str | None,
+        typer.Option(metavar="NAME", help="In which order rows start (fcfs); docs/orders.md."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = Dtype.auto,
     seed: Annotated[
         int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")

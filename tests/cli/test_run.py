@@ -94,6 +94,7 @@ def test_settings_reach_the_model(command: Command, tmp_path: Path) -> None:
         *("run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--max-model-len", "2K"),
         *("--max-num-seqs", "32", "--max-num-batched-tokens", "1k", "--kv-cache-memory", "1.5G"),
         *("--dtype", "bfloat16", "--seed", "7", "--threads", "2", "--no-prefix-sharing"),
+        *("--order", "groups", "--kv-tokens", "4K"),
     )
     assert status == 0
     assert command.settings == {
@@ -102,10 +103,23 @@ def test_settings_reach_the_model(command: Command, tmp_path: Path) -> None:
         "max_num_seqs": 32,
         "max_num_batched_tokens": 1000,
         "kv_cache_bytes": 3 * 2**29,
+        "kv_tokens": 4096,
+        "order": "groups",
         "num_threads": 2,
         "seed": 7,
         "prefix_sharing": False,
     }
+
+
+def test_an_unknown_order_is_an_error_that_names_the_known_ones(
+    command: Command, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    status, _, err = command(
+        "run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--order", "best"
+    )
+    assert status == 2
+    assert "order is 'best', must be one of density, fcfs, groups" in err.replace("\n", " ")
 
 
 def test_settings_not_given_are_left_to_the_model(command: Command, tmp_path: Path) -> None:

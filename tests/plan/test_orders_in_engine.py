@@ -7,10 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchwright.plan.orders.prefix_dfs import prefix_dfs
-from batchwright.plan.plan import Plan
-from batchwright.request import Request, SamplingParams
-from batchwright.sequence import Sequence
 from batchwright.techniques import names
 from tests.engine.symbolic_engine import FaultyExecutor, answers, contents, mixed_job, new_engine
 from tests.plan.simulated import BLOCK_SIZE, rows, simulate, simulated_engine
@@ -207,42 +203,3 @@ def test_samples_wait_with_their_row() -> None:
     for order in ORDERS:
         run = simulate(rows(prompts, 5, n=3), order, num_blocks=16, max_num_seqs=4)
         assert all(len(result.outputs) == 3 for result in run.results.values())
-
-
-def test_replanning_is_rare() -> None:
-    """Rows that come one by one while thousands wait are not ordered each time."""
-    calls = 0
-
-    def counting(job):
-        nonlocal calls
-        calls += 1
-        return prefix_dfs(job)
-
-    plan = Plan(counting, block_size=BLOCK_SIZE)
-    sequences = [waiting_sequence(index) for index in range(6000)]
-    for sequence in sequences[:2000]:
-        plan.append(sequence)
-    started = []
-    for sequence in sequences[2000:]:
-        started.append(plan.next_admission())
-        plan.append(sequence)
-    while (sequence := plan.next_admission()) is not None:
-        started.append(sequence)
-    assert len(started) == len({id(s) for s in started}) == 6000
-    assert calls < 40
-
-
-def waiting_sequence(index: int) -> Sequence:
-    request = Request(
-        id=f"r{index}", prompt_token_ids=np.arange(5, dtype=np.int32), params=SamplingParams()
-    )
-    return Sequence(
-        request=request,
-        order=index,
-        sample_index=0,
-        end_token_ids=(),
-        noise_key=index,
-        max_len=9,
-        token_ids=request.prompt_token_ids,
-        nodes=np.array([index % 50, 100 + index % 500], np.int32),
-    )

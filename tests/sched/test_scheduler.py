@@ -41,7 +41,7 @@ rows = st.lists(st.tuples(prompts, st.integers(1, 24), st.integers(1, 4)), min_s
     look_ahead=st.integers(0, 1),
     sharing=st.booleans(),
     windows=st.sampled_from([[None], [5], [None, 5], [3, 9], [None, 4, 33]]),
-    order=st.sampled_from(["fcfs", *ORDERS]),
+    order=st.sampled_from(names("plan.orders")),
 )
 def test_any_job_ends_with_the_right_tokens(
     rows, budget, max_num_seqs, spare, look_ahead, sharing, windows, order
@@ -132,7 +132,7 @@ def test_crowded_jobs_end_well_and_go_through_everything_hard() -> None:
 @pytest.mark.slow
 def test_many_crowded_jobs() -> None:
     for seed in range(1000, 2000):
-        crowded_job(seed, num_families=25, order=["fcfs", *ORDERS][seed % 6]).run()
+        crowded_job(seed, num_families=25, order=names("plan.orders")[seed // 10 % 5]).run()
 
 
 @pytest.mark.parametrize("order", ORDERS)
