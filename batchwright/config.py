@@ -15,6 +15,7 @@ DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 512
 DEFAULT_MAX_MODEL_LEN = 8192
 KV_SHARE_OF_FREE_MEMORY = 0.5
+AUTO_ORDER = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,8 @@ class EngineConfig:
         kv_tokens: tokens whose keys and values are kept at once, if less than memory allows.
         block_size: tokens per KV block, a multiple of 32.
         prefix_sharing: prompts with a common beginning compute and store it once.
-        order: in which order rows start, a file of `batchwright/plan/orders`.
+        order: in which order rows start, a file of `batchwright/plan/orders`, or "auto", which
+            tries them on a sample of the rows with a simulated model.
         attention: backend, a file of `batchwright/attention/backends`.
         seed: keys the randomness of rows that have no seed of their own.
         num_threads: threads of matrix products and kernels, at most the cores there are.
@@ -122,7 +124,7 @@ class EngineConfig:
             problems.append(f"block_size is {self.block_size}, must be a multiple of 32")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype is {self.dtype!r}, must be auto, float32 or bfloat16")
-        if self.order not in (orders := names("plan.orders")):
+        if self.order not in (orders := [AUTO_ORDER, *names("plan.orders")]):
             problems.append(f"order is {self.order!r}, must be one of {', '.join(orders)}")
         if self.look_ahead not in (0, 1):
             problems.append(f"look_ahead is {self.look_ahead}, must be 0 or 1")

@@ -15,18 +15,21 @@ import torch
 
 from batchwright import kernels, techniques
 from batchwright.attention.backend import AttentionBackend, block_bytes
-from batchwright.config import EngineConfig, ResolvedConfig
+from batchwright.config import AUTO_ORDER, EngineConfig, ResolvedConfig
 from batchwright.engine import Engine
 from batchwright.errors import ConfigError, RequestError
 from batchwright.exec.local import LocalExecutor
 from batchwright.exec.memory import available_memory_bytes
-from batchwright.kv.groups import windows_of_layers
+from batchwright.exec.sim import LinearCost
+from batchwright.kv.groups import KVGroup, windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model, read_config
 from batchwright.models.row_invariance import ensure_row_invariance
-from batchwright.plan.order import find_order
+from batchwright.plan.auto_order import AutoOrder
+from batchwright.plan.order import OrderFunction, find_order
 from batchwright.request import DEFAULT_MAX_TOKENS, Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
+from batchwright.simulate import SimulatedEngine
 from batchwright.structured.compile import GrammarCompiler
 from batchwright.text.continuation import join, prefix_token_id
 from batchwright.text.token_bytes import token_bytes
@@ -240,7 +243,7 @@ def build_engine(
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         max_model_len=resolved.max_model_len,
         prefix_sharing=resolved.prefix_sharing,
-        order=find_order(resolved.order),
+        order=_order(resolved, groups),
     )
     engine = Engine(
         scheduler,
@@ -257,6 +260,20 @@ def build_engine(
 
 def _backend(config: ResolvedConfig) -> AttentionBackend:
     return techniques.find("attention.backends", config.attention).Backend()
+
+
+def _order(config: ResolvedConfig, groups: Sequence[KVGroup]) -> OrderFunction:
+    if config.order != AUTO_ORDER:
+        return find_order(config.order)
+    simulated = SimulatedEngine(
+        groups,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        cost=LinearCost(),
+    )
+    return AutoOrder(simulated.predict, techniques.names("plan.orders"))
 
 
 def _block_bytes(

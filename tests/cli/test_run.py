@@ -119,7 +119,7 @@ def test_an_unknown_order_is_an_error_that_names_the_known_ones(
         "run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--order", "best"
     )
     assert status == 2
-    assert "order is 'best', must be one of density, fcfs, groups" in err.replace("\n", " ")
+    assert "order is 'best', must be one of auto, density, fcfs, groups" in err.replace("\n", " ")
 
 
 def test_settings_not_given_are_left_to_the_model(command: Command, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_forced_preemption_changes_no_bit(name, num_blocks, tmp_path):
     assert tight.tokens() == outcome.tokens()
 
 
-@pytest.mark.parametrize("order", names("plan.orders"))
+@pytest.mark.parametrize("order", ["auto", *names("plan.orders")])
 def test_no_order_changes_a_bit(order, tmp_path):
     make_checkpoint("llama", tmp_path)
     job = mixed_job(max_tokens=20)
