@@ -12,6 +12,7 @@ from batchwright.errors import RequestError
 from batchwright.job.names import _ONLY, _ONLY_CHAT, _ONLY_COMPLETIONS
 from batchwright.job.rows import CHAT, COMPLETIONS, InputRow
 from batchwright.job.validate import ParsedRow, parse_row
+from batchwright.repetition import RepetitionDetection
 from batchwright.request import SamplingParams
 from batchwright.validation.params import PARAM_NAMES, check_params, validate_params
 
@@ -39,6 +40,7 @@ def test_everything_at_once() -> None:
         include_stop_str_in_output=True,
         stop_token_ids=[5],
         ignore_eos=True,
+        repetition_detection={"max_pattern_size": 4, "min_count": 3},
         seed=3,
         n=2,
         presence_penalty=1,
@@ -70,6 +72,7 @@ def test_everything_at_once() -> None:
         include_stop_str_in_output=True,
         stop_token_ids=(5,),
         ignore_eos=True,
+        repetition_detection=RepetitionDetection(max_pattern_size=4, min_count=3),
         seed=3,
         n=2,
         presence_penalty=1.0,
@@ -122,6 +125,28 @@ def test_defaults_are_those_of_the_api() -> None:
         ({"stop": "x" * 1001}, "stop", "at most 1000"),
         ({"stop": [1]}, "stop", "must be a string"),
         ({"stop": {"a": 1}}, "stop", "must be a list"),
+        ({"repetition_detection": True}, "repetition_detection", "must be an object"),
+        (
+            {"repetition_detection": {"max_pattern_size": 4}},
+            "repetition_detection.min_count",
+            "is 0; it must be between 2",
+        ),
+        (
+            {
+                "repetition_detection": {
+                    "max_pattern_size": 4,
+                    "min_pattern_size": 5,
+                    "min_count": 2,
+                }
+            },
+            "repetition_detection.min_pattern_size",
+            "between 0 and 4",
+        ),
+        (
+            {"repetition_detection": {"max_size": 4}},
+            "repetition_detection.max_size",
+            "did you mean 'repetition_detection.max_pattern_size'",
+        ),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "has -1 at index 0"),
         ({"stop_token_ids": list(range(257))}, "stop_token_ids", "at most 256"),
         ({"seed": -1}, "seed", "between 0"),
