@@ -11,7 +11,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,7 +18,7 @@ import msgspec
 from batchwright.errors import RequestError
 from batchwright.job.journal import ANY_CONTENT, FinishedRows, named_row, unnamed_row
 from batchwright.job.prepare import Grammars, Tokenizer, prepare_rows
-from batchwright.job.rows import InputRow, RowError
+from batchwright.job.rows import InputRow, RowError, groups
 from batchwright.job.validate import ParsedRow, parse_row
 from batchwright.request import Request
 
@@ -87,7 +86,7 @@ class Feed:
         grammars: compiles the rows' grammars and renders their own templates, ahead of the engine.
         check: a further check of each sound row, in input order; raises RequestError.
         finished: rows that are done are counted and skipped; closed by the feed.
-        chunk_rows: rows of a chunk.
+        chunk_rows: most rows of a chunk.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class Feed:
 
     def _work(self) -> None:
         try:
-            while rows := list(islice(self._rows, self.chunk_rows)):
+            for rows in groups(self._rows, self.chunk_rows):
                 if not self._put(self._prepare(rows)):
                     return
             self._put(None)

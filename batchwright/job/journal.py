@@ -226,6 +226,9 @@ def connect(directory: Path) -> sqlite3.Connection:
     mode = "WAL" if file_system(directory) in _LOCAL_FILE_SYSTEMS else "TRUNCATE"
     sql.execute(f"PRAGMA journal_mode={mode}")
     sql.execute("PRAGMA synchronous=FULL")
+    # Ids in no order change pages all over the table: writing them back every 32 MB of log, not
+    # every 4 MB, saves a fifth of a commit.
+    sql.execute("PRAGMA wal_autocheckpoint=8000")
     sql.executescript(_SCHEMA)
     return sql
 

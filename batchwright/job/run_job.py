@@ -12,6 +12,7 @@ import msgspec
 
 from batchwright import __version__
 from batchwright.job.answer import TokenBytes
+from batchwright.job.collector import rare_collections
 from batchwright.job.directory import JobDirectory
 from batchwright.job.durable import write_private
 from batchwright.job.events import JobEvent
@@ -112,7 +113,8 @@ def run_job(
             on_event=on_event,
         )
         try:
-            summary = job.run()
+            with rare_collections():
+                summary = job.run()
         finally:
             metrics.write(job.metrics(), event="end")
         files.finish(resumed=resumed)

@@ -126,9 +126,9 @@ def finish(engine: Engine, results: dict[str, Result] | None = None) -> dict[str
             results[result.request_id] = result
         engine.check_integrity()
     scheduler = engine._scheduler
-    assert len(scheduler.tree) == 0, "prefix nodes leaked"
-    assert not scheduler._held
-    assert all(table.pool.num_free == table.pool.num_blocks for table in scheduler.tables)
+    assert len(scheduler.books.tree) == 0, "prefix nodes leaked"
+    assert not scheduler.books.waiting._held
+    assert all(table.pool.num_free == table.pool.num_blocks for table in scheduler.books.tables)
     return results
 
 

@@ -121,8 +121,8 @@ def answers_together(
             engine.cancel(draw.choice(left))
         engine.check_integrity()
     assert results.keys() == {request.id for request in job}
-    assert len(engine._scheduler.tree) == 0, "prefix nodes leaked"
-    for table in engine._scheduler.tables:
+    assert len(engine._scheduler.books.tree) == 0, "prefix nodes leaked"
+    for table in engine._scheduler.books.tables:
         assert table.pool.num_free == table.pool.num_blocks, "blocks leaked"
     return results
 

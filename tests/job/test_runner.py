@@ -1,5 +1,6 @@
 """run_job with an engine that has no model: every row ends once, whatever happens."""
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +159,22 @@ def test_the_first_row_runs_before_the_last_is_read(tmp_path: Path) -> None:
     summary = run_rows(counted(), tmp_path, engine)
     assert CHUNK_ROWS <= rows_read_at_first_step[0] < num_rows
     assert summary.num_succeeded == num_rows
+
+
+def test_memory_is_that_of_the_window_not_of_the_input(tmp_path: Path) -> None:
+    num_rows = 4000
+    lines = (chat_row(str(i), f"{i} " * 500, max_tokens=1) for i in range(num_rows))
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    engine = FakeEngine(max_running=256)
+    tracemalloc.start()
+    try:
+        summary = run_rows(read_rows(source), tmp_path, engine, horizon_rows=512)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert summary.num_succeeded == num_rows
+    # A row takes 12 KB, as text and as tokens: 48 MB all of them, 10 to 14 MB those in the window.
+    assert peak_bytes < 25_000_000
 
 
 @pytest.mark.parametrize("num_rows", [CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1])

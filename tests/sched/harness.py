@@ -136,10 +136,10 @@ class Harness:
 
     def add(self, first: Sequence) -> bool:
         """Add a family; False if the scheduler refuses it, which it must do exactly when due."""
-        budget = self.scheduler.max_num_batched_tokens
+        budget = self.scheduler.limits.largest_max_tokens
         fits = all(
             blocks_alone(table.window, first.max_len, budget) <= table.pool.num_blocks
-            for table in self.scheduler.tables
+            for table in self.scheduler.books.tables
         )
         try:
             self.scheduler.add(first)
@@ -161,8 +161,8 @@ class Harness:
             busy = self.outstanding or not self.scheduler.num_unfinished
             assert busy, "sequences are left but nothing can run"
             return False
-        assert 0 < step.num_tokens <= self.scheduler.max_num_batched_tokens
-        rows = [self.scheduler.slots.sequences[slot] for slot in step.slots.tolist()]
+        assert 0 < step.num_tokens <= self.scheduler.limits.max_tokens
+        rows = [self.scheduler.books.slots.sequences[slot] for slot in step.slots.tolist()]
         self._check_division(step, rows, lacking, has_preempted)
         self._note_starts(step)
         self._note_computed(step, rows)
@@ -219,9 +219,9 @@ class Harness:
         self.check()
         assert not self.unfinished() and self.scheduler.num_unfinished == 0, "never finished"
         assert Counter(self.finished) == Counter(self.members), "each ends once"
-        for table in self.scheduler.tables:
+        for table in self.scheduler.books.tables:
             assert table.pool.num_free == table.pool.num_blocks, "blocks leaked"
-        assert len(self.scheduler.tree) == 0, "prefix nodes leaked"
+        assert len(self.scheduler.books.tree) == 0, "prefix nodes leaked"
         num_outputs = sum(len(s.token_ids) - s.num_prompt_tokens for s in self.members)
         assert self.scheduler.stats.num_generated_tokens == num_outputs
         assert not self.scheduler._intake._late and not self.scheduler._in_flight
@@ -251,7 +251,7 @@ class Harness:
 
     def _check_prompts(self) -> None:
         """One running row at most is inside its prompt, so no two compute the same prefix."""
-        slots = self.scheduler.slots
+        slots = self.scheduler.books.slots
         running = slots.running
         assert (slots.num_computed[running] < slots.num_prompt[running] - 1).sum() <= 1
 
@@ -259,25 +259,29 @@ class Harness:
         """Every unfinished sequence is in exactly one place."""
         scheduler = self.scheduler
         waiting = [
-            *scheduler.plan._waiting,
-            *(sequence for _, sequence in scheduler._returned),
+            *scheduler.books.waiting._plan._waiting,
+            *(sequence for _, sequence in scheduler.books.waiting._returned),
         ]
         places = Counter(sequence for sequence in waiting if sequence.finish_reason is None)
-        places.update(sequence for sequence in scheduler.slots.sequences if sequence is not None)
+        places.update(
+            sequence for sequence in scheduler.books.slots.sequences if sequence is not None
+        )
         for sequence in list(places):
             places.update(s for s in sequence.siblings if s.finish_reason is None)
         assert places == Counter(self.unfinished()), "a sequence was lost or doubled"
         assert scheduler.num_unfinished == len(self.unfinished())
-        running = scheduler.slots.running.tolist()
+        running = scheduler.books.slots.running.tolist()
         assert {
-            s for s in range(len(scheduler.slots.sequences)) if scheduler.slots.sequences[s]
+            s
+            for s in range(len(scheduler.books.slots.sequences))
+            if scheduler.books.slots.sequences[s]
         } == (set(running))
-        orders = scheduler.slots.order[scheduler.slots.running]
+        orders = scheduler.books.slots.order[scheduler.books.slots.running]
         assert (np.diff(orders) > 0).all(), "running slots are out of order"
-        assert all(scheduler.slots.sequences[slot].slot == slot for slot in running)
+        assert all(scheduler.books.slots.sequences[slot].slot == slot for slot in running)
 
     def _check_tree(self) -> None:
-        tree = self.scheduler.tree
+        tree = self.scheduler.books.tree
         num_waiting = np.zeros(tree.capacity, np.int64)
         num_rows = np.zeros(tree.capacity, np.int64)
         for member in self.unfinished():
@@ -290,8 +294,8 @@ class Harness:
     def _check_cache(self) -> None:
         """What is resident has a future user."""
         scheduler = self.scheduler
-        blocks = scheduler.cache._blocks
-        has_user = scheduler.tree.num_waiting[: blocks.shape[1]] > 0
+        blocks = scheduler.books.cache._blocks
+        has_user = scheduler.books.tree.num_waiting[: blocks.shape[1]] > 0
         assert has_user[(blocks != ABSENT).any(axis=0)].all(), "kept without a future user"
 
     def _check_token_counts(self) -> None:
@@ -310,7 +314,7 @@ class Harness:
 
         What has a grammar waits for the token in flight.
         """
-        slots = self.scheduler.slots
+        slots = self.scheduler.books.slots
         ends = np.minimum(slots.num_tokens, slots.compute_end)
         held = slots.constrained & (slots.num_known < slots.num_tokens)
         lacking = np.where(held, 0, ends - slots.num_computed)
@@ -320,7 +324,7 @@ class Harness:
         """Single tokens first, then job order, then new sequences; no budget is held back."""
         oldest = next(iter(lacking), None)
         assert oldest is None or oldest.slot != NO_SLOT, "the oldest sequence was preempted"
-        left = self.scheduler.max_num_batched_tokens
+        left = self.scheduler.limits.max_tokens
         expected = {}
         order = sorted(lacking, key=lambda sequence: lacking[sequence] > 1)
         for sequence in (s for s in order if s.slot != NO_SLOT):
@@ -339,7 +343,7 @@ class Harness:
 
     def _check_constrained(self, step: Step) -> None:
         """Draws that a grammar restricts are known, and all tokens before them are."""
-        slots = self.scheduler.slots
+        slots = self.scheduler.books.slots
         drawn = dict(enumerate(step.sample_slots.tolist()))
         expected = {i: slot for i, slot in drawn.items() if slots.constrained[slot]}
         draws = self.scheduler.constrained_draws(step)
@@ -351,7 +355,7 @@ class Harness:
         """Sequences are started in order, except that forks pass each other."""
         first_position = dict(zip(step.slots.tolist(), step.positions[step.cu_seqlens_q[:-1]]))
         for new in step.new_sequences:
-            sequence = self.scheduler.slots.sequences[new.slot]
+            sequence = self.scheduler.books.slots.sequences[new.slot]
             is_fork = new.slot not in first_position
             self._check_new(new, sequence)
             self.num_starts[sequence] += 1
@@ -381,7 +385,7 @@ class Harness:
             self.num_recomputed_tokens += max(0, min(end, most) - first)
             self.num_computed[sequence] = max(end, most)
             is_sampled = step.slots[row] in step.sample_slots
-            slot_tokens = self.scheduler.slots.num_tokens[step.slots[row]]
+            slot_tokens = self.scheduler.books.slots.num_tokens[step.slots[row]]
             assert is_sampled == (sequence.samples and end == slot_tokens - is_sampled)
             if row in scored_rows:
                 assert step.score_top >= (sequence.request.params.prompt_logprobs or 0)
@@ -421,7 +425,7 @@ class Harness:
             assert (sequence.finish_reason, sequence.stop_reason) == (FinishReason.LENGTH, None)
 
     def _count_evictions(self) -> None:
-        cache = self.scheduler.cache
+        cache = self.scheduler.books.cache
         evict = cache.evict
 
         def counted(group: int, num_blocks: int) -> None:

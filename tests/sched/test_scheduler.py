@@ -233,7 +233,7 @@ def test_a_row_is_admitted_exactly_when_it_and_the_next_growth_fit(num_blocks, i
     ):
         assert harness.add(family(order, prompt, max_tokens, end=False))
     harness.round()
-    assert harness.scheduler.cache.num_evictable(0) == 1
+    assert harness.scheduler.books.cache.num_evictable(0) == 1
     harness.schedule()
     assert (harness.steps[-1].num_rows == 2) == is_admitted
     harness.deliver()
@@ -305,6 +305,31 @@ def test_a_refused_row_leaves_no_trace() -> None:
     assert not harness.steps
     assert harness.add(family(0, [1] * 9, 3, 3))
     harness.run()
+
+
+def test_a_row_must_fit_when_steps_are_large_again() -> None:
+    """Behind a window of 5 tokens, chunks of 16 take 7 blocks, chunks of 24 take 9."""
+    for num_blocks, fits in ((7, False), (8, False), (9, True)):
+        harness = Harness([5], [num_blocks], budget=24, max_num_seqs=2)
+        assert harness.scheduler.limits.halve()
+        assert harness.scheduler.limits.max_tokens == 16
+        assert harness.add(family(0, [1] * 40, 4, end=False)) == fits
+
+
+def test_after_a_failed_step_no_token_is_waited_for() -> None:
+    """Row 1 was preempted with its token in flight when the step fails."""
+    harness = Harness([None], [6], budget=3, max_num_seqs=2, look_ahead=1)
+    harness.add(family(0, [1], 12, end=False))
+    harness.add(family(1, [2] * 15, 1, end=False))
+    while not harness.num_late:
+        harness.schedule()
+        if len(harness.outstanding) == 2 and not harness.num_late:
+            harness.deliver()
+    assert any(member.num_in_flight for member in harness.members)
+    harness.scheduler.requeue_running()
+    assert not any(member.num_in_flight for member in harness.members)
+    assert harness.scheduler.schedule() is not None
+    harness.scheduler.check_integrity()
 
 
 class FailingExecutor:

@@ -110,12 +110,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         unfinished = self.harness.unfinished()
         self.harness.end(unfinished[place % len(unfinished)])
 
-    @precondition(lambda self: len(self.harness.scheduler.slots.running))
+    @precondition(lambda self: len(self.harness.scheduler.books.slots.running))
     @rule(place=st.integers(0, 1000))
     def stop_running(self, place):
-        slots = self.harness.scheduler.slots
+        slots = self.harness.scheduler.books.slots
         sequence = slots.sequences[slots.running[place % len(slots.running)]]
         self.harness.end(sequence, FinishReason.STOP)
+
+    @rule(share=st.integers(1, 6))
+    def resize_steps(self, share):
+        """Memory ran out, or is there again."""
+        scheduler = self.harness.scheduler
+        limits, slots = scheduler.limits, scheduler.books.slots
+        num_slots = len(slots.sequences)
+        limits.max_tokens = max(limits.largest_max_tokens // share, 1)
+        limits.max_running = max(num_slots // share, slots.num_running, 1)
 
     @invariant()
     def books_are_right(self):

@@ -14,7 +14,6 @@ from batchwright.errors import InputError, RequestError
 from batchwright.job.formats.column_map import ColumnMap
 from batchwright.job.formats.columns import Columns
 from batchwright.job.formats.openai_batch import without_mark
-from batchwright.job.formats.row_names import RowNames
 from batchwright.job.formats.source import MAX_LINE_BYTES, Source, read_lines
 from batchwright.job.rows import InputRow, RowError
 
@@ -36,7 +35,7 @@ def read_csv(
     lines = _Lines(source)
     records = csv.reader(lines, delimiter=delimiter, strict=True)
     header = _header(records, source.name)
-    columns = Columns(given, header, RowNames(), source.name, is_text=True)
+    columns = Columns(given, header, source.name, is_text=True)
     num_rows = 0
     while True:
         lines.begin_record()
