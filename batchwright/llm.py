@@ -60,7 +60,8 @@ class LLM:
         fields = {field.name for field in dataclasses.fields(EngineConfig)}
         if unknown := sorted(settings.keys() - fields):
             raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {sorted(fields)}")
-        path = locate_model(str(model))
+        self.name = str(model)
+        path = locate_model(self.name)
         self.tokenizer: Tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
         self._fingerprint = checkpoint.fingerprint

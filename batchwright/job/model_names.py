@@ -6,8 +6,12 @@ ours, and is worth a warning; a second one is an error of the row that brings it
 
 from __future__ import annotations
 
+import logging
+
 from batchwright.errors import RequestError
 from batchwright.job.validate import ParsedRow
+
+logger = logging.getLogger(__name__)
 
 
 class ModelNames:
@@ -34,6 +38,8 @@ class ModelNames:
             return
         if self.foreign is None:
             self.foreign = row.model
+            if self._own is not None:
+                logger.warning("rows name the model %.100r; %s answers them", row.model, self._own)
         if row.model != self.foreign:
             raise RequestError(
                 f"model is {row.model!r:.100}, but earlier rows name {self.foreign!r:.100}; "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 
 class EngineStats(Protocol):
@@ -24,6 +25,19 @@ class EngineStats(Protocol):
     def num_preemptions(self) -> int: ...
     @property
     def num_folded(self) -> int: ...
+
+
+def since_now(stats: EngineStats) -> EngineStats:
+    """The same counts from now on: an engine may have run other rows before the job's."""
+    return cast(EngineStats, _SinceNow(stats))
+
+
+class _SinceNow:
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats, self._before = stats, copy.copy(stats)
+
+    def __getattr__(self, name: str) -> int:
+        return int(getattr(self._stats, name) - getattr(self._before, name))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,7 +63,7 @@ class JobSummary:
         idle_s: seconds the engine waited for input.
         run_s: seconds from the first row read to the last row written.
         stopped: the user asked to stop.
-        engine: the engine's own counts.
+        engine: the engine's own counts, from the start of the run.
     """
 
     engine: EngineStats

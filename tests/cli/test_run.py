@@ -17,10 +17,10 @@ from rich.console import Console
 from batchwright.cli import main as cli
 from batchwright.cli import run as run_command
 from batchwright.cli.numbers import parse_count
-from batchwright.cli.preflight import error_path_for
 from batchwright.cli.progress import ProgressReport, duration
 from batchwright.errors import BatchwrightError, OutputError, RequestError, ResourceError
 from batchwright.job.events import Progressed, RowFailed
+from batchwright.job.preflight import error_path_for
 from batchwright.job.summary import JobSummary
 from batchwright.weights.locate import locate_model
 from tests.job.fakes import ByteTokenizer, FakeEngine, FakeModel, chat_row, read_lines, write_lines
@@ -51,7 +51,7 @@ class Command:
         self.settings = settings
         tokenizer = ByteTokenizer()
         tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-        return FakeModel(self.engine, tokenizer)
+        return FakeModel(self.engine, tokenizer, name=model)
 
     def __call__(self, *args: object) -> tuple[int, str, str]:
         self._monkeypatch.setattr(sys, "argv", ["batchwright", *map(str, args)])

@@ -16,7 +16,7 @@ from batchwright.job.journal import MAX_PENDING_ROWS
 from batchwright.job.model_names import ModelNames
 from batchwright.job.run_job import JobPaths, run_job
 from batchwright.job.runner import JobOptions
-from batchwright.job.stop import StopControl
+from batchwright.job.stop import StopControl, StoppedAtOnce
 from batchwright.job.summary import JobSummary
 from batchwright.request import Request
 from tests.job.fakes import (
@@ -232,7 +232,7 @@ def test_third_stop_interrupts_waiting_for_input() -> None:
     stop = StopControl()
     stop.request()
     stop.request()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedAtOnce):
         stop.request()
 
 
@@ -240,7 +240,7 @@ def test_an_interrupt_while_rows_are_read_counts_them_all(tmp_path: Path) -> Non
     class Interrupted(FakeEngine):
         def add(self, request: Request) -> None:
             if request.id == "2":
-                raise KeyboardInterrupt
+                raise StoppedAtOnce
             super().add(request)
 
     run = Run(tmp_path, [chat_row(str(i)) for i in range(5)], Interrupted())
