@@ -93,7 +93,7 @@ class FileJob:
             if arguments.output == STDIO:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="batchwright-"))
             self.directory = stack.enter_context(JobDirectory(folder))
-            check_existing(self.directory, arguments.output, force=arguments.force)
+            check_existing(self.directory, arguments.output, self.errors, force=arguments.force)
             self._rows, self._input_bytes = open_rows(arguments)
             self._opened = stack.pop_all()
 

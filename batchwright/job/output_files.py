@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from batchwright.errors import OutputError
 from batchwright.job.durable import write_all
-from batchwright.job.formats.output import output_kind, write_projection
+from batchwright.job.formats.output import output_kind, remove_projection, write_projection
 from batchwright.job.journal import Entry, Journal, RowState
 
 STDOUT = "-"
@@ -131,8 +130,8 @@ class _File:
             ) from error
 
     def remove(self) -> None:
-        if self.path != STDOUT and os.path.isfile(self.path):
-            Path(self.path).unlink()
+        if self.path != STDOUT:
+            remove_projection(self.path)
 
     def close(self) -> None:
         if self._fd is not None:

@@ -16,7 +16,7 @@ from batchwright.job.directory import JobDirectory
 from batchwright.job.formats.output import check_output
 from batchwright.job.formats.read_input import input_size, read_input
 from batchwright.job.formats.row_objects import read_objects
-from batchwright.job.formats.source import COMPRESSED, is_url
+from batchwright.job.formats.source import COMPRESSED, explained, file_system, is_url
 from batchwright.job.rows import InputRow, RowError
 
 AnyRow = InputRow | RowError
@@ -123,21 +123,30 @@ def _shard_of(arguments: JobArguments) -> Iterator[AnyRow]:
     return rows if arguments.shard is None else select.shard(rows, *arguments.shard)
 
 
-def check_existing(directory: JobDirectory, output: str, *, force: bool) -> None:
-    """A job that was begun goes on; a file that no job of ours wrote is not replaced.
+def check_existing(directory: JobDirectory, output: str, errors: str, *, force: bool) -> None:
+    """A job that was begun goes on; files that no job of ours wrote are not replaced.
 
     Raises:
-        ConfigError: the output exists and its job does not.
+        ConfigError: the output or the error file exists and their job does not.
     """
     if force:
         directory.clear()
     begun = directory.manifest_path.exists()
     if output == STDIO or begun or force:
         return
-    if os.path.isfile(output) and os.path.getsize(output):
-        raise ConfigError(
-            f"{output} exists; name another file, or replace it and its error file with --force"
-        )
+    for path in (output, errors):
+        if _has_content(path):
+            raise ConfigError(
+                f"{path} exists; name another file, or replace output and error file with --force"
+            )
+
+
+def _has_content(path: str) -> bool:
+    if is_url(path):
+        with explained(path, path):
+            system, remote = file_system(path)
+            return bool(system.isfile(remote) and system.size(remote))
+    return os.path.isfile(path) and os.path.getsize(path) > 0
 
 
 def check_outputs(source: str | Iterable[Any], output: str, errors: str) -> None:
@@ -147,6 +156,8 @@ def check_outputs(source: str | Iterable[Any], output: str, errors: str) -> None
         ConfigError: with the path and the remedy.
     """
     for path in {output, errors} - {STDIO}:
+        if not path:
+            raise ConfigError("a path of the output or the error file is empty; name a file")
         check_output(path)
         if is_url(path):
             continue
@@ -159,7 +170,7 @@ def check_outputs(source: str | Iterable[Any], output: str, errors: str) -> None
             raise ConfigError(f"{path} cannot be written; check the permissions")
         if not os.path.exists(path):
             continue
-        if isinstance(source, str) and source != STDIO and os.path.samefile(path, source):
+        if isinstance(source, str) and os.path.exists(source) and os.path.samefile(path, source):
             raise ConfigError(f"{path} is the input; write the results to another file")
     if output != errors and os.path.realpath(output) == os.path.realpath(errors):
         raise ConfigError(f"{output} and {errors} are the same file; name it once")
