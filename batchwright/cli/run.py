@@ -221,7 +221,8 @@ def exit_status(summary: JobSummary) -> int:
     """0 if all rows succeeded, 1 if some failed or expired, 75 if the job was stopped."""
     if summary.stopped:
         return INTERRUPTED
-    return SOME_ROWS_FAILED if summary.num_failed or summary.num_expired else 0
+    failed = summary.num_failed or summary.num_failed_before or summary.num_expired
+    return SOME_ROWS_FAILED if failed else 0
 
 
 @contextmanager

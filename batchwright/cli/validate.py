@@ -99,7 +99,7 @@ class Findings:
         from batchwright.job.validate import parse_row
 
         names = ModelNames(None)
-        for row in rows:
+        for row in names.watch(rows):
             self.num_rows += 1
             try:
                 if isinstance(row, RowError):

@@ -119,7 +119,7 @@ class FileJob:
         names = ModelNames(model.name)
         try:
             return run_job(
-                self._rows,
+                names.watch(self._rows),
                 JobPaths(arguments.output, self.errors, arguments.in_input_order),
                 self.directory,
                 model,

@@ -124,10 +124,11 @@ class _File:
                 self._fd = os.dup(1) if self.path == STDOUT else os.open(self.path, flags, 0o600)
             write_all(self._fd, data)
         except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path}: {error.strerror or error}; finished rows are safe in "
-                "the job directory, and the same command goes on from there"
-            ) from error
+            name, safe = self.path, "finished rows are safe in the job directory, and the same "
+            safe += "command goes on from there"
+            if self.path == STDOUT:
+                name, safe = "standard output", "a job that writes there cannot be gone on with"
+            raise OutputError(f"cannot write {name}: {error.strerror or error}; {safe}") from error
 
     def remove(self) -> None:
         if self.path != STDOUT:

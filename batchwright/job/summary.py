@@ -48,6 +48,7 @@ class JobSummary:
     Attributes:
         num_rows_read: rows taken from the input, bad lines included.
         num_skipped: rows that an earlier run finished.
+        num_failed_before: rows that failed or expired in an earlier run and were not run again.
         num_expired: rows whose time, or the job's, was up.
         num_cancelled: rows read but neither answered nor failed, because the job was stopped.
         num_length_limited: rows with an output that ended at max_tokens or the context.
@@ -72,6 +73,7 @@ class JobSummary:
     num_succeeded: int = 0
     num_failed: int = 0
     num_skipped: int = 0
+    num_failed_before: int = 0
     num_expired: int = 0
     num_cancelled: int = 0
     num_length_limited: int = 0

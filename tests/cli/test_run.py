@@ -20,6 +20,7 @@ from batchwright.cli import run as run_command
 from batchwright.cli.numbers import parse_count
 from batchwright.cli.progress import ProgressReport, duration
 from batchwright.errors import BatchwrightError, OutputError, RequestError, ResourceError
+from batchwright.job import output_files
 from batchwright.job.directory import job_directory_for
 from batchwright.job.events import Progressed, RowFailed
 from batchwright.job.preflight import error_path_for
@@ -172,6 +173,24 @@ def test_what_cannot_work_is_told_before_loading(
     assert command.settings is None
     assert (tmp_path / "old.jsonl").read_text() == "precious\n"
     assert (tmp_path / "in.jsonl").read_bytes() == before
+
+
+def test_failed_rows_that_are_kept_count_as_failed(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a"), chat_row("b", temperature="hot")])
+    arguments = ("run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--keep-failed")
+    assert [command(*arguments)[0] for _ in range(2)] == [1, 1]
+
+
+def test_a_closed_standard_output_does_not_promise_to_go_on(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(fd: int, data: bytes) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(output_files, "write_all", closed)
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    _, _, err = command("run", source, "-o", "-", "--model", "m")
+    assert "cannot write standard output: Broken pipe; a job that writes there cannot" in err
 
 
 def test_a_job_goes_on_whose_input_is_in_an_object_store(command: Command, tmp_path: Path) -> None:

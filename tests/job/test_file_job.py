@@ -79,6 +79,15 @@ def test_it_goes_on_where_it_was_left_as_the_command_does(tmp_path: Path) -> Non
     assert run_file(FakeModel(engine), source, tmp_path / "out.jsonl", force=True).num_skipped == 0
 
 
+def test_a_second_model_name_is_refused_on_each_run(tmp_path: Path) -> None:
+    """Also when the rows that give the first are done."""
+    rows = [chat_row(name, model=model) for name, model in zip("abc", "xyx", strict=True)]
+    for _ in range(2):
+        run_file(FakeModel(FakeEngine(), name="m"), rows, tmp_path / "out.jsonl")
+        assert ids(tmp_path / "out.jsonl") == ["a", "c"]
+        assert ids(tmp_path / "out.errors.jsonl") == ["b"]
+
+
 def test_counts_are_those_of_the_run(tmp_path: Path) -> None:
     model = FakeModel(FakeEngine())
     steps = [

@@ -68,14 +68,15 @@ def run_rows(
 ) -> JobSummary:
     """The job in `folder`, begun or gone on with."""
     directory = JobDirectory(folder / "out.jsonl.job")
+    names = ModelNames("m")
     try:
         return run_job(
-            rows,
+            names.watch(rows),
             JobPaths(str(folder / "out.jsonl"), str(folder / "err.jsonl")),
             directory,
             FakeModel(engine),
             JobOptions(**{**OPTIONS, **options}),
-            check=ModelNames("m").check,
+            check=names.check,
             stop=stop,
             on_event=on_event,
         )
