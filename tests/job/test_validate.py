@@ -190,7 +190,11 @@ def test_defaults_are_those_of_the_api() -> None:
         ({"messages": ["Hi"]}, "messages[0]", "must be an object"),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "is missing"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "must be a list"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content",
+            "a list of text parts",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "messages[0].content[0]",
