@@ -33,7 +33,7 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
 
 def _check_message(param: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
-        checks.fail(param, f"must be an object, not {checks.shown(message)}")
+        checks.fail(param, f"must be an object, not {checks.kind_of(message)}")
     if "role" not in message:
         checks.fail(f"{param}.role", "is missing", code="missing_required_parameter")
     checks.text(f"{param}.role", message["role"], min_chars=1, max_chars=MAX_ROLE_CHARS)
@@ -61,7 +61,7 @@ def _check_content(param: str, content: Any) -> None:
     for index, part in enumerate(checks.items(param, content, MAX_MESSAGES)):
         name = f"{param}[{index}]"
         if not isinstance(part, dict):
-            checks.fail(name, f"must be an object, not {checks.shown(part)}")
+            checks.fail(name, f"must be an object, not {checks.kind_of(part)}")
         if part.get("type") != "text":
             kind = checks.shown(part.get("type"))
             checks.fail(name, f"is of type {kind}; only text is supported")

@@ -378,6 +378,13 @@ def test_many_failures_do_not_flood() -> None:
     assert len(screen.getvalue().splitlines()) == 11
 
 
+def test_a_row_cannot_steer_the_terminal() -> None:
+    screen = StringIO()
+    with ProgressReport(Console(file=screen)) as report:
+        report.on_event(RowFailed(1, "a\x1b[2J", RequestError("has \x1b]0;x\x07")))
+    assert screen.getvalue() == "Failed: line 1 (a\\x1b[2J): has \\x1b]0;x\\x07\n"
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(8.2, "8 s"), (125, "2:05 min"), (11040, "3:04 h")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
