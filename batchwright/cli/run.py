@@ -205,7 +205,7 @@ def _run_job(job: FileJob, llm: LLM, log: Console, *, load_s: float) -> int:
         log.print(f"batchwright: {error}", markup=False, highlight=False, soft_wrap=True)
         return INTERRUPTED
     output = job.arguments.output
-    report = log if output == STDIO else Console()
+    report = log if STDIO in (output, job.errors) else Console()
     print_summary(report, summary, load_s=load_s, output=output, errors=job.errors)
     return exit_status(summary)
 

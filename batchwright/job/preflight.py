@@ -100,7 +100,7 @@ def open_rows(arguments: JobArguments) -> tuple[Iterator[AnyRow], int | None]:
     source = arguments.source
     rows = _shard_of(arguments)
     if arguments.sample is not None:
-        if source == STDIO or isinstance(source, Iterator):
+        if isinstance(source, Iterator) or source == STDIO or _is_pipe(source):
             raise ConfigError("a sample reads the input twice; give a file, or use limit")
         highest = select.sample_limit(_shard_of(arguments), arguments.sample)
         rows = select.sample(rows, highest)
@@ -110,6 +110,10 @@ def open_rows(arguments: JobArguments) -> tuple[Iterator[AnyRow], int | None]:
     if not whole or not isinstance(source, str):
         return rows, None
     return rows, input_size(source)
+
+
+def _is_pipe(source: object) -> bool:
+    return isinstance(source, str) and os.path.exists(source) and Path(source).is_fifo()
 
 
 def _shard_of(arguments: JobArguments) -> Iterator[AnyRow]:

@@ -1,5 +1,6 @@
 """The run command with a model that is faked: exit codes, messages, files."""
 
+import json
 import os
 import shutil
 import signal
@@ -124,6 +125,14 @@ def test_results_may_go_to_stdout(command: Command, tmp_path: Path) -> None:
     (tmp_path / "seen.jsonl").write_text(out)
     lines = read_lines(tmp_path / "seen.jsonl")
     assert [line["custom_id"] for line in lines] == [None, "a"]
+    assert "succeeded" in err
+
+
+def test_errors_on_stdout_are_not_mixed_with_the_summary(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a"), b"{"])
+    output = tmp_path / "out.jsonl"
+    _, out, err = command("run", source, "-o", output, "--error-file", "-", "--model", "m")
+    assert [json.loads(line)["custom_id"] for line in out.splitlines()] == [None]
     assert "succeeded" in err
 
 

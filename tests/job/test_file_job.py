@@ -1,5 +1,6 @@
 """run_file: the job that the command runs, from Python, on files and on rows given as dicts."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,6 +87,15 @@ def test_a_second_model_name_is_refused_on_each_run(tmp_path: Path) -> None:
         run_file(FakeModel(FakeEngine(), name="m"), rows, tmp_path / "out.jsonl")
         assert ids(tmp_path / "out.jsonl") == ["a", "c"]
         assert ids(tmp_path / "out.errors.jsonl") == ["b"]
+
+
+def test_a_pipe_cannot_be_sampled(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b'{"prompt": "x"}\n')
+    os.close(writing)
+    with pytest.raises(ConfigError, match="reads the input twice"):
+        run_file(FakeModel(FakeEngine()), f"/dev/fd/{reading}", tmp_path / "out.jsonl", sample=1)
+    os.close(reading)
 
 
 def test_counts_are_those_of_the_run(tmp_path: Path) -> None:
