@@ -119,7 +119,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "ignore_eos": checks.boolean,
     "repetition_detection": _repetition_detection,
     "n": _integer(1, MAX_SAMPLES),
-    "seed": _integer(0, 2**63 - 1),
+    "seed": _integer(-(2**63), 2**63 - 1),
     "logprobs": _integer(0, MAX_LOGPROBS),
     "prompt_logprobs": _integer(0, MAX_LOGPROBS),
     "skip_special_tokens": checks.boolean,
