@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from batchwright.errors import ConfigError
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, blocks_per_sequence, split_blocks
@@ -16,6 +17,16 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = 512
 DEFAULT_MAX_MODEL_LEN = 8192
 KV_SHARE_OF_FREE_MEMORY = 0.5
 AUTO_ORDER = "auto"
+
+_COUNTS = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_bytes",
+    "kv_tokens",
+    "num_threads",
+)
+_WHOLE_NUMBERS = (*_COUNTS, "block_size", "seed", "look_ahead")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,14 +120,17 @@ class EngineConfig:
     def _problems(self) -> list[str]:
         """What is wrong whatever the model is."""
         problems: list[str] = []
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "kv_cache_bytes",
-            "kv_tokens",
-            "num_threads",
-        ):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "prefix_sharing" and not isinstance(value, bool):
+                problems.append(f"prefix_sharing is {value!r:.60}, must be True or False")
+            if field.name not in _WHOLE_NUMBERS or (value is None and field.default is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                problems.append(f"{field.name} is {value!r:.60}, must be a whole number")
+        if problems:
+            return problems
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name} is {value}, must be at least 1")
@@ -126,6 +140,8 @@ class EngineConfig:
             problems.append(f"dtype is {self.dtype!r}, must be auto, float32 or bfloat16")
         if self.order not in (orders := [AUTO_ORDER, *names("plan.orders")]):
             problems.append(f"order is {self.order!r}, must be one of {', '.join(orders)}")
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed is {self.seed}, must be between 0 and 2^63 - 1")
         if self.look_ahead not in (0, 1):
             problems.append(f"look_ahead is {self.look_ahead}, must be 0 or 1")
         if self._token_budget < self.max_num_seqs:

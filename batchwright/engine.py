@@ -239,10 +239,10 @@ class Engine:
                 yield from self.step()
         finally:
             self._is_running = False
-            self._abandon()
+            self.abandon()
 
-    def _abandon(self) -> None:
-        """End everything; nobody reads the results."""
+    def abandon(self) -> None:
+        """End everything; nobody reads the results. The engine can be used again."""
         if self._scheduler.num_unfinished or self._outstanding or self._is_torn:
             self._outstanding.clear()
             self._scheduler.restart([])

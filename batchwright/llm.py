@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard, cast
@@ -34,7 +34,11 @@ from batchwright.structured.compile import GrammarCompiler
 from batchwright.text.continuation import join, prefix_token_id
 from batchwright.text.token_bytes import token_bytes
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
-from batchwright.validation.messages import check_messages
+from batchwright.validation.messages import (
+    check_messages,
+    check_template_kwargs,
+    check_tools,
+)
 from batchwright.validation.params import check_params
 from batchwright.weights.checkpoint import Checkpoint, open_checkpoint
 from batchwright.weights.locate import locate_model
@@ -64,13 +68,14 @@ class LLM:
         fields = {field.name for field in dataclasses.fields(EngineConfig)}
         if unknown := sorted(settings.keys() - fields):
             raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {sorted(fields)}")
-        path = locate_model(str(model))
+        self.name = str(model)
+        config = EngineConfig(**settings)
+        config.check()
+        path = locate_model(self.name)
         self.tokenizer: Tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
         self._fingerprint = checkpoint.fingerprint
-        self.engine, self.config = build_engine(
-            checkpoint, self.tokenizer, EngineConfig(**settings)
-        )
+        self.engine, self.config = build_engine(checkpoint, self.tokenizer, config)
 
     def generate(
         self,
@@ -101,12 +106,18 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Result]:
-        """Answer message lists through the model's chat template; results in input order."""
+        """Answer message lists through the model's chat template; results in input order.
+
+        Raises:
+            RequestError: tools or chat_template_kwargs are wrong, which are those of all rows.
+        """
         rows = _as_conversations(conversations)
+        given_tools = check_tools(tools) if tools else None
+        kwargs = check_template_kwargs(chat_template_kwargs or {})
 
         def request(id: str, messages: Messages, row_params: SamplingParams) -> Request:
             text, token_ids = self.tokenizer.encode_chat(
-                check_messages(messages), tools=tools, template_kwargs=chat_template_kwargs
+                check_messages(messages), tools=given_tools, template_kwargs=kwargs
             )
             return _request(id, text, token_ids, params=check_params(row_params))
 
@@ -127,7 +138,7 @@ class LLM:
             token_ids, score_start = join(self.tokenizer, *pair)
             return _request(id, None, token_ids, task=Task.SCORE, score_start=score_start)
 
-        return _in_order(self._run(request, pairs))
+        return _in_order(self._run(request, _rows(pairs, "(context, continuation) pairs")))
 
     def embed(self, texts: Prompt | Sequence[Prompt], pooling: str = "mean") -> list[Result]:
         """Mean or last final hidden state of each text, in `.embedding`."""
@@ -301,16 +312,26 @@ def _are_token_ids(prompt: Any) -> TypeGuard[Sequence[int]]:
     """Whether this is a sequence of whole numbers that fit into 32 bits."""
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
         return False
-    return all(isinstance(i, int | np.integer) and abs(int(i)) < 2**31 for i in prompt)
+    return all(
+        isinstance(i, int | np.integer) and not isinstance(i, bool) and abs(int(i)) < 2**31
+        for i in prompt
+    )
 
 
 def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list; a flat list of ints is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
-    rows = list(prompts)
+    rows = _rows(prompts, "texts or lists of token ids")
     is_one = len(rows) > 0 and isinstance(rows[0], int | np.integer)
     return [cast(Prompt, rows)] if is_one else cast(list[Prompt], rows)
+
+
+def _rows(given: Iterable[Any], what: str) -> list[Any]:
+    """Rows as a list; what has no order, or is no collection of rows, is not guessed at."""
+    if isinstance(given, bytes | Mapping | Set) or not isinstance(given, Iterable):
+        raise ConfigError(f"rows are a list of {what}, not {type(given).__name__}")
+    return list(given)
 
 
 def _as_conversations(conversations: Messages | Sequence[Messages]) -> list[Messages]:

@@ -158,14 +158,16 @@ class OpenRequests:
         """Let a request look at a token of its own; it may end with it."""
         running = self.running[sequence.request.id]
         try:
-            is_whole, stop = running.take_token(sequence.sample_index, line, result)
+            end = running.take_token(sequence.sample_index, line, result)
         except Exception as error:  # noqa: BLE001 - text of this row only; the row fails
             self.fail(sequence.request.id, error)
             return
-        if is_whole and sequence.finish_reason is None:
-            self._scheduler.finish(sequence, FinishReason.STOP, stop)
+        if end is None:
+            return
+        if sequence.finish_reason is None:
+            self._scheduler.finish(sequence, end.reason, end.stop_reason)
             self._finish(sequence)
-        elif is_whole and sequence.finish_reason is FinishReason.LENGTH:
+        elif end.reason is FinishReason.STOP and sequence.finish_reason is FinishReason.LENGTH:
             sequence.finish_reason = FinishReason.STOP  # with the last token it was allowed
 
     def _finish(self, sequence: Sequence) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchwright.errors import RequestError
+from batchwright.repetition import RepetitionDetection
 from batchwright.structured.spec import GrammarSpec
 
 Int32Array = npt.NDArray[np.int32]
@@ -35,6 +36,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the model's context was reached
+    REPETITION = "repetition"  # it went round in a loop, see repetition.py
     CANCELLED = "cancelled"
     ERROR = "error"
 
@@ -60,6 +62,8 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string in the text.
         stop_token_ids: token ids that end the output, besides the model's end tokens.
         ignore_eos: the model's end tokens do not end the output.
+        repetition_detection: ends an output that has fallen into a loop, not before min_tokens;
+            None lets it run.
         n: sequences per request; they share the prompt.
         seed: key of the row's own randomness; None derives it from the job seed and the row id.
         logprobs: number of likeliest alternatives to report per output token (0: only the chosen
@@ -86,6 +90,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_detection: RepetitionDetection | None = None
     n: int = 1
     seed: int | None = None
     logprobs: int | None = None

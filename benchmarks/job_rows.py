@@ -114,7 +114,7 @@ def run_one(folder: Path) -> dict:
 
 
 def peak_bytes() -> int:
-    """The most memory this process had resident. (What getrusage tells begins with its parent's.)"""
+    """The most memory this process had resident; what getrusage tells begins with its parent's."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 

@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "batchwright"
 TORCH_FREE = [
-    *(PACKAGE / f"{name}.py" for name in ("request", "step", "config", "errors", "clock")),
+    *(
+        PACKAGE / f"{name}.py"
+        for name in ("request", "step", "config", "errors", "clock", "repetition")
+    ),
     *(PACKAGE / "kv" / f"{name}.py" for name in ("blocks", "prefix_cache")),
     *(
         path

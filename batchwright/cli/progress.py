@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from batchwright.cli.printable import printable
 from batchwright.job.events import Draining, JobEvent, RowFailed
 from batchwright.job.summary import JobSummary
 
@@ -136,8 +137,8 @@ class ProgressReport:
     def _show_failure(self, event: RowFailed) -> None:
         self._num_failures_shown += 1
         if self._num_failures_shown <= MAX_FAILURES_SHOWN:
-            name = "" if event.custom_id is None else f" ({event.custom_id})"
-            self._view.say(f"Failed: line {event.line}{name}: {event.error.message}")
+            name = "" if event.custom_id is None else f" ({printable(event.custom_id)})"
+            self._view.say(f"Failed: line {event.line}{name}: {printable(event.error.message)}")
         elif self._num_failures_shown == MAX_FAILURES_SHOWN + 1:
             self._view.say("Further failures are in the error file.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from batchwright.cli.preflight import STDIO
+from batchwright.job.preflight import STDIO
 from batchwright.job.summary import JobSummary
 
 

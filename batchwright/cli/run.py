@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +19,8 @@ from batchwright.cli.numbers import parse_count, parse_duration, parse_shard
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from batchwright.job.directory import JobDirectory
+    from batchwright.job.file_job import FileJob
+    from batchwright.job.preflight import JobArguments
     from batchwright.job.stop import StopControl
     from batchwright.job.summary import JobSummary
     from batchwright.llm import LLM
@@ -36,27 +35,6 @@ class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunArguments:
-    """What the command line says about a job, apart from the engine's settings."""
-
-    source: str
-    output: str
-    errors: str
-    model: str
-    column: list[str] | None = None
-    template: str | None = None
-    endpoint: str | None = None
-    force: bool = False
-    in_input_order: bool = False
-    keep_failed: bool = False
-    limit: int | None = None
-    sample: int | None = None
-    shard: tuple[int, int] | None = None
-    deadline_s: float = math.inf
-    row_timeout_s: float = math.inf
 
 
 def run(
@@ -161,12 +139,10 @@ def run(
 
     Exit status: 0 all rows succeeded, 1 some failed, 2 the job could not run, 75 interrupted.
     """
-    from batchwright.cli.preflight import error_path_for
+    from batchwright.job.preflight import JobArguments
 
     if (input_path is None) == (input_option is None):
         raise typer.BadParameter("give the input file once, as IN or with -i")
-    if limit is not None and sample is not None:
-        raise typer.BadParameter("--limit and --sample exclude each other")
     source = input_path if input_path is not None else input_option
     assert source is not None
     settings = {
@@ -181,11 +157,10 @@ def run(
         "seed": seed,
         "prefix_sharing": not no_prefix_sharing,
     }
-    arguments = RunArguments(
+    arguments = JobArguments(
         source=source,
         output=output,
-        errors=error_file or error_path_for(output),
-        model=model,
+        errors=error_file,
         column=column,
         template=template,
         endpoint=endpoint,
@@ -199,92 +174,49 @@ def run(
         row_timeout_s=math.inf if row_timeout is None else row_timeout,
     )
     given = {name: value for name, value in settings.items() if value is not None}
-    raise typer.Exit(_run(arguments, given))
+    raise typer.Exit(_run(arguments, model, given))
 
 
-def _run(arguments: RunArguments, settings: dict[str, Any]) -> int:
+def _run(arguments: JobArguments, model: str, settings: dict[str, Any]) -> int:
     """Check, load, run, report; returns the exit status."""
     from rich.console import Console
 
-    from batchwright.cli.preflight import STDIO, check_outputs
     from batchwright.config import EngineConfig
-    from batchwright.job.directory import JobDirectory, job_directory_for
+    from batchwright.job.file_job import FileJob
+    from batchwright.weights.locate import locate_model
 
     EngineConfig(**settings).check()
-    check_outputs(arguments.source, arguments.output, arguments.errors)
     log = Console(stderr=True)
     _set_up_logging(log)
-    if arguments.output == STDIO:
-        folder = tempfile.TemporaryDirectory(prefix="batchwright-")
-        with folder, JobDirectory(folder.name) as directory:
-            return _run_in(directory, arguments, settings, log)
-    with JobDirectory(job_directory_for(arguments.output)) as directory:
-        return _run_in(directory, arguments, settings, log)
+    with FileJob(arguments) as job:
+        start_s = time.perf_counter()
+        try:
+            locate_model(model)  # before torch is imported; a hub id is downloaded here
+            log.print(f"Loading {model}", markup=False, highlight=False)
+            llm = load(model, settings)
+        except KeyboardInterrupt:
+            log.print("Interrupted while loading; no row was run and nothing was written.")
+            return INTERRUPTED
+        return _run_job(job, llm, log, load_s=time.perf_counter() - start_s)
 
 
-def _run_in(
-    directory: JobDirectory, arguments: RunArguments, settings: dict[str, Any], log: Console
-) -> int:
+def _run_job(job: FileJob, llm: LLM, log: Console, *, load_s: float) -> int:
     from rich.console import Console
 
-    from batchwright.cli.preflight import STDIO, check_existing, open_rows
     from batchwright.cli.progress import ProgressReport
     from batchwright.cli.report import print_summary
     from batchwright.errors import OutputError, ResourceError
-    from batchwright.job.model_names import ModelNames
-    from batchwright.job.run_job import JobPaths, run_job
-    from batchwright.job.runner import JobOptions
-    from batchwright.weights.locate import locate_model
+    from batchwright.job.preflight import STDIO
 
-    check_existing(directory, arguments.output, force=arguments.force)
-    rows, input_bytes = open_rows(arguments)
-    start_s = time.perf_counter()
-    try:
-        locate_model(arguments.model)  # before torch is imported; a hub id is downloaded here
-        log.print(f"Loading {arguments.model}", markup=False, highlight=False)
-        llm = load(arguments.model, settings)
-    except KeyboardInterrupt:
-        log.print("Interrupted while loading; no row was run and nothing was written.")
-        return INTERRUPTED
-    load_s = time.perf_counter() - start_s
-    job_options = JobOptions(
-        model_name=arguments.model,
-        created=int(time.time()),
-        input_bytes=input_bytes,
-        deadline_s=arguments.deadline_s,
-        row_timeout_s=arguments.row_timeout_s,
-        keep_failed=arguments.keep_failed,
-    )
-    paths = JobPaths(arguments.output, arguments.errors, arguments.in_input_order)
-    names = ModelNames(arguments.model)
     try:
         with stop_on_signals() as stop, ProgressReport(log) as progress:
-            summary = run_job(
-                rows,
-                paths,
-                directory,
-                llm,
-                job_options,
-                check=names.check,
-                settings={
-                    "column": arguments.column,
-                    "template": arguments.template,
-                    "endpoint": arguments.endpoint,
-                },
-                stop=stop,
-                on_event=progress.on_event,
-            )
+            summary = job.run(llm, stop=stop, on_event=progress.on_event)
     except (OutputError, ResourceError) as error:
         log.print(f"batchwright: {error}", markup=False, highlight=False, soft_wrap=True)
         return INTERRUPTED
-    if names.foreign is not None:
-        log.print(
-            f"Rows name the model {names.foreign!r:.100}; {arguments.model} answered them.",
-            markup=False,
-            highlight=False,
-        )
-    report = log if arguments.output == STDIO else Console()
-    print_summary(report, summary, load_s=load_s, output=arguments.output, errors=arguments.errors)
+    output = job.arguments.output
+    report = log if STDIO in (output, job.errors) else Console()
+    print_summary(report, summary, load_s=load_s, output=output, errors=job.errors)
     return exit_status(summary)
 
 
@@ -299,7 +231,8 @@ def exit_status(summary: JobSummary) -> int:
     """0 if all rows succeeded, 1 if some failed or expired, 75 if the job was stopped."""
     if summary.stopped:
         return INTERRUPTED
-    return SOME_ROWS_FAILED if summary.num_failed or summary.num_expired else 0
+    failed = summary.num_failed or summary.num_failed_before or summary.num_expired
+    return SOME_ROWS_FAILED if failed else 0
 
 
 @contextmanager

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 from pathlib import Path
 
 from batchwright.errors import ConfigError, OutputError
+from batchwright.job.formats.source import is_url
 
 SUFFIX = ".job"
 
@@ -25,8 +27,16 @@ _FILES = ("manifest.json", "results.jsonl", "journal.sqlite", "metrics.jsonl", "
 
 
 def job_directory_for(output: str | Path) -> Path:
-    """Where the job that writes `output` keeps its state: results.jsonl has results.jsonl.job."""
-    return Path(f"{output}{SUFFIX}")
+    """Where the job that writes `output` keeps its state: results.jsonl has results.jsonl.job.
+
+    A journal cannot lie in an object store. The job of a URL lies in the working directory, named
+    by the URL's last part and a digest of all of it, so that no two URLs share a job.
+    """
+    path = str(output)
+    if is_url(path):
+        digest = hashlib.blake2b(path.encode(), digest_size=4).hexdigest()
+        path = f"{path.rpartition('/')[2]}.{digest}"
+    return Path(f"{path}{SUFFIX}")
 
 
 class JobDirectory:

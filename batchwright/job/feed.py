@@ -26,6 +26,8 @@ CHUNK_ROWS = 256
 MAX_CHUNKS_AHEAD = 4
 POLL_S = 0.2
 
+_NO_CONTENT = b"\0"  # the digest of a row that has a name and cannot be routed
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -202,9 +204,11 @@ class Feed:
 
 
 def _row_id(row: InputRow | RowError) -> RowId:
-    """A row that cannot be routed, or bears another's name, is known by its line alone."""
-    if isinstance(row, RowError):
+    if isinstance(row, InputRow):
+        content = _encode((row.endpoint, row.body, row.extra))
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        return RowId(named_row(row.custom_id), digest, row.line, row.custom_id, row.extra)
+    if row.custom_id is None or row.error.code == "duplicate_custom_id":  # it has no name, or
         return RowId(unnamed_row(row.line), ANY_CONTENT, row.line, row.custom_id, row.extra)
-    content = _encode((row.endpoint, row.body, row.extra))
-    digest = hashlib.blake2b(content, digest_size=8).digest()
-    return RowId(named_row(row.custom_id), digest, row.line, row.custom_id, row.extra)
+    # another row's. Otherwise the error replaces what an earlier run answered by that name.
+    return RowId(named_row(row.custom_id), _NO_CONTENT, row.line, row.custom_id, row.extra)

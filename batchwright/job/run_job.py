@@ -33,6 +33,8 @@ class JobModel(Protocol):
     """What a job needs of `llm.LLM`."""
 
     @property
+    def name(self) -> str: ...
+    @property
     def engine(self) -> JobEngine: ...
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -117,6 +119,10 @@ def run_job(
                 summary = job.run()
         finally:
             metrics.write(job.metrics(), event="end")
+        if options.keep_failed:
+            counts = journal.counts()
+            failures = counts[RowState.FAILED] + counts[RowState.EXPIRED]
+            summary.num_failed_before = failures - summary.num_failed - summary.num_expired
         files.finish(resumed=resumed)
         write_private(directory.summary_path, _summary_json(job, journal))
         return summary

@@ -28,8 +28,8 @@ from batchwright.job.formats.result_line import error_line, success_line
 from batchwright.job.journal import Journal, RowState
 from batchwright.job.metrics import MetricsLog
 from batchwright.job.output_files import OutputFiles
-from batchwright.job.stop import StopControl
-from batchwright.job.summary import EngineStats, JobSummary
+from batchwright.job.stop import StopControl, StoppedAtOnce
+from batchwright.job.summary import EngineStats, JobSummary, since_now
 from batchwright.request import DEFAULT_MAX_TOKENS, FinishReason, Request, Result, Task
 
 HORIZON_ROWS = 4096
@@ -55,6 +55,7 @@ class JobEngine(Protocol):
     def step(self) -> list[Result]: ...
     def cancel(self, request_id: str) -> None: ...
     def waiting_ids(self) -> list[str]: ...
+    def abandon(self) -> None: ...
 
 
 class EngineLoad(Protocol):
@@ -147,7 +148,7 @@ class Job:
         self._num_tokens_in_flight = 0
         self._time_is_up = False
         self._next_timeout_check_s = -math.inf
-        self.summary = JobSummary(engine=engine.stats, input_bytes=options.input_bytes)
+        self.summary = JobSummary(engine=since_now(engine.stats), input_bytes=options.input_bytes)
 
     def run(self) -> JobSummary:
         """Run all rows, or until stopped; returns the final summary.
@@ -160,7 +161,7 @@ class Job:
         try:
             self._loop(start_s)
             summary.num_cancelled += len(self._in_flight)
-        except KeyboardInterrupt:  # anywhere, even between reading a row and adding it
+        except StoppedAtOnce:  # anywhere, even between reading a row and adding it
             summary.stopped = True
             summary.num_cancelled += summary.num_in_flight
         except (InputError, ResourceError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 
 class EngineStats(Protocol):
@@ -26,6 +27,19 @@ class EngineStats(Protocol):
     def num_folded(self) -> int: ...
 
 
+def since_now(stats: EngineStats) -> EngineStats:
+    """The same counts from now on: an engine may have run other rows before the job's."""
+    return cast(EngineStats, _SinceNow(stats))
+
+
+class _SinceNow:
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats, self._before = stats, copy.copy(stats)
+
+    def __getattr__(self, name: str) -> int:
+        return int(getattr(self._stats, name) - getattr(self._before, name))
+
+
 @dataclass(slots=True, kw_only=True)
 class JobSummary:
     """Counts of one run of a job. Every row read was finished before, or ends as succeeded,
@@ -34,6 +48,7 @@ class JobSummary:
     Attributes:
         num_rows_read: rows taken from the input, bad lines included.
         num_skipped: rows that an earlier run finished.
+        num_failed_before: rows that failed or expired in an earlier run and were not run again.
         num_expired: rows whose time, or the job's, was up.
         num_cancelled: rows read but neither answered nor failed, because the job was stopped.
         num_length_limited: rows with an output that ended at max_tokens or the context.
@@ -49,7 +64,7 @@ class JobSummary:
         idle_s: seconds the engine waited for input.
         run_s: seconds from the first row read to the last row written.
         stopped: the user asked to stop.
-        engine: the engine's own counts.
+        engine: the engine's own counts, from the start of the run.
     """
 
     engine: EngineStats
@@ -58,6 +73,7 @@ class JobSummary:
     num_succeeded: int = 0
     num_failed: int = 0
     num_skipped: int = 0
+    num_failed_before: int = 0
     num_expired: int = 0
     num_cancelled: int = 0
     num_length_limited: int = 0

@@ -16,7 +16,7 @@ from batchwright.job.names import check_names
 from batchwright.job.rows import CHAT, COMPLETIONS, EMBEDDINGS, SCORE, SCORE_ALIAS, InputRow
 from batchwright.request import SamplingParams, Task
 from batchwright.validation import checks
-from batchwright.validation.messages import check_messages, check_tools
+from batchwright.validation.messages import check_messages, check_template_kwargs, check_tools
 from batchwright.validation.params import (
     MAX_LOGPROBS,
     MAX_TOKENS_ALIASES,
@@ -25,7 +25,6 @@ from batchwright.validation.params import (
 )
 
 MAX_PROMPT_TOKEN_IDS = 10_000_000
-MAX_TEMPLATE_KWARGS = 64
 MAX_TEMPLATE_CHARS = 262_144
 
 _SAMPLING_NAMES = PARAM_NAMES | set(MAX_TOKENS_ALIASES)
@@ -152,7 +151,7 @@ def _parse_chat(row: InputRow, body: dict[str, Any]) -> ParsedRow:
         messages=messages,
         tools=tools,
         tool_names=frozenset(tool["function"]["name"] for tool in callable_tools),
-        template_kwargs=_template_kwargs(body.get("chat_template_kwargs", {})),
+        template_kwargs=check_template_kwargs(body.get("chat_template_kwargs", {})),
         add_generation_prompt=add_prompt,
         continue_final_message=continues,
         chat_template=_chat_template(body),
@@ -174,15 +173,6 @@ def _chat_template(body: dict[str, Any]) -> str | None:
     if "chat_template" not in body:
         return None
     return checks.text("chat_template", body["chat_template"], max_chars=MAX_TEMPLATE_CHARS)
-
-
-def _template_kwargs(value: Any) -> dict[str, Any]:
-    param = "chat_template_kwargs"
-    if not isinstance(value, dict):
-        checks.fail(param, f"must be an object, not {checks.shown(value)}")
-    if len(value) > MAX_TEMPLATE_KWARGS:
-        checks.fail(param, f"has {len(value)} entries; at most {MAX_TEMPLATE_KWARGS} are allowed")
-    return value
 
 
 def _parse_completion(row: InputRow, body: dict[str, Any]) -> ParsedRow:

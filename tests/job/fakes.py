@@ -108,6 +108,9 @@ class FakeEngine:
     def waiting_ids(self) -> list[str]:
         return [request.id for request in self.waiting]
 
+    def abandon(self) -> None:
+        self.waiting, self.running, self.done = [], {}, []
+
     def cancel(self, request_id: str) -> None:
         request, _ = self.running.pop(request_id, (None, 0))
         for waiting in [w for w in self.waiting if w.id == request_id]:

@@ -151,7 +151,7 @@ def test_a_score_row(endpoint: str) -> None:
         ({"context": "a", "continuation": ""}, "continuation", "is empty"),
         ({"context": "a", "continuation": []}, "continuation", "is empty"),
         ({"context": 5, "continuation": "a"}, "context", "must be a string"),
-        ({"context": ["a"], "continuation": "a"}, "context", "'a' at index 0"),
+        ({"context": ["a"], "continuation": "a"}, "context", "text of 1 characters at index 0"),
         ({"text_1": "a", "text_2": "b"}, "text_1", "give context and continuation"),
         ({"context": "a", "continuation": "b", "max_tokens": 1}, "max_tokens", "unknown"),
     ],

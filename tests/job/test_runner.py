@@ -17,7 +17,7 @@ from batchwright.job.journal import MAX_PENDING_ROWS
 from batchwright.job.model_names import ModelNames
 from batchwright.job.run_job import JobPaths, run_job
 from batchwright.job.runner import JobOptions
-from batchwright.job.stop import StopControl
+from batchwright.job.stop import StopControl, StoppedAtOnce
 from batchwright.job.summary import JobSummary
 from batchwright.request import Request
 from tests.job.fakes import (
@@ -69,14 +69,15 @@ def run_rows(
 ) -> JobSummary:
     """The job in `folder`, begun or gone on with."""
     directory = JobDirectory(folder / "out.jsonl.job")
+    names = ModelNames("m")
     try:
         return run_job(
-            rows,
+            names.watch(rows),
             JobPaths(str(folder / "out.jsonl"), str(folder / "err.jsonl")),
             directory,
             FakeModel(engine),
             JobOptions(**{**OPTIONS, **options}),
-            check=ModelNames("m").check,
+            check=names.check,
             stop=stop,
             on_event=on_event,
         )
@@ -249,7 +250,7 @@ def test_third_stop_interrupts_waiting_for_input() -> None:
     stop = StopControl()
     stop.request()
     stop.request()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedAtOnce):
         stop.request()
 
 
@@ -257,7 +258,7 @@ def test_an_interrupt_while_rows_are_read_counts_them_all(tmp_path: Path) -> Non
     class Interrupted(FakeEngine):
         def add(self, request: Request) -> None:
             if request.id == "2":
-                raise KeyboardInterrupt
+                raise StoppedAtOnce
             super().add(request)
 
     run = Run(tmp_path, [chat_row(str(i)) for i in range(5)], Interrupted())

@@ -106,8 +106,10 @@ class _Lines:
 def _header(records: Iterator[list[str]], name: str) -> list[str]:
     try:
         header = next((record for record in records if record), [])
-    except (RequestError, csv.Error) as error:
+    except RequestError as error:
         raise InputError(f"{name} has no readable header: {error}") from None
+    except csv.Error as error:
+        raise InputError(f"{name} has no readable header: it {_words(error)}") from None
     if not header:
         raise InputError(f"{name} is empty (empty_file); its first line must name the columns")
     if len(header) > MAX_COLUMNS:

@@ -33,7 +33,7 @@ def read_json_lines(source: Source, given: ColumnMap) -> Iterator[InputRow | Row
     Raises:
         InputError: not UTF-8 text at all, no rows, or the first row lacks the prompt's column.
     """
-    reader = _LineReader(source.name, given)
+    reader = LineReader(source.name, given)
     num_rows = 0
     for line, (raw, num_bytes) in enumerate(read_lines(source.stream), start=1):
         if line == 1 and raw is not None:
@@ -45,7 +45,7 @@ def read_json_lines(source: Source, given: ColumnMap) -> Iterator[InputRow | Row
         try:
             if raw is None:
                 raise too_long(num_bytes)
-            row = _decode(raw)
+            row = decode_row(raw)
         except RequestError as error:
             error.line = line
             yield RowError(line, None, error, counted)
@@ -66,8 +66,13 @@ def without_mark(raw: bytes, name: str) -> bytes:
     return raw.removeprefix(_UTF8_MARK)
 
 
-class _LineReader:
-    """From decoded lines to rows."""
+class LineReader:
+    """From decoded lines to rows.
+
+    Args:
+        name: what messages call the input.
+        given: with a mapping, each line is a table's row.
+    """
 
     def __init__(self, name: str, given: ColumnMap) -> None:
         self._name = name
@@ -77,6 +82,7 @@ class _LineReader:
     def read(
         self, row: dict[str, Any], line: int, num_bytes: int, memory_bytes: int
     ) -> InputRow | RowError:
+        """The row of one line, which is what `decode_row` made of it."""
         if self._given.is_given:
             if self._columns is None:
                 self._columns = Columns(self._given, list(row), self._name, is_sample=True)
@@ -91,7 +97,12 @@ class _LineReader:
         return InputRow(line, custom_id, endpoint, body, num_bytes, None, memory_bytes)
 
 
-def _decode(raw: bytes) -> dict[str, Any]:
+def decode_row(raw: bytes) -> dict[str, Any]:
+    """A line as a dict.
+
+    Raises:
+        RequestError: it is not JSON, or not an object.
+    """
     try:
         row = _decode_json(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -98,6 +98,7 @@ def file_system(url: str) -> tuple[Any, str]:
     """
     protocol = url.partition("://")[0]
     packages = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+    packages |= {"http": "aiohttp", "https": "aiohttp"}
     try:
         import fsspec
 

@@ -86,6 +86,7 @@ def test_a_cell_may_be_longer_than_the_modules_own_limit() -> None:
         (b"prompt\n", "empty_file"),
         (b"a,prompt,a\n", "2 columns called 'a'"),
         (b'"prompt\nx', "no readable header"),
+        (b"id,prompt\ra,b", "LF or CRLF line ends"),
         ("prompt\n".encode("utf-16"), "UTF-16"),
         (b"," * 20_000, "at most 10000"),
     ],
