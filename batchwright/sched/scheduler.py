@@ -6,7 +6,7 @@ first, then those that lack more, each in job order; what is left of the budget 
 
 Admission cannot deadlock: whenever nothing runs, everything but the newcomer's own blocks can be
 evicted, and `add` refuses sequences larger than the pool. The oldest running sequence is never
-preempted, so it always ends.
+preempted, so it always ends. Sequences of urgent requests come before all others in the order.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Scheduler:
         self._num_promised_blocks = 0  # what these will take in each group
         self._only: frozenset[str] | None = None  # requests that may start; None: all
         self._held: list[Sequence] = []  # waiting like those in _returned, but not in _only
-        # Sequences that were started or held back before: by order, ahead of the plan.
+        # Sequences that were started or held back before, and urgent ones: by order, ahead of
+        # the plan.
         self._returned: list[tuple[int, Sequence]] = []
         self._in_flight: deque[InFlight] = deque()
         self._intake = Intake(self.slots, self.stats, self._finish_all)
@@ -114,7 +115,10 @@ class Scheduler:
         draws_a_token = sequence.max_len > sequence.num_prompt_tokens or not sequence.samples
         assert draws_a_token and sequence.first_needed_position < sequence.compute_end
         self._register(sequence)
-        self.plan.append(sequence)
+        if sequence.request.urgent:
+            self._wait(sequence)  # ahead of the plan
+        else:
+            self.plan.append(sequence)
 
     def _register(self, sequence: Sequence) -> None:
         family = [sequence, *sequence.siblings]
@@ -131,6 +135,7 @@ class Scheduler:
 
         With results outstanding, None may only mean that nothing can go on without them.
         """
+        self._make_way()
         slots, grants, preempted = self._grant_running()
         self._advance(slots, grants)
         budget = self.max_num_batched_tokens - int(grants.sum())
@@ -246,6 +251,22 @@ class Scheduler:
         for group, table in enumerate(self.tables):
             held = np.concatenate((table.held(), self.cache.held(group)))
             table.pool.check_integrity(held)
+
+    def _make_way(self) -> None:
+        """An urgent sequence waits and every slot is taken: the youngest other one waits again.
+
+        At most one a Step, and never more than half of them, so that the others go on.
+        """
+        running = self.slots.running
+        if not self._returned or self._num_free_slots or len(running) < 2:
+            return
+        first = self._returned[0][1]
+        if not first.request.urgent or first.finish_reason is not None:
+            return
+        middle = self.slots.sequences[running[(len(running) - 1) // 2]]
+        assert middle is not None
+        if not middle.request.urgent:  # urgent ones run first, so this one and all after it are not
+            self._preempt(int(running[-1]))
 
     # Running sequences -----------------------------------------------------------------------
 
