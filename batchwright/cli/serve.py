@@ -31,8 +31,11 @@ def serve(
         typer.Option(metavar="FILE", help="Holds the key that clients need; mode 0600."),
     ] = None,
     max_upload: Annotated[
-        int, typer.Option(parser=parse_count, metavar="BYTES", help="Largest file taken.")
-    ] = 512 * 2**20,
+        int | None,
+        typer.Option(
+            parser=parse_count, metavar="BYTES", help="Largest file taken; by default 512M."
+        ),
+    ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -71,7 +74,7 @@ def serve(
     """
     _check_packages()
     from batchwright.config import EngineConfig
-    from batchwright.server.settings import ServerSettings, read_api_key
+    from batchwright.server.settings import DEFAULT_MAX_UPLOAD, ServerSettings, read_api_key
 
     engine = {
         "dtype": dtype.value,
@@ -90,7 +93,7 @@ def serve(
         data=data,
         model_name=model,
         api_key=read_api_key(api_key_file),
-        max_upload_bytes=max_upload,
+        max_upload_bytes=max_upload or DEFAULT_MAX_UPLOAD,
     )
     settings.check()
     raise typer.Exit(_serve(settings, engine))

@@ -97,7 +97,7 @@ class Calls:
         Raises:
             ApiError: the call has failed.
         """
-        results = asyncio.gather(*(asyncio.wrap_future(call.result) for call in begun.calls))
+        results = asyncio.ensure_future(_all_results(begun.calls))
         leaving = asyncio.ensure_future(gone())
         try:
             await asyncio.wait({results, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -159,6 +159,10 @@ class Calls:
                 for result, form in zip(results, forms, strict=True)
             ]
         )
+
+
+async def _all_results(calls: list[Call]) -> list[Result]:
+    return await asyncio.gather(*(asyncio.wrap_future(call.result) for call in calls))
 
 
 def _stopping(error: ServerStoppingError) -> ApiError:

@@ -55,17 +55,17 @@ class Records(Generic[R]):
         self._id = re.compile(re.escape(kind) + r"[0-9a-f]{28}")
         self._lock = threading.Lock()  # of writers
         self._records: dict[str, R] = {}
-        found = [record for path in directory.glob("*.json") if (record := _load(path, form))]
-        for record in sorted(found, key=lambda record: record.id):
-            self._records[record.id] = record
+        for path in directory.glob("*.json"):
+            if (record := _load(path, form)) is not None:
+                self._records[record.id] = record
 
     def get(self, id: str) -> R | None:
         """The record with an id. Ids that we did not make are nobody's, whatever they spell."""
         return self._records.get(id) if self._id.fullmatch(id) else None
 
     def all(self) -> list[R]:
-        """All records, the oldest first."""
-        return list(self._records.values())
+        """All records, by id: the oldest first."""
+        return sorted(self._records.values(), key=lambda record: record.id)
 
     def add(self, record: R) -> None:
         """Keep a new record.

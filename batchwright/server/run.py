@@ -62,6 +62,11 @@ def serve(
     second ends after the step that runs; the third ends the process where it is. What is on the
     disk is whole in any case.
     """
+    return asyncio.run(_serve(make_server(parts), parts, listener, say))
+
+
+def make_server(parts: Parts) -> uvicorn.Server:
+    """A server that knows nothing of signals; `serve(sockets=[...])` runs it."""
     config = uvicorn.Config(
         make_app(parts),
         http="h11",
@@ -75,7 +80,7 @@ def serve(
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
-    return asyncio.run(_serve(_Server(config), parts, listener, say))
+    return _Server(config)
 
 
 async def _serve(

@@ -1,7 +1,7 @@
 """Streamed answers (`stream: true`): server-sent events in OpenAI's form.
 
 The engine answers a request when it is whole, so each choice comes in one piece, after the comments
-that keep the connection alive meanwhile. Clients that can only stream work; they get no token early.
+that keep the connection alive meanwhile. Clients that only stream work; they get no token early.
 """
 
 from __future__ import annotations
