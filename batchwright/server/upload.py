@@ -47,6 +47,7 @@ class Upload:
         self._field: str | None = None  # the one being read; None: the file
         self._value = b""
         self._num_parts = 0
+        self._is_whole = False
 
     async def receive(self, request: Request, *, timeout_s: float) -> None:
         """Read the whole form.
@@ -68,9 +69,9 @@ class Upload:
         except TimeoutError:
             raise ApiError(408, "the upload stopped arriving", code="timeout") from None
         except FormParserError:
-            raise ApiError(
-                400, "the body is not a whole multipart form", code="invalid_form"
-            ) from None
+            raise _torn() from None
+        if not self._is_whole:
+            raise _torn()
         if self.filename is None:
             raise missing("file")
         await asyncio.to_thread(os.fsync, self._fd)
@@ -96,6 +97,7 @@ class Upload:
             "on_headers_finished": self._end_headers,
             "on_part_data": self._add_data,
             "on_part_end": self._end_part,
+            "on_end": self._end,
         }
         return MultipartParser(boundary, callbacks)
 
@@ -141,3 +143,10 @@ class Upload:
     def _end_part(self) -> None:
         if self._field is not None:
             self.fields[self._field] = self._value.decode("utf-8", "replace")
+
+    def _end(self) -> None:
+        self._is_whole = True
+
+
+def _torn() -> ApiError:
+    return ApiError(400, "the body is not a whole multipart form", code="invalid_form")
