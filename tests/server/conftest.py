@@ -28,3 +28,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
 @pytest.fixture
 def server(start: Callable[..., RunningServer]) -> RunningServer:
     return start()
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server for the tests of a file that leave it as it was; starting one takes a while."""
+    server = RunningServer(tmp_path_factory.mktemp("common") / "data")
+    yield server
+    server.close()

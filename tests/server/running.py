@@ -50,10 +50,9 @@ class RunningServer:
         **settings: Any,
     ) -> None:
         self.is_open = True
+        self._clients: list[openai.OpenAI] = []
         self.engine = engine or PacedEngine()
-        self.settings = ServerSettings(
-            port=0, data=data, **{"model_name": MODEL, **settings}
-        )
+        self.settings = ServerSettings(port=0, data=data, **{"model_name": MODEL, **settings})
         self.parts = Parts(model or FakeModel(self.engine), self.settings)
         listener = listen(self.settings)
         self.port = listener.getsockname()[1]
@@ -67,11 +66,13 @@ class RunningServer:
         until(lambda: self._server.started)
 
     def client(self, **options: Any) -> openai.OpenAI:
-        """The official client."""
-        return openai.OpenAI(
+        """The official client, closed with the server."""
+        client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1",
             **{"api_key": self.settings.api_key or "none", "max_retries": 0, **options},
         )
+        self._clients.append(client)
+        return client
 
     def ask(
         self,
@@ -114,6 +115,8 @@ class RunningServer:
     def close(self) -> None:
         """Stop everything at once."""
         self.is_open = False
+        for client in self._clients:
+            client.close()
         for _ in range(2):
             self.parts.stop()
         self.parts.engine_thread.join(20)

@@ -96,32 +96,34 @@ def test_the_pages_cookie_reads_and_does_nothing_else(start: Start) -> None:
     assert server.error("GET", "/dashboard.json", headers=wrong)[0] == 401
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""])
-def test_a_name_made_to_mean_this_machine_is_refused(server: RunningServer, host: str) -> None:
-    assert server.error("GET", "/v1/models", host=host) == (403, "forbidden_host")
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""]
+)
+def test_a_name_made_to_mean_this_machine_is_refused(common: RunningServer, host: str) -> None:
+    assert common.error("GET", "/v1/models", host=host) == (403, "forbidden_host")
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:1", "[::1]:8000", "LOCALHOST"])
-def test_our_names_are_let_in(server: RunningServer, host: str) -> None:
-    assert server.ask("GET", "/v1/models", host=host)[0] == 200
+def test_our_names_are_let_in(common: RunningServer, host: str) -> None:
+    assert common.ask("GET", "/v1/models", host=host)[0] == 200
 
 
-def test_other_pages_cannot_use_it(server: RunningServer) -> None:
+def test_other_pages_cannot_use_it(common: RunningServer) -> None:
     for origin in ("http://evil.example", "null", "http://localhost:1", "file://"):
         for method, path in (("POST", CHAT), ("GET", "/dashboard.json")):
-            found = server.error(method, path, HELLO, headers={"Origin": origin})
+            found = common.error(method, path, HELLO, headers={"Origin": origin})
             assert found == (403, "foreign_origin")
     cross = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
-    assert server.error("GET", "/v1/models", headers=cross) == (403, "foreign_origin")
-    own = {"Origin": f"http://127.0.0.1:{server.port}"}
-    assert server.ask("POST", CHAT, HELLO, headers=own)[0] == 200
-    _, headers, _ = server.ask("OPTIONS", CHAT, headers={"Origin": "http://evil.example"})
+    assert common.error("GET", "/v1/models", headers=cross) == (403, "foreign_origin")
+    own = {"Origin": f"http://127.0.0.1:{common.port}"}
+    assert common.ask("POST", CHAT, HELLO, headers=own)[0] == 200
+    _, headers, _ = common.ask("OPTIONS", CHAT, headers={"Origin": "http://evil.example"})
     assert not [name for name in headers if name.startswith("access-control")]
 
 
-def test_every_response_is_told_to_stay_where_it_is(server: RunningServer) -> None:
+def test_every_response_is_told_to_stay_where_it_is(common: RunningServer) -> None:
     for path in ("/", "/v1/models", "/nothing", "/health"):
-        _, headers, _ = server.ask("GET", path)
+        _, headers, _ = common.ask("GET", path)
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cache-control"] == "no-store"
         assert "default-src 'none'" in headers["content-security-policy"]
@@ -142,13 +144,13 @@ def test_every_response_is_told_to_stay_where_it_is(server: RunningServer) -> No
         "x" * 3000,
     ],
 )
-def test_ids_are_not_paths(server: RunningServer, id: str) -> None:
+def test_ids_are_not_paths(common: RunningServer, id: str) -> None:
     for path in (f"/v1/files/{id}", f"/v1/files/{id}/content", f"/v1/batches/{id}"):
-        assert server.error("GET", path)[0] == 404
-    assert server.error("DELETE", f"/v1/files/{id}")[0] == 404
-    assert server.error("POST", f"/v1/batches/{id}/cancel")[0] == 404
-    assert server.error("GET", f"/batches/{id}/report")[0] == 404
-    assert (server.settings.data / "lock").exists()
+        assert common.error("GET", path)[0] == 404
+    assert common.error("DELETE", f"/v1/files/{id}")[0] == 404
+    assert common.error("POST", f"/v1/batches/{id}/cancel")[0] == 404
+    assert common.error("GET", f"/batches/{id}/report")[0] == 404
+    assert (common.settings.data / "lock").exists()
 
 
 def form(*parts: tuple[str, str | None, bytes]) -> tuple[bytes, dict[str, str]]:
@@ -175,14 +177,14 @@ PURPOSE = ("purpose", None, b"batch")
         ("x" * 500, "x" * 200),
     ],
 )
-def test_a_files_name_is_only_shown(server: RunningServer, given: str, shown: str) -> None:
-    status, _, body = server.ask("POST", "/v1/files", *form(PURPOSE, ("file", given, b"{}")))
+def test_a_files_name_is_only_shown(common: RunningServer, given: str, shown: str) -> None:
+    status, _, body = common.ask("POST", "/v1/files", *form(PURPOSE, ("file", given, b"{}")))
     assert status == 200
     file = json.loads(body)
     assert file["filename"] == shown and file["bytes"] == 2
-    stored = server.settings.data / "files"
-    assert {p.name for p in stored.iterdir()} == {f"{file['id']}.jsonl", f"{file['id']}.json"}
-    _, headers, content = server.ask("GET", f"/v1/files/{file['id']}/content")
+    stored = list(common.settings.data.glob("files/*.jsonl"))
+    assert {path.stem.partition("-")[0] for path in stored} == {"file"}
+    _, headers, content = common.ask("GET", f"/v1/files/{file['id']}/content")
     assert content == b"{}" and headers["content-type"] == "application/octet-stream"
     assert headers["content-disposition"].startswith("attachment")
 
@@ -224,7 +226,7 @@ def test_a_large_upload_is_not_held_in_memory_and_chunks_are_counted(start: Star
 
 
 def chunked(port: int, path: str, piece: bytes, most: int, content_type: str) -> bytes:
-    """The beginning of the answer to a body without a declared length, of at most so many pieces."""
+    """The beginning of the answer to a body of undeclared length, of at most so many pieces."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
         f"Content-Type: {content_type}\r\n\r\n"
@@ -239,16 +241,16 @@ def chunked(port: int, path: str, piece: bytes, most: int, content_type: str) ->
         return connection.recv(100)
 
 
-def test_bodies_are_bounded(server: RunningServer) -> None:
+def test_bodies_are_bounded(common: RunningServer) -> None:
     much = settings.MAX_CALL_BYTES + 1
-    assert server.error("POST", "/v1/batches", b" " * 70_000) == (413, "request_too_large")
+    assert common.error("POST", "/v1/batches", b" " * 70_000) == (413, "request_too_large")
     declared = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {much}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+    with socket.create_connection(("127.0.0.1", common.port)) as connection:
         connection.sendall(declared.encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
-    answer = chunked(server.port, CHAT, b" " * 2**20, 20, "application/json")
+    answer = chunked(common.port, CHAT, b" " * 2**20, 20, "application/json")
     assert answer.startswith(b"HTTP/1.1 413")
-    assert server.parts.bodies.num_bytes == 0
+    assert common.parts.bodies.num_bytes == 0
 
 
 def test_all_bodies_together_are_bounded(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,8 +281,8 @@ def test_a_body_has_to_arrive_in_time(start: Start, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'"x"', b'{"messages": NaN}']
 )
-def test_what_is_no_json_object(server: RunningServer, body: bytes) -> None:
-    assert server.error("POST", CHAT, body) == (400, "invalid_json")
+def test_what_is_no_json_object(common: RunningServer, body: bytes) -> None:
+    assert common.error("POST", CHAT, body) == (400, "invalid_json")
 
 
 def test_a_disk_that_is_nearly_full_takes_no_files(

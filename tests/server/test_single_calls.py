@@ -28,8 +28,8 @@ def chat(client: openai.OpenAI, **options: Any) -> Any:
     )
 
 
-def test_chat_and_completions(server: RunningServer) -> None:
-    client = server.client()
+def test_chat_and_completions(common: RunningServer) -> None:
+    client = common.client()
     answer = chat(client, n=2, logprobs=True, top_logprobs=1)
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert answer.choices[0].message.content == str(answer.usage.prompt_tokens)
@@ -38,10 +38,8 @@ def test_chat_and_completions(server: RunningServer) -> None:
     assert text.choices[0].text == "4" and text.object == "text_completion"
 
 
-def test_a_list_of_prompts_is_counted_through(server: RunningServer) -> None:
-    answer = server.client().completions.create(
-        model=MODEL, prompt=["a", "bcd"], n=2, max_tokens=1
-    )
+def test_a_list_of_prompts_is_counted_through(common: RunningServer) -> None:
+    answer = common.client().completions.create(model=MODEL, prompt=["a", "bcd"], n=2, max_tokens=1)
     assert [(c.index, c.text) for c in answer.choices] == [(0, "2"), (1, "2"), (2, "4"), (3, "4")]
     assert answer.usage is not None and answer.usage.prompt_tokens == 6
 
@@ -59,10 +57,10 @@ def test_a_list_of_prompts_is_counted_through(server: RunningServer) -> None:
     ],
 )
 def test_bad_calls_are_told_why(
-    server: RunningServer, change: dict[str, Any], error: type[openai.APIStatusError], param: Any
+    common: RunningServer, change: dict[str, Any], error: type[openai.APIStatusError], param: Any
 ) -> None:
     with pytest.raises(error) as caught:
-        chat(server.client(), **change)
+        chat(common.client(), **change)
     assert caught.value.param == param
 
 
@@ -83,8 +81,8 @@ def test_what_the_engine_refuses_and_what_fails_in_it(start: Start) -> None:
     assert chat(client).choices
 
 
-def test_streaming_gives_the_whole_answer_in_openais_events(server: RunningServer) -> None:
-    client = server.client()
+def test_streaming_gives_the_whole_answer_in_openais_events(common: RunningServer) -> None:
+    client = common.client()
     chunks = list(chat(client, stream=True, n=2, stream_options={"include_usage": True}))
     texts = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
     assert texts == [chat(client).choices[0].message.content] * 2
@@ -95,9 +93,9 @@ def test_streaming_gives_the_whole_answer_in_openais_events(server: RunningServe
     assert [c.choices[0].text for c in prompts] == ["4"]
 
 
-def test_a_refused_stream_is_an_error_with_a_status(server: RunningServer) -> None:
+def test_a_refused_stream_is_an_error_with_a_status(common: RunningServer) -> None:
     with pytest.raises(openai.BadRequestError):
-        chat(server.client(), stream=True, temperature=-1)
+        chat(common.client(), stream=True, temperature=-1)
 
 
 def test_calls_do_not_wait_behind_the_rows_of_a_batch(start: Start) -> None:
@@ -251,7 +249,7 @@ def test_health_is_progress(start: Start, monkeypatch: pytest.MonkeyPatch) -> No
     assert json.loads(server.ask("GET", "/health")[2]) == {"status": "stopping"}
 
 
-def test_calls_have_ids_that_no_row_has(server: RunningServer) -> None:
+def test_calls_have_ids_that_no_row_has(common: RunningServer) -> None:
     assert shared_engine.CALL_PREFIX == "call-"
-    first, second = chat(server.client()), chat(server.client())
+    first, second = chat(common.client()), chat(common.client())
     assert first.id != second.id  # so their randomness differs too
