@@ -347,7 +347,7 @@ def test_an_urgent_sequence_starts_before_all_that_wait():
     assert started(harness) == ["r0", "r6"]  # the youngest that ran made way, the oldest never does
     assert harness.scheduler.stats.num_preemptions == 1
     harness.run()
-    assert [s.request.id for s in harness.finished][0] == "r6"
+    assert harness.finished[0].request.id == "r6"
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1])
