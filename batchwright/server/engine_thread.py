@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -77,6 +78,7 @@ class EngineThread:
         self._files = files
         self._model_name = model_name
         self._num_stops = 0
+        self._give_up_s = math.inf
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -85,6 +87,8 @@ class EngineThread:
 
     def stop(self) -> None:
         """Stop: what runs is finished first, for DRAIN_S; the second time: at once."""
+        if not self._num_stops:
+            self._give_up_s = time.monotonic() + DRAIN_S
         self._num_stops += 1
         self._engine.refuse_calls()
         self._batches.stop()
@@ -109,13 +113,14 @@ class EngineThread:
                     self._step()
                 elif self._engine.arrived.wait(IDLE_S):
                     self._engine.arrived.clear()
-            give_up_s = time.monotonic() + DRAIN_S
-            while (
-                self._engine.num_unfinished and self._num_stops < 2 and time.monotonic() < give_up_s
-            ):
+            while self._engine.num_unfinished and self._may_drain:
                 self._step()
         finally:
             self._engine.close()
+
+    @property
+    def _may_drain(self) -> bool:
+        return self._num_stops < 2 and time.monotonic() < self._give_up_s
 
     def _step(self) -> None:
         """A step of single calls alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from batchwright.cli import main as cli
 from batchwright.cli import run as run_command
+from batchwright.server.parts import lock_data
 
 KEY_VARIABLE = "BATCHWRIGHT_API_KEY"
 Serve = Callable[..., tuple[int, str]]
@@ -79,3 +81,16 @@ def test_a_missing_package_is_named(serve: Serve, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     status, err = serve()
     assert status == 2 and "pip install 'batchwright[serve]'" in err
+
+
+def test_a_directory_that_another_server_uses(serve: Serve, tmp_path: Path) -> None:
+    lock = lock_data(tmp_path / "data")
+    status, err = serve("--port", 0)
+    os.close(lock)
+    assert status == 2 and "another server uses" in err
+
+
+def test_a_directory_that_cannot_be_made(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file")
+    status, err = serve("--port", 0)
+    assert status == 2 and "cannot use" in err
