@@ -104,7 +104,7 @@ def _serve(settings: ServerSettings, engine: dict[str, Any]) -> int:
     from rich.console import Console
 
     from batchwright.cli.run import _set_up_logging, load
-    from batchwright.server.parts import Parts
+    from batchwright.server.parts import Parts, lock_data
     from batchwright.server.run import listen
     from batchwright.server.run import serve as run_server
     from batchwright.weights.locate import locate_model
@@ -117,8 +117,9 @@ def _serve(settings: ServerSettings, engine: dict[str, Any]) -> int:
 
     locate_model(settings.model_name)
     with listen(settings) as listener:
+        lock = lock_data(settings.data)
         say(f"Loading {settings.model_name}")
-        parts = Parts(load(settings.model_name, engine), settings)
+        parts = Parts(load(settings.model_name, engine), settings, lock)
         port = listener.getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         say(f"Serving {settings.model_name} on http://{host}:{port} (API: http://{host}:{port}/v1)")

@@ -15,7 +15,7 @@ class Status(StrEnum):
     FINALIZING = "finalizing"
     CANCELLING = "cancelling"
     COMPLETED = "completed"
-    FAILED = "failed"  # no row was run
+    FAILED = "failed"  # it could not be run, or not to its end
     EXPIRED = "expired"
     CANCELLED = "cancelled"
 

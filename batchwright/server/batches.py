@@ -207,10 +207,6 @@ class Batches:
             logger.error("batch %s could not be checked (%s)", id, type(error).__name__)
             self.fail(id, BatchError("internal_error", "the file could not be checked"))
             return
-        if found.foreign_model is not None:
-            logger.warning(
-                "batch %s names another model; %s answers its rows", id, self._model_name
-            )
         self._wake()
 
     def _goes_on(self, id: str) -> Callable[[], bool]:

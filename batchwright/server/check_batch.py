@@ -28,13 +28,11 @@ class Checked:
         num_rows: all of them.
         num_sound: those that can be run, as far as can be told without the model.
         errors: the first MAX_ERRORS of the others.
-        foreign_model: a model name that is not ours and that all rows with a name give.
     """
 
     num_rows: int
     num_sound: int
     errors: tuple[BatchError, ...]
-    foreign_model: str | None
 
 
 def batch_rows(path: Path) -> Iterator[InputRow | RowError]:
@@ -57,13 +55,12 @@ class RowChecks:
         self._endpoint = endpoint
         self._names = ModelNames(model)
 
-    @property
-    def foreign_model(self) -> str | None:
-        """See Checked."""
-        return self._names.foreign
+    def watch(self, rows: Iterator[InputRow | RowError]) -> Iterator[InputRow | RowError]:
+        """The rows as they are; all of the batch goes through here (see ModelNames)."""
+        return self._names.watch(rows)
 
     def check(self, row: ParsedRow) -> None:
-        """Look at the next row.
+        """Check a row that was seen by `watch`.
 
         Raises:
             RequestError: its url is not the batch's (url_mismatch), or its model (model_mismatch).
@@ -87,7 +84,7 @@ def check_file(path: Path, checks: RowChecks, go_on: Callable[[], bool]) -> Chec
     num_rows = num_sound = 0
     errors: list[BatchError] = []
     try:
-        for row in batch_rows(path):
+        for row in checks.watch(batch_rows(path)):
             if not num_rows % 1000 and not go_on():
                 break
             num_rows += 1
@@ -102,5 +99,5 @@ def check_file(path: Path, checks: RowChecks, go_on: Callable[[], bool]) -> Chec
     except InputError as error:
         code = "invalid_file" if num_rows or "empty_file" not in str(error) else "empty_file"
         message = str(error).replace(str(path), "the file")
-        return Checked(num_rows, 0, (BatchError(code, message),), None)
-    return Checked(num_rows, num_sound, tuple(errors), checks.foreign_model)
+        return Checked(num_rows, 0, (BatchError(code, message),))
+    return Checked(num_rows, num_sound, tuple(errors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -82,6 +83,7 @@ class EngineThread:
         self._files = files
         self._model_name = model_name
         self._num_stops = 0
+        self._give_up_s = math.inf
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -90,6 +92,8 @@ class EngineThread:
 
     def stop(self) -> None:
         """Stop: what runs is finished first, for DRAIN_S; the second time: at once."""
+        if not self._num_stops:
+            self._give_up_s = time.monotonic() + DRAIN_S
         self._num_stops += 1
         self._engine.refuse_calls()
         self._batches.stop()
@@ -114,13 +118,14 @@ class EngineThread:
                     self._step()
                 elif self._engine.arrived.wait(IDLE_S):
                     self._engine.arrived.clear()
-            give_up_s = time.monotonic() + DRAIN_S
-            while (
-                self._engine.num_unfinished and self._num_stops < 2 and time.monotonic() < give_up_s
-            ):
+            while self._engine.num_unfinished and self._may_drain:
                 self._step()
         finally:
             self._engine.close()
+
+    @property
+    def _may_drain(self) -> bool:
+        return self._num_stops < 2 and time.monotonic() < self._give_up_s
 
     def _step(self) -> None:
         """A step of single calls alone."""
@@ -176,11 +181,10 @@ class EngineThread:
             str(self._files.path(batch.output_file_id)), str(self._files.path(batch.error_file_id))
         )
         checks = RowChecks(batch.endpoint, self._model_name)
-        self._engine.begin_job()
         try:
             with JobDirectory(self._batches.job_path(batch.id)) as directory:
                 return run_job(
-                    batch_rows(source),
+                    checks.watch(batch_rows(source)),
                     paths,
                     directory,
                     self._model,

@@ -6,6 +6,7 @@ from typing import Any
 
 from batchwright.server.batch_record import Batch
 from batchwright.server.parts import Parts
+from batchwright.server.report_page import has_report
 
 MAX_SHOWN = 100
 
@@ -13,7 +14,7 @@ MAX_SHOWN = 100
 def engine_numbers(parts: Parts) -> dict[str, float]:
     """Counts since the server's start (`num_`), and how busy it is now."""
     engine = parts.shared_engine
-    stats, load = engine.total_stats, engine.load_seen
+    stats, load = engine.stats, engine.load_seen
     batches = parts.batches.records.all()
     return {
         "num_steps": stats.num_steps,
@@ -60,5 +61,5 @@ def _batch(parts: Parts, batch: Batch) -> dict[str, Any]:
         "is_running": parts.batches.running_id == batch.id,
         "is_held": batch.id in parts.batches.held,
         "error_codes": codes,
-        "has_report": parts.batches.job_path(batch.id).is_dir(),
+        "has_report": has_report(parts.batches.job_path(batch.id)),
     }

@@ -29,15 +29,13 @@ class Parts:
     Args:
         model: whose engine nobody else uses.
         settings: checked.
-    Raises:
-        ConfigError: another server uses the data directory.
-        OutputError: it cannot be used.
+        lock: of the data directory, see `lock_data`; closed at the end.
     """
 
-    def __init__(self, model: JobModel, settings: ServerSettings) -> None:
+    def __init__(self, model: JobModel, settings: ServerSettings, lock: int) -> None:
         self.settings = settings
         self.started_at = int(time.time())
-        self._lock = _lock(settings.data)
+        self._lock = lock
         name = settings.model_name
         self.shared_engine = SharedEngine(model.engine, max_calls=MAX_CALLS)
         self.files = FileStore(settings.data / "files", settings.max_upload_bytes)
@@ -84,8 +82,13 @@ class Parts:
         return "stuck" if self.shared_engine.is_stuck else "ok"
 
 
-def _lock(data: Path) -> int:
-    """Make a directory for us alone, and hold its lock."""
+def lock_data(data: Path) -> int:
+    """Make a directory for us alone, and hold its lock; done before a model is loaded.
+
+    Raises:
+        ConfigError: another server uses it.
+        OutputError: it cannot be used.
+    """
     try:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         data.chmod(0o700)

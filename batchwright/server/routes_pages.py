@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from batchwright.server.api_error import ApiError, not_found
+from batchwright.server.api_error import not_found
 from batchwright.server.dashboard import PAGE, PAGE_POLICY
 from batchwright.server.guard import COOKIE
 from batchwright.server.numbers import dashboard_numbers
 from batchwright.server.parts import Parts
+from batchwright.server.report_page import report_page
 
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; "
@@ -62,12 +62,3 @@ def page_routes(parts: Parts, session: str) -> list[Route]:
         Route("/batches/{id}/report", report, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
     ]
-
-
-def report_page(job_directory: Path) -> str:
-    """The report of a batch's job as one HTML page, for a job that runs or has ended.
-
-    Raises:
-        ApiError: there is none.
-    """
-    raise ApiError(404, "there is no report of this batch", code="not_found")

@@ -39,6 +39,7 @@ def listen(settings: ServerSettings) -> socket.socket:
     Raises:
         ConfigError: the address is in use or not ours.
     """
+    listener = None
     try:
         family, _, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM
@@ -47,6 +48,8 @@ def listen(settings: ServerSettings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise ConfigError(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}"
         ) from error

@@ -7,7 +7,6 @@ What a step finishes goes to whom it belongs to.
 
 from __future__ import annotations
 
-import copy
 import math
 import queue
 import threading
@@ -16,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 from batchwright.errors import BatchwrightError, RequestError
 from batchwright.job.runner import EngineLoad, JobEngine
@@ -76,7 +74,6 @@ class SharedEngine:
         self._is_closed = False
         self._calls: dict[str, Call] = {}  # in the engine
         self._rows: set[str] = set()  # of the job that runs, in the engine
-        self._stats: EngineStats = engine.stats
         self._watchdog = Watchdog(now, poll_s=None)
         self._last_sign_s = now()
         self._load_at_s = -math.inf
@@ -150,12 +147,7 @@ class SharedEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """Counts since the job began, those of single calls included."""
-        return self._stats
-
-    @property
-    def total_stats(self) -> EngineStats:
-        """Counts since the engine was made."""
+        """Counts since the engine was made, those of single calls included."""
         return self._engine.stats
 
     @property
@@ -205,11 +197,6 @@ class SharedEngine:
         return [id for id in self._engine.waiting_ids() if id in self._rows]
 
     # Between jobs ------------------------------------------------------------------------------
-
-    def begin_job(self) -> None:
-        """A job begins: its counts start at nothing."""
-        assert not self._rows
-        self._stats = cast(EngineStats, _CountsSince(self._engine.stats))
 
     def abandon(self) -> None:
         """A job has ended, well or not: what it left in the engine is ended too."""
@@ -271,13 +258,3 @@ class SharedEngine:
     def _one_less(self, _: Future[Result]) -> None:
         with self._lock:
             self._num_open -= 1
-
-
-class _CountsSince:
-    """An engine's counts, less what they were when this was made."""
-
-    def __init__(self, stats: EngineStats) -> None:
-        self._stats, self._start = stats, copy.copy(stats)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stats, name) - getattr(self._start, name)

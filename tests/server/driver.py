@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from batchwright.job import journal
-from batchwright.server.parts import Parts
+from batchwright.server.parts import Parts, lock_data
 from batchwright.server.run import listen, serve
 from batchwright.server.settings import ServerSettings
 from tests.job.fakes import FakeModel
@@ -24,7 +24,7 @@ def main(data: Path, pace_s: float) -> int:
     engine.pace_s = pace_s
     settings = ServerSettings(port=0, data=data, model_name=MODEL)
     listener = listen(settings)
-    parts = Parts(FakeModel(engine), settings)
+    parts = Parts(FakeModel(engine), settings, lock_data(data))
     print(listener.getsockname()[1], flush=True)
     return serve(parts, listener, say=lambda text: print(text, flush=True))
 

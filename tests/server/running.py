@@ -13,7 +13,7 @@ from typing import Any
 
 import openai
 
-from batchwright.server.parts import Parts
+from batchwright.server.parts import Parts, lock_data
 from batchwright.server.run import listen, make_server
 from batchwright.server.settings import ServerSettings
 from tests.job.fakes import FakeEngine, FakeModel
@@ -53,7 +53,8 @@ class RunningServer:
         self._clients: list[openai.OpenAI] = []
         self.engine = engine or PacedEngine()
         self.settings = ServerSettings(port=0, data=data, **{"model_name": MODEL, **settings})
-        self.parts = Parts(model or FakeModel(self.engine), self.settings)
+        lock = lock_data(data)
+        self.parts = Parts(model or FakeModel(self.engine), self.settings, lock)
         listener = listen(self.settings)
         self.port = listener.getsockname()[1]
         self._server = make_server(self.parts)

@@ -30,7 +30,6 @@ def shared(engine: FakeEngine | None = None, **options: Any) -> SharedEngine:
 
 def test_results_go_to_whom_they_belong() -> None:
     engine = shared()
-    engine.begin_job()
     engine.add(request("row"))
     (call,) = engine.submit([request("call-1", num_prompt=5)])
     assert engine.num_unfinished == 2 and engine.num_open_calls == 1
@@ -59,29 +58,15 @@ def test_calls_are_taken_all_or_none() -> None:
 def test_what_a_job_leaves_is_ended_and_not_the_next_ones() -> None:
     fake = FakeEngine(max_running=2)
     engine = shared(fake)
-    engine.begin_job()
     for id in "abc":
         engine.add(request(id, 9))
     (call,) = engine.submit([request("call-1", 3)])
     engine.step()
     engine.abandon()
     assert fake.num_unfinished == 1 and not call.result.done()
-    engine.begin_job()
     engine.add(request("a", 2))  # the same id again
     done = [result.request_id for _ in range(4) for result in engine.step()]
     assert done == ["a"] and call.result.result(0).outputs
-
-
-def test_counts_are_those_of_the_job() -> None:
-    engine = shared()
-    for job in ("one", "two"):
-        engine.begin_job()
-        engine.add(request(job, 2))
-        for _ in range(2):
-            engine.step()
-        assert engine.stats.num_generated_tokens == 2
-        engine.abandon()
-    assert engine.total_stats.num_generated_tokens == 4
 
 
 def test_a_call_withdrawn_before_it_starts_or_while_it_runs() -> None:
