@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 HORIZON = 4096
 """Rows `run` keeps in the engine at once: enough to see shared prefixes, bounded in memory."""
 
+URGENT_LEAD = 2**62
+"""How far ahead of all others, in the order of sequences, those of urgent requests are."""
+
 
 class EngineLoad(NamedTuple):
     """How busy an engine is: sequences that run, and the share of blocks in use.
@@ -290,7 +293,7 @@ class Engine:
             ends = tuple(dict.fromkeys((*ends, *params.stop_token_ids)))
         sequence = Sequence(
             request=request,
-            order=self._num_added,
+            order=self._num_added - (URGENT_LEAD if request.urgent else 0),
             sample_index=index,
             end_token_ids=tuple(ends),
             noise_key=noise_key(params.seed, self._job_seed, request.id),

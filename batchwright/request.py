@@ -131,6 +131,7 @@ class Request:
         pooling: for Task.EMBED, "mean" or "last".
         namespace: prefixes are shared only between requests of one namespace.
         markup: what a chat's answer is split by.
+        urgent: it starts before all requests that are not, whenever they came.
     """
 
     id: str
@@ -142,6 +143,7 @@ class Request:
     pooling: str = "mean"
     namespace: str = ""
     markup: Markup = NO_MARKUP
+    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from batchwright.cli.run import run
+from batchwright.cli.serve import serve
 from batchwright.cli.validate import validate
 from batchwright.errors import BatchwrightError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut long option names off
 )
 app.command()(run)
+app.command()(serve)
 app.command()(validate)
 
 

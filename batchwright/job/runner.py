@@ -187,7 +187,7 @@ class Job:
             self._expire_slow_rows(now_s)
             if not summary.stopped:
                 self._admit()
-            if self._in_flight:
+            if self._engine.num_unfinished:  # others may use the engine besides this job
                 self._step()
             summary.run_s = self._now() - start_s
             summary.input_ended = self._feed.ended
@@ -206,7 +206,7 @@ class Job:
             return
         start_s = self._now()
         with self._stop.interruptible():
-            chunk = self._feed.get(wait=not self._in_flight)
+            chunk = self._feed.get(wait=not self._engine.num_unfinished)
         self.summary.idle_s += self._now() - start_s
         if chunk is not None:
             self._take_in(chunk)

@@ -50,6 +50,18 @@ class Progress:
         self.advance(going, grants)
         return int(grants.sum()), preempted
 
+    def make_way(self) -> None:
+        """An urgent sequence waits and every slot is taken: the youngest other one waits again.
+
+        At most one a Step, and never more than half of them, so that the others go on.
+        """
+        running = self._books.slots.running
+        if self.num_free_slots or len(running) < 2 or not self._books.waiting.is_urgent:
+            return
+        middle = self._books.occupant(int(running[(len(running) - 1) // 2]))
+        if not middle.request.urgent:  # urgent ones run first, so this one and all after it are not
+            self._preempt(int(running[-1]))
+
     def divide(self, slots: Int32Array) -> tuple[Int32Array, Int32Array]:
         """Tokens each slot may compute now: single tokens first, then job order."""
         state = self._books.slots

@@ -5,7 +5,8 @@ scheduled, and each Step lets it catch up, within a token budget. Running sequen
 (`progress.py`); what is left of the budget admits new ones (`admission.py`).
 
 It cannot deadlock: `add` refuses sequences larger than the pool, and the oldest running sequence
-is never preempted, so it always ends.
+is never preempted, so it always ends. Sequences of urgent requests come before all
+others in the order.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ class Scheduler:
 
         With results outstanding, None may only mean that nothing can go on without them.
         """
+        self._progress.make_way()
         num_tokens, preempted = self._progress.advance_running()
         if not preempted:  # what preemption freed belongs to the rows that needed it
             self._admission.admit(self.limits.max_tokens - num_tokens)

@@ -14,8 +14,8 @@ from batchwright.sequence import Sequence
 
 
 class Waiting:
-    """New sequences wait in the plan. Those that were started or held back before go ahead of it,
-    in job order.
+    """New sequences wait in the plan. Those that were started or held back before, and urgent ones,
+    go ahead of it, by order.
 
     Args:
         plan: an empty one.
@@ -29,8 +29,17 @@ class Waiting:
         self._held: list[Sequence] = []  # like those in _returned, but not in _only
 
     def append(self, sequence: Sequence) -> None:
-        """A new sequence waits, behind all others."""
-        self._plan.append(sequence)
+        """A new sequence waits, behind all others; an urgent one before them."""
+        if sequence.request.urgent:
+            self.put_back(sequence)
+        else:
+            self._plan.append(sequence)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether an urgent sequence is next."""
+        first = self._returned[0][-1] if self._returned else None
+        return first is not None and first.request.urgent and first.finish_reason is None
 
     def put_back(self, sequence: Sequence) -> None:
         """A sequence waits ahead of the plan."""

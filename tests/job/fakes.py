@@ -112,6 +112,8 @@ class FakeEngine:
         self.waiting, self.running, self.done = [], {}, []
 
     def cancel(self, request_id: str) -> None:
+        if any(result.request_id == request_id for result in self.done):
+            return  # its result is on its way
         request, _ = self.running.pop(request_id, (None, 0))
         for waiting in [w for w in self.waiting if w.id == request_id]:
             self.waiting.remove(waiting)

@@ -32,6 +32,7 @@ BLOCK_SIZE = 4
 MAX_MODEL_LEN = 64
 VOCAB_SIZE = 7
 END_TOKEN = 3
+URGENT_LEAD = 2**62
 
 
 def family(
@@ -48,6 +49,7 @@ def family(
     logprobs: int | None = None,
     namespace: str = "",
     grammar: GrammarSpec | None = None,
+    urgent: bool = False,
 ) -> Sequence:
     """The first sequence of a request, with its siblings, as the engine makes them."""
     generates = task is Task.GENERATE
@@ -65,11 +67,12 @@ def family(
         score_start=score_start,
         pooling=pooling,
         namespace=namespace,
+        urgent=urgent,
     )
     members = [
         Sequence(
             request=request,
-            order=order * 100 + index,
+            order=order * 100 + index - (URGENT_LEAD if urgent else 0),
             sample_index=index,
             end_token_ids=(END_TOKEN,) if end else (),
             noise_key=1000 + order,
@@ -352,7 +355,8 @@ class Harness:
                 end = min(len(sequence.token_ids), sequence.compute_end)
                 expected[sequence] = min(end - first, left)
                 left -= expected[sequence]
-                assert not has_preempted, "what was freed went to a newcomer"
+                freed_for_others = has_preempted and not sequence.request.urgent
+                assert not freed_for_others, "what was freed went to a newcomer"
         granted = dict(zip(rows, lengths))
         assert granted == {sequence: num for sequence, num in expected.items() if num}
 

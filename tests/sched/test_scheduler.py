@@ -368,3 +368,49 @@ def test_a_failed_draw_ends_its_sequence_alone(look_ahead: int) -> None:
     harness._check_finished = lambda s: failed.append(s) if s.order == 100 else check(s)
     harness.run()
     assert [s.finish_reason for s in failed] == [FinishReason.ERROR]
+
+
+def started(harness: Harness) -> list[str]:
+    """Requests that hold a slot."""
+    return sorted(s.request.id for s in harness.scheduler.books.slots.sequences if s is not None)
+
+
+def test_an_urgent_sequence_starts_before_all_that_wait():
+    harness = Harness([None], [100], budget=8, max_num_seqs=2)
+    for order in range(6):
+        harness.add(family(order, [order, 1, 2], max_tokens=12, end=False))
+    harness.round()
+    harness.add(family(6, [6, 1], max_tokens=2, end=False, urgent=True))
+    harness.round()
+    assert started(harness) == ["r0", "r6"]  # the youngest that ran made way, the oldest never does
+    assert harness.scheduler.stats.num_preemptions == 1
+    harness.run()
+    assert harness.finished[0].request.id == "r6"
+
+
+@pytest.mark.parametrize("look_ahead", [0, 1])
+def test_a_burst_of_urgent_sequences_pushes_out_one_a_step(look_ahead):
+    harness = Harness([None], [100], budget=8, max_num_seqs=4, look_ahead=look_ahead)
+    for order in range(4):
+        harness.add(family(order, [order, 1], max_tokens=30, end=False))
+    for _ in range(3):
+        harness.round()
+    for order in range(4, 20):
+        harness.add(family(order, [order % 7, 1], max_tokens=3, end=False, urgent=True))
+    before = harness.scheduler.stats.num_preemptions
+    harness.schedule()
+    assert harness.scheduler.stats.num_preemptions == before + 1
+    harness.run()
+    assert harness.scheduler.stats.num_preemptions == 2  # half of the slots
+
+
+def test_an_urgent_sequence_that_is_cancelled_pushes_nobody_out():
+    harness = Harness([None], [100], budget=8, max_num_seqs=2)
+    for order in range(2):
+        harness.add(family(order, [order, 1], max_tokens=12, end=False))
+    harness.round()
+    first = family(2, [2, 1], urgent=True)
+    harness.add(first)
+    harness.end(first)
+    harness.run()
+    assert harness.scheduler.stats.num_preemptions == 0

@@ -27,6 +27,7 @@ generate = st.fixed_dictionaries(
         "prompt_logprobs": st.integers(0, 2),
         "logprobs": st.just(0),
         "grammar": st.just(json_object()),
+        "urgent": st.just(True),
     },
 )
 score = st.fixed_dictionaries({"task": st.just(Task.SCORE)})
