@@ -23,6 +23,7 @@ from batchwright.outputs import (
     failed,
     make_result,
 )
+from batchwright.parts import Parts
 from batchwright.recovery import Isolation, describe, internal_error
 from batchwright.request import FinishReason, Request, Result, Task
 from batchwright.sampling.noise import noise_key
@@ -90,6 +91,7 @@ class Engine:
         self._done: dict[str, Result] = {}  # results not returned yet, by request
         self._is_running = False  # between the first and the last result of a `run`
         self._folding = Folding()
+        self._parts = Parts()
         self._isolation = Isolation()
         self._watchdog = Watchdog()
         self._is_torn = False  # a round was interrupted; the books may contradict each other
@@ -135,11 +137,14 @@ class Engine:
                 does not compile).
         """
         self._mend()
-        if request.id in self._requests or request.id in self._folding or request.id in self._done:
+        if self._is_in_use(request.id):
             raise RequestError(
                 f"id {request.id!r} is already running; ids must be unique",
                 code="duplicate_custom_id",
             )
+        if request.parts:
+            self._add_parts(request)
+            return
         key = fold_key(request)
         if key is not None:
             if (result := self._folding.recall(key)) is not None:
@@ -158,6 +163,18 @@ class Engine:
         self._requests[request.id] = running
         if key is not None:
             self._folding.lead(key, request.id)
+
+    def _is_in_use(self, id: str) -> bool:
+        return id in self._requests or id in self._folding or id in self._done or id in self._parts
+
+    def _add_parts(self, request: Request) -> None:
+        """A part that cannot run ends its request in the next `step`."""
+        self._parts.open(request)
+        for part in request.parts:
+            try:
+                self.add(part)
+            except RequestError as error:
+                self._done[part.id] = failed(part, error)
 
     def step(self) -> list[Result]:
         """One round: compute a Step if there is one; returns the results that are complete.
@@ -184,8 +201,12 @@ class Engine:
         done = list(self._done.values())
         if lack is not None and not done:  # else the next call fails in the same way
             raise lack
-        self._done = {}  # last: an interrupt before it loses nothing
-        return done
+        whole, needless = self._parts.take(done) if self._parts else (done, [])
+        self._done = {}  # late: an interrupt before it loses nothing
+        self._parts.close(whole)
+        for request_id in needless:
+            self.cancel(request_id)
+        return whole
 
     def _round(self) -> None:
         while len(self._outstanding) <= self._look_ahead:
@@ -265,7 +286,7 @@ class Engine:
         self._requests.clear()
         self._done.clear()
         self._isolation.clear()
-        self._folding = Folding()
+        self._folding, self._parts = Folding(), Parts()
         self._resource_error, self._is_torn = None, False
 
     def waiting_ids(self) -> list[str]:
@@ -276,7 +297,7 @@ class Engine:
             if all(stream.sequence.num_cached_tokens is None for stream in running.streams)
         ]
         followers = (f.id for leader in waiting for f in self._folding.followers(leader))
-        return [*waiting, *followers]
+        return self._parts.waiting([*waiting, *followers])
 
     def cancel(self, request_id: str) -> None:
         """End a request now; its result, with what there is of it, comes out of a later `step`.
@@ -284,6 +305,10 @@ class Engine:
         Identical requests are not affected: one of them takes over what has been computed.
         """
         self._mend()
+        if request_id in self._parts:
+            for part in self._parts.missing(request_id):
+                self.cancel(part)
+            return
         if request_id in self._done:
             return  # its result is on its way
         if request_id in self._folding:

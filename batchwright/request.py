@@ -126,6 +126,8 @@ class Request:
         pooling: for Task.EMBED, "mean" or "last".
         namespace: prefixes are shared only between requests of one namespace.
         markup: what a chat's answer is split by.
+        parts: requests of the same task that are run instead, and answered by one Result; then
+            prompt_token_ids is empty.
     """
 
     id: str
@@ -137,6 +139,12 @@ class Request:
     pooling: str = "mean"
     namespace: str = ""
     markup: Markup = NO_MARKUP
+    parts: tuple[Request, ...] = ()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens, of all parts."""
+        return len(self.prompt_token_ids) + sum(part.num_prompt_tokens for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +193,11 @@ class Score:
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """The one answer to a request: outputs, a score, an embedding, or an error."""
+    """The one answer to a request: outputs, a score, an embedding, or an error.
+
+    A request made of parts has their results in `parts`; its prompt_token_ids, outputs and
+    num_cached_tokens are those of all parts, one after another.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -196,3 +208,4 @@ class Result:
     embedding: Float32Array | None = None  # [hidden_size]
     error: RequestError | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from shared KV blocks instead of computed
+    parts: list[Result] = field(default_factory=list)
