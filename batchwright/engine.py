@@ -18,6 +18,7 @@ from batchwright.folding import fold_key
 from batchwright.limits import ModelLimits
 from batchwright.open_requests import OpenRequests
 from batchwright.outputs import RunningRequest, Stream, failed
+from batchwright.parts import Parts
 from batchwright.recovery import Isolation, describe
 from batchwright.request import Request, Result, Task
 from batchwright.sampling.noise import noise_key
@@ -86,6 +87,7 @@ class Engine:
         self._outstanding: deque[StepResult] = deque()
         self._num_added = 0
         self._is_running = False  # between the first and the last result of a `run`
+        self._parts = Parts()
         self._isolation = Isolation()
         self._watchdog = Watchdog()
         self._is_torn = False  # a round was interrupted; the books may contradict each other
@@ -131,11 +133,14 @@ class Engine:
                 does not compile).
         """
         self._mend()
-        if request.id in self._open:
+        if request.id in self._open or request.id in self._parts:
             raise RequestError(
                 f"id {request.id!r} is already running; ids must be unique",
                 code="duplicate_custom_id",
             )
+        if request.parts:
+            self._add_parts(request)
+            return
         key = fold_key(request)
         if key is not None and self._open.fold(key, request):
             return
@@ -145,6 +150,15 @@ class Engine:
         streams = [Stream(sequence) for sequence in sequences]
         running = RunningRequest(request, streams, grammar=self._grammar(request))
         self._open.open(running, key)
+
+    def _add_parts(self, request: Request) -> None:
+        """A part that cannot run ends its request in the next `step`."""
+        self._parts.open(request)
+        for part in request.parts:
+            try:
+                self.add(part)
+            except RequestError as error:
+                self._open.done[part.id] = failed(part, error)
 
     def step(self) -> list[Result]:
         """One round: compute a Step if there is one; returns the results that are complete.
@@ -168,11 +182,26 @@ class Engine:
             self._recover(error, suspects)
         self._is_torn = False
         lack, self._resource_error = self._resource_error, None
+        if self._parts:
+            self._join_parts()
         done = list(self._open.done.values())
         if lack is not None and not done:  # else the next call fails in the same way
             raise lack
         self._open.done = {}  # last: an interrupt before it loses nothing
         return done
+
+    def _join_parts(self) -> None:
+        """Put results of whole requests in the place of their parts' results.
+
+        An interrupt anywhere loses nothing: taking results in again does no harm.
+        """
+        needless: list[str] | None = None
+        while needless is None or needless:
+            whole, needless = self._parts.take(self._open.done.values())
+            self._open.done = {result.request_id: result for result in whole}
+            self._parts.close(whole)
+            for request_id in needless:
+                self.cancel(request_id)  # its result is there at once
 
     def _round(self) -> None:
         while len(self._outstanding) <= self._look_ahead:
@@ -251,11 +280,12 @@ class Engine:
             self._scheduler.restart([])
         self._open.clear()
         self._isolation.clear()
+        self._parts = Parts()
         self._resource_error, self._is_torn = None, False
 
     def waiting_ids(self) -> list[str]:
         """Requests none of whose sequences has started, and those that wait for their results."""
-        return self._open.waiting_ids()
+        return self._parts.waiting(self._open.waiting_ids())
 
     def cancel(self, request_id: str) -> None:
         """End a request now; its result, with what there is of it, comes out of a later `step`.
@@ -263,6 +293,10 @@ class Engine:
         Identical requests are not affected: one of them takes over what has been computed.
         """
         self._mend()
+        if request_id in self._parts:
+            for part in self._parts.missing(request_id):
+                self.cancel(part)
+            return
         heir = self._open.cancel(request_id)
         if heir is not None and self._isolation.group is not None:
             self._isolation.replace(request_id, heir)

@@ -132,6 +132,8 @@ class Request:
         namespace: prefixes are shared only between requests of one namespace.
         markup: what a chat's answer is split by.
         urgent: it starts before all requests that are not, whenever they came.
+        parts: requests of the same task that are run instead, and answered by one Result; then
+            prompt_token_ids is empty.
     """
 
     id: str
@@ -144,6 +146,12 @@ class Request:
     namespace: str = ""
     markup: Markup = NO_MARKUP
     urgent: bool = False
+    parts: tuple[Request, ...] = ()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens, of all parts."""
+        return len(self.prompt_token_ids) + sum(part.num_prompt_tokens for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +200,11 @@ class Score:
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """The one answer to a request: outputs, a score, an embedding, or an error."""
+    """The one answer to a request: outputs, a score, an embedding, or an error.
+
+    A request made of parts has their results in `parts`; its prompt_token_ids, outputs and
+    num_cached_tokens are those of all parts, one after another.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -203,3 +215,4 @@ class Result:
     embedding: Float32Array | None = None  # [hidden_size]
     error: RequestError | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from shared KV blocks instead of computed
+    parts: list[Result] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,7 +175,12 @@ def run(
         row_timeout_s=math.inf if row_timeout is None else row_timeout,
     )
     given = {name: value for name, value in settings.items() if value is not None}
-    raise typer.Exit(_run(arguments, model, given))
+    try:
+        status = _run(arguments, model, given)
+    except KeyboardInterrupt:  # before the job or after it; in between it is a request to stop
+        print("batchwright: interrupted; the same command goes on", file=sys.stderr)
+        status = INTERRUPTED
+    raise typer.Exit(status)
 
 
 def _run(arguments: JobArguments, model: str, settings: dict[str, Any]) -> int:

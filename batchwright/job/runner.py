@@ -231,11 +231,8 @@ class Job:
         except RequestError as error:
             self._fail(id, error)
             return
-        num_prompt = len(request.prompt_token_ids)
-        room = self._engine.max_model_len - num_prompt
-        num_allowed = row.params.n * min(row.params.max_tokens or DEFAULT_MAX_TOKENS, room)
-        if row.task is not Task.GENERATE:
-            num_allowed = 0
+        num_prompt = request.num_prompt_tokens
+        num_allowed = _num_allowed_tokens(request, self._engine.max_model_len)
         form = answer_form(row, request)
         self._in_flight[request.id] = _InFlight(id, form, num_allowed, num_prompt)
         self._num_tokens_in_flight += num_prompt
@@ -375,6 +372,16 @@ class Job:
             "prefill_s": summary.step_s - summary.decode_s,
             "idle_s": summary.idle_s,
         }
+
+
+def _num_allowed_tokens(request: Request, max_model_len: int) -> int:
+    """Output tokens that a request may have."""
+    if request.parts:
+        return sum(_num_allowed_tokens(part, max_model_len) for part in request.parts)
+    if request.task is not Task.GENERATE:
+        return 0
+    params, room = request.params, max_model_len - request.num_prompt_tokens
+    return params.n * min(params.max_tokens or DEFAULT_MAX_TOKENS, room)
 
 
 _EXPIRED_CODES = {"batch_expired", "row_timeout"}

@@ -163,7 +163,7 @@ def test_the_first_row_runs_before_the_last_is_read(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_the_window_not_of_the_input(tmp_path: Path) -> None:
-    num_rows = 4000
+    num_rows = 8000
     lines = (chat_row(str(i), f"{i} " * 500, max_tokens=1) for i in range(num_rows))
     source = write_lines(tmp_path / "in.jsonl", lines)
     engine = FakeEngine(max_running=256)
@@ -174,8 +174,9 @@ def test_memory_is_that_of_the_window_not_of_the_input(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert summary.num_succeeded == num_rows
-    # A row takes 12 KB, as text and as tokens: 48 MB all of them, 10 to 14 MB those in the window.
-    assert peak_bytes < 25_000_000
+    # A row takes 12 KB, as text and as tokens: all of them 96 MB; the horizon, the chunks ahead and
+    # those in hand, when the feed is as far ahead as it may be, 25 MB.
+    assert peak_bytes < 40_000_000
 
 
 @pytest.mark.parametrize("num_rows", [CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1])
