@@ -61,14 +61,14 @@ def test_the_first_signal_drains(tmp_path: Path, expected: Any, number: signal.S
 
 def test_the_second_signal_ends_at_once(tmp_path: Path, expected: Any) -> None:
     job = new_job(tmp_path / "job")
-    process = start(job, step_s=1.5)
+    process = start(job, step_s=10)
     wait_for(job / "out.jsonl.job" / "metrics.jsonl")
     time.sleep(0.3)
     start_s = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
     assert finish(process)[0] == INTERRUPTED
-    assert time.monotonic() - start_s < 1.4
+    assert time.monotonic() - start_s < 8
     goes_on(job, expected)
 
 
