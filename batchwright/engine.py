@@ -23,6 +23,7 @@ from batchwright.outputs import (
     failed,
     make_result,
 )
+from batchwright.plan.flops import ModelFlops
 from batchwright.recovery import Isolation, describe, internal_error
 from batchwright.request import FinishReason, Request, Result, Task
 from batchwright.sampling.noise import noise_key
@@ -42,12 +43,13 @@ HORIZON = 4096
 
 
 class EngineLoad(NamedTuple):
-    """How busy an engine is: sequences that run, and the share of blocks in use.
+    """How busy an engine is: sequences that run and that wait, and the share of blocks in use.
 
     The share is that of the KV group that is fullest.
     """
 
     num_running_seqs: int
+    num_waiting_seqs: int
     kv_used_fraction: float
 
 
@@ -63,6 +65,7 @@ class Engine:
         job_seed: keys the randomness of rows without a seed of their own.
         look_ahead: Steps handed out before the oldest result is read (0 or 1).
         grammars: compiles what structured output asks for; None refuses such requests.
+        flops: the model's arithmetic, for reports.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Engine:
         job_seed: int = 0,
         look_ahead: int = 0,
         grammars: GrammarCompiler | None = None,
+        flops: ModelFlops | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
@@ -84,6 +88,7 @@ class Engine:
         self._job_seed = job_seed
         self._look_ahead = look_ahead
         self.grammars = grammars
+        self.flops = flops
         self._requests: dict[str, RunningRequest] = {}
         self._outstanding: deque[StepResult] = deque()
         self._num_added = 0
@@ -114,8 +119,10 @@ class Engine:
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
         pools = [table.pool for table in self._scheduler.tables]
+        num_running = self._scheduler.slots.num_running
         return EngineLoad(
-            num_running_seqs=len(self._scheduler.slots.running),
+            num_running_seqs=num_running,
+            num_waiting_seqs=self._scheduler.num_unfinished - num_running,
             kv_used_fraction=max(1 - pool.num_free / pool.num_blocks for pool in pools),
         )
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from batchwright.job.events import Draining, JobEvent, RowFailed
+from batchwright.job.events import Draining, JobEvent, Progressed, RowFailed
 from batchwright.job.summary import JobSummary
 
 MAX_FAILURES_SHOWN = 10
@@ -127,7 +127,7 @@ class ProgressReport:
                 f"Stopping: {event.num_running} running rows are finished first (at most "
                 f"{event.limit_s:.0f} s). Press Ctrl-C again to stop at once."
             )
-        elif (now_s := self._now()) >= self._next_s:
+        elif isinstance(event, Progressed) and (now_s := self._now()) >= self._next_s:
             self._next_s = now_s + self._view.interval_s
             summary = event.summary
             rate = self._rate.update(now_s, summary.engine.num_generated_tokens)

@@ -219,7 +219,7 @@ def _run_in(
 
     from batchwright.cli.preflight import STDIO, check_existing, open_rows
     from batchwright.cli.progress import ProgressReport
-    from batchwright.cli.report import print_summary
+    from batchwright.cli.summary_text import print_summary
     from batchwright.errors import OutputError, ResourceError
     from batchwright.job.model_names import ModelNames
     from batchwright.job.run_job import JobPaths, run_job

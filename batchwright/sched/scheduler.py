@@ -142,6 +142,8 @@ class Scheduler:
         self._in_flight.append(record)
         self.stats.num_steps += 1
         self.stats.num_computed_tokens += step.num_tokens
+        windows = [table.window for table in self.tables]
+        self.stats.work.add(step, self.slots.num_prompt, self.slots.computed_once, windows)
         return step
 
     def update(self, result: StepResult) -> Update:
@@ -299,8 +301,6 @@ class Scheduler:
         for table in self.tables:
             table.grow(slots, starts, ends)
         computed = state.num_computed[slots]
-        repeated = np.minimum(ends, state.computed_once[slots]) - computed
-        self.stats.num_recomputed_tokens += int(np.maximum(repeated, 0).sum())
         self._builder.add_rows(slots, computed, ends)
         state.num_computed[slots] = ends
         for slot, start, end in self._prompt_progress(slots, computed, ends) if shared else ():
