@@ -244,6 +244,7 @@ def _run_in(
         deadline_s=arguments.deadline_s,
         row_timeout_s=arguments.row_timeout_s,
         keep_failed=arguments.keep_failed,
+        load_s=load_s,
     )
     paths = JobPaths(arguments.output, arguments.errors, arguments.in_input_order)
     names = ModelNames(arguments.model)

@@ -23,7 +23,7 @@ from batchwright.plan.flops import ModelFlops
 INTERVAL_S = 1.0
 
 
-class RunStart(msgspec.Struct, kw_only=True, omit_defaults=True):
+class RunStart(msgspec.Struct, kw_only=True):
     """The first line of a run: what runs where. Defaults stand for what a line lacks.
 
     Attributes:
@@ -49,7 +49,7 @@ class RunStart(msgspec.Struct, kw_only=True, omit_defaults=True):
     flops: ModelFlops | None = None
 
 
-class Sample(msgspec.Struct, kw_only=True):
+class Sample(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The state of a run at one moment. Counts are since the start of the run.
 
     Defaults stand for what a line of an older version lacks.

@@ -8,8 +8,8 @@ small model's work, would be charged to the prompts.)
 
 The tail is the last stretch of a run in which too little is left to fill the machine. A step
 belongs to it if, after it, no row is left to be read or to start, and it computed fewer than half
-the rows of the run's fullest step and fewer than half the tokens of its largest; and if that is true
-of all steps that follow.
+the rows of the run's fullest step and fewer than half the tokens of its largest; and if that is
+true of all steps that follow.
 """
 
 from __future__ import annotations
