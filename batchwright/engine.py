@@ -23,7 +23,7 @@ from batchwright.outputs import (
     failed,
     make_result,
 )
-from batchwright.plan.flops import ModelFlops
+from batchwright.plan.cost import ModelShape
 from batchwright.recovery import Isolation, describe, internal_error
 from batchwright.request import FinishReason, Request, Result, Task
 from batchwright.sampling.noise import noise_key
@@ -65,7 +65,7 @@ class Engine:
         job_seed: keys the randomness of rows without a seed of their own.
         look_ahead: Steps handed out before the oldest result is read (0 or 1).
         grammars: compiles what structured output asks for; None refuses such requests.
-        flops: the model's arithmetic, for reports.
+        shape: the model's sizes, for reports.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Engine:
         job_seed: int = 0,
         look_ahead: int = 0,
         grammars: GrammarCompiler | None = None,
-        flops: ModelFlops | None = None,
+        shape: ModelShape | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
@@ -88,7 +88,7 @@ class Engine:
         self._job_seed = job_seed
         self._look_ahead = look_ahead
         self.grammars = grammars
-        self.flops = flops
+        self.shape = shape
         self._requests: dict[str, RunningRequest] = {}
         self._outstanding: deque[StepResult] = deque()
         self._num_added = 0

@@ -22,10 +22,10 @@ from batchwright.exec.local import LocalExecutor
 from batchwright.exec.memory import available_memory_bytes
 from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
-from batchwright.models.flops import model_flops
 from batchwright.models.loader import load_model, read_config
 from batchwright.models.row_invariance import ensure_row_invariance
-from batchwright.plan.flops import ModelFlops
+from batchwright.models.shape import shape_of
+from batchwright.plan.cost import ModelShape
 from batchwright.request import DEFAULT_MAX_TOKENS, Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.structured.compile import GrammarCompiler
@@ -192,9 +192,14 @@ class LLM:
         }
 
     @property
-    def flops(self) -> ModelFlops | None:
-        """The model's arithmetic."""
-        return self.engine.flops
+    def shape(self) -> ModelShape | None:
+        """The model's sizes."""
+        return self.engine.shape
+
+    @staticmethod
+    def compile_s() -> float:
+        """Seconds this process has spent compiling kernels."""
+        return kernels.compile_seconds()
 
     def settings(self) -> dict[str, Any]:
         """The engine's settings as they were settled, for logs."""
@@ -260,7 +265,7 @@ def build_engine(
         job_seed=resolved.seed,
         look_ahead=resolved.look_ahead,
         grammars=GrammarCompiler(tokenizer, model_config["vocab_size"]),
-        flops=model_flops(model, group_of_layer),
+        shape=shape_of(model),
     )
     return engine, resolved
 

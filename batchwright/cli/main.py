@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from batchwright.cli.report import report
 from batchwright.cli.run import run
+from batchwright.cli.status import status
 from batchwright.cli.validate import validate
 from batchwright.errors import BatchwrightError
 
@@ -23,6 +25,8 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(validate)
+app.command()(status)
+app.command()(report)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from batchwright.job.events import Draining, JobEvent, Progressed, RowFailed
 from batchwright.job.summary import JobSummary
+from batchwright.report.amounts import duration
 
 MAX_FAILURES_SHOWN = 10
 RATE_WINDOW_S = 10.0
@@ -157,13 +158,3 @@ def status_line(summary: JobSummary, tokens_per_s: float) -> str:
     if summary.num_failed:
         parts.append(f"{summary.num_failed:,} failed")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """As people read it: 8 s, 2:05 min, 3:04 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"

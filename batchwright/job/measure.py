@@ -58,6 +58,7 @@ def measure(
         keys=[p + o for p, o in zip(counts.prompt_keys, counts.output_keys, strict=True)],
         recomputed_keys=list(counts.recomputed_keys),
         step_s=times.step_s,
+        compile_s=times.compile_s,
         prefill_s=times.prefill_s,
         decode_s=times.decode_s,
         idle_s=summary.idle_s,

@@ -18,7 +18,7 @@ import msgspec
 from batchwright.errors import OutputError
 from batchwright.job.durable import write_all
 from batchwright.job.machine import Machine
-from batchwright.plan.flops import ModelFlops
+from batchwright.plan.cost import ModelShape
 
 INTERVAL_S = 1.0
 
@@ -35,7 +35,7 @@ class RunStart(msgspec.Struct, kw_only=True):
         pid: the process.
         machine: the processor and memory.
         settings: the engine's settings, open ones settled.
-        flops: the model's arithmetic; None if it is not known.
+        shape: the model's sizes; None if they are not known.
     """
 
     event: str = "start"
@@ -46,7 +46,7 @@ class RunStart(msgspec.Struct, kw_only=True):
     pid: int = 0
     machine: Machine = msgspec.field(default_factory=Machine)
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
-    flops: ModelFlops | None = None
+    shape: ModelShape | None = None
 
 
 class Sample(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -93,6 +93,7 @@ class Sample(msgspec.Struct, kw_only=True, omit_defaults=True):
     recomputed_keys: list[int] = msgspec.field(default_factory=list)
     # seconds
     step_s: float = 0.0
+    compile_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     idle_s: float = 0.0

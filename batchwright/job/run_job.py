@@ -27,7 +27,7 @@ from batchwright.job.runner import Job, JobEngine, JobOptions
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
 from batchwright.job.validate import ParsedRow
-from batchwright.plan.flops import ModelFlops
+from batchwright.plan.cost import ModelShape
 
 
 class JobModel(Protocol):
@@ -42,12 +42,15 @@ class JobModel(Protocol):
     @property
     def grammars(self) -> Grammars | None: ...
     @property
-    def flops(self) -> ModelFlops | None: ...
+    def shape(self) -> ModelShape | None: ...
     def identity(self) -> Mapping[str, Any]:
         """What answers depend on, for the manifest."""
 
     def settings(self) -> Mapping[str, Any]:
         """The engine's settings, for the log."""
+
+    def compile_s(self) -> float:
+        """Seconds spent compiling kernels so far, for the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,8 @@ def run_job(
             options,
             stop=stop or StopControl(),
             metrics=metrics,
-            flops=model.flops,
+            shape=model.shape,
+            compile_s=model.compile_s,
             on_event=on_event,
         )
         event = "error"
@@ -144,7 +148,7 @@ def _run_start(model: JobModel, options: JobOptions) -> RunStart:
         pid=os.getpid(),
         machine=this_machine(),
         settings=dict(model.settings()),
-        flops=model.flops,
+        shape=model.shape,
     )
 
 

@@ -33,7 +33,7 @@ from batchwright.job.output_files import OutputFiles
 from batchwright.job.step_times import StepTimes
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
-from batchwright.plan.flops import ModelFlops
+from batchwright.plan.cost import ModelShape
 from batchwright.request import DEFAULT_MAX_TOKENS, FinishReason, Request, Result, Task
 
 HORIZON_ROWS = 4096
@@ -123,7 +123,8 @@ class Job:
         options: see there.
         stop: tells when to stop.
         metrics: where progress is logged.
-        flops: the model's arithmetic, which tells prefill from decode.
+        shape: the model's sizes, which tell prefill from decode.
+        compile_s: seconds spent compiling kernels so far.
         on_event: called as things happen; it must be quick and must not raise.
         now: the clock, in seconds.
     """
@@ -139,7 +140,8 @@ class Job:
         *,
         stop: StopControl,
         metrics: MetricsLog,
-        flops: ModelFlops | None = None,
+        shape: ModelShape | None = None,
+        compile_s: Callable[[], float] = lambda: 0.0,
         on_event: Callable[[JobEvent], None] = lambda event: None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -159,7 +161,8 @@ class Job:
         self._next_timeout_check_s = -math.inf
         self.summary = JobSummary(engine=engine.stats, input_bytes=options.input_bytes)
         self._counts_at_start = self._counts = EngineCounts.of(engine.stats)
-        self._times = StepTimes(flops)
+        self._times = StepTimes(shape)
+        self._compile_s = compile_s
 
     def run(self) -> JobSummary:
         """Run all rows, or until stopped; returns the final summary.
@@ -255,13 +258,17 @@ class Job:
     # Out --------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        start_s = self._now()
+        compiled_s, start_s = self._compile_s(), self._now()
         with self._stop.interruptible():
             results = self._engine.step()
         end_s = self._now()
         before, self._counts = self._counts, EngineCounts.of(self._engine.stats)
         self._times.add(
-            start_s, end_s, self._counts.since(before), is_last_work=self._nothing_waits()
+            self._counts.since(before),
+            start_s,
+            end_s,
+            compile_s=self._compile_s() - compiled_s,
+            is_last_work=self._nothing_waits(),
         )
         for result in results:
             self._finish(result)

@@ -15,43 +15,53 @@ true of all steps that follow.
 from __future__ import annotations
 
 from batchwright.job.engine_counts import EngineCounts
-from batchwright.plan.flops import ModelFlops
+from batchwright.plan.cost import ModelShape
+from batchwright.sched.work import work_flops
 
 
 class StepTimes:
     """See the module docstring.
 
     Args:
-        flops: the model's; None divides by tokens.
+        shape: the model's; None divides by tokens.
 
     Attributes, in seconds:
-        prefill_s, decode_s: together the time of all steps.
+        prefill_s, decode_s: together the time of all steps, compiling left out.
+        compile_s: what compiling kernels took of the steps, the first time on a machine.
         tail_since_s: when the present tail began, on the caller's clock; None: this is no tail.
         tail_prefill_s, tail_decode_s: the part of the above that lies in the tail.
     """
 
-    def __init__(self, flops: ModelFlops | None) -> None:
-        self._flops = flops
-        self.prefill_s = self.decode_s = 0.0
+    def __init__(self, shape: ModelShape | None) -> None:
+        self._shape = shape
+        self.prefill_s = self.decode_s = self.compile_s = 0.0
         self.tail_since_s: float | None = None
         self.tail_prefill_s = self.tail_decode_s = 0.0
         self._max_rows = self._max_tokens = 0.0
 
     @property
     def step_s(self) -> float:
-        """The time of all steps."""
+        """The time of all steps, compiling left out."""
         return self.prefill_s + self.decode_s
 
     def add(
-        self, start_s: float, end_s: float, counts: EngineCounts, *, is_last_work: bool
+        self,
+        counts: EngineCounts,
+        start_s: float,
+        end_s: float,
+        *,
+        compile_s: float,
+        is_last_work: bool,
     ) -> None:
         """One call of the engine's `step` is over.
 
         Args:
             counts: what it added to the engine's counts.
+            compile_s: of its time, what went to compiling kernels.
             is_last_work: no row is left to be read or to start.
         """
-        step_s = end_s - start_s
+        self.compile_s += compile_s
+        step_s = end_s - start_s - compile_s
         prefill_s = step_s * self._prefill_share(counts)
         decode_s = step_s - prefill_s
         self.prefill_s += prefill_s
@@ -66,9 +76,9 @@ class StepTimes:
 
     def _prefill_share(self, counts: EngineCounts) -> float:
         prefill, decode = counts.prompt_tokens, counts.output_tokens
-        if self._flops is not None:
-            prefill = sum(self._flops.of(prefill, counts.prompt_keys, counts.scored))
-            decode = sum(self._flops.of(decode, counts.output_keys, counts.logits))
+        if (shape := self._shape) is not None:
+            prefill = sum(work_flops(shape, prefill, counts.prompt_keys, counts.scored))
+            decode = sum(work_flops(shape, decode, counts.output_keys, counts.logits))
         return prefill / (prefill + decode) if prefill + decode else 0.0
 
     def _fills_the_machine(self, counts: EngineCounts) -> bool:

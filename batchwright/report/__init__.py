@@ -42,14 +42,14 @@ def measure_ceiling(directory: Path) -> bool:
         Whether it was measured: not while the job runs, nor for a job of another machine.
     """
     from batchwright.job.machine import this_machine
-    from batchwright.report.ceiling import measured_ceiling
+    from batchwright.report import ceiling
     from batchwright.report.read import read_job
 
     record = read_job(directory)
     if record.process is not None or not record.runs:
         return False
     start = record.runs[-1].start
-    return start.machine == this_machine() and measured_ceiling(start) is not None
+    return start.machine == this_machine() and ceiling.measure_ceiling(start) is not None
 
 
 def _report(directory: Path) -> Report:

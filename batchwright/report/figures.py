@@ -1,14 +1,14 @@
 """Figures: the pictures of a report, as SVG elements for the page.
 
-Colours are CSS variables of the page, so that one picture serves light and dark; text is text in the
-page's font. Needs matplotlib (extra `report`).
+Colours are CSS variables of the page, so that one picture serves light and dark; text is text in
+the page's font. Needs matplotlib (extra `report`).
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from batchwright.errors import ConfigError
@@ -24,7 +24,7 @@ _COLOURS = {
     for index, name in enumerate((*PARTS, "ink", "faint", "grid", "saved", "again"))
 }
 _WIDTH = 9.0  # inches; pictures are scaled to the page
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "batchwright",
     "font.size": 10,
@@ -153,7 +153,7 @@ def _steps(axes: Axes, edges: list[float], values: Iterable[float], colour: str)
 def _draw_parts(axes: Axes, edges: list[float], report: Report) -> None:
     """How each second was spent, in percent, one part on top of the other."""
     below = [0.0] * len(report.intervals)
-    for part in ("prefill", "decode", "idle", "write", "load", "other"):
+    for part in ("prefill", "decode", "idle", "write", "load", "compile", "other"):
         above = [
             start + 100 * interval.seconds.get(part, 0.0) / (interval.end_s - interval.start_s)
             for start, interval in zip(below, report.intervals, strict=True)
@@ -230,7 +230,7 @@ def _draw_ceiling(figure: Figure, report: Report) -> None:
     _bars(figure.subplots(), bars, lambda value: f"{value:,.1f} s")
 
 
-def _bars(axes: Axes, bars: list[tuple[str, float, str]], form: Callable[[float], str]) -> None:
+def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], form: Callable[[float], str]) -> None:
     """Horizontal bars from top to bottom, each with its value beside it."""
     names = [name for name, _, _ in bars]
     values: list[Any] = [value for _, value, _ in bars]

@@ -17,6 +17,7 @@ def findings(report: Report) -> list[str]:
         return ["Nothing was computed yet, so there is nothing to explain."]
     parts = {
         "load": _load(report),
+        "compile": "Kernels are compiled once on a machine; later runs find them in the cache.",
         "prefill": _prefill(report),
         "decode": _decode(report),
         "tail": _tail(report),
@@ -39,6 +40,7 @@ def findings(report: Report) -> list[str]:
 
 _NAMES = {
     "load": "Loading the model",
+    "compile": "Compiling kernels",
     "prefill": "Prefill, computing prompts",
     "decode": "Decode, generating tokens",
     "tail": "The tail",

@@ -60,7 +60,7 @@ def _interval(start_s: float, run: int, before: Sample, after: Sample) -> Interv
     length_s = after.t_s - before.t_s
     seconds = {
         part: max(getattr(after, f"{part}_s") - getattr(before, f"{part}_s"), 0.0)
-        for part in ("prefill", "decode", "idle", "write")
+        for part in ("compile", "prefill", "decode", "idle", "write")
     }
     seconds["other"] = max(length_s - sum(seconds.values()), 0.0)
     prompt_tokens = after.computed_prompt_tokens - before.computed_prompt_tokens

@@ -14,6 +14,7 @@ from batchwright.report.findings import findings
 from batchwright.report.intervals import intervals, tails
 from batchwright.report.numbers import Report, Roofline, RunNumbers, Times, Tokens
 from batchwright.report.read import JobRecord, Run
+from batchwright.sched.work import work_flops
 
 
 def make_report(record: JobRecord, ceiling: Ceiling | None = None) -> Report:
@@ -65,9 +66,10 @@ def make_report(record: JobRecord, ceiling: Ceiling | None = None) -> Report:
 def run_times(run: Run) -> Times:
     """Where the time of one run went."""
     last, load_s = run.last, run.start.load_s
-    known_s = last.step_s + last.idle_s + last.write_s
+    known_s = last.step_s + last.compile_s + last.idle_s + last.write_s
     return Times(
         load_s=load_s,
+        compile_s=last.compile_s,
         prefill_s=last.prefill_s - last.tail_prefill_s,
         decode_s=last.decode_s - last.tail_decode_s,
         tail_s=last.tail_prefill_s + last.tail_decode_s,
@@ -108,15 +110,16 @@ def total_tokens(lasts: Sequence[Sample]) -> Tokens:
 
 def roofline(runs: Sequence[Run], machine: Machine, ceiling: Ceiling) -> Roofline | None:
     """How near the runs on this machine came to its ceiling; None if no work was counted."""
-    mine = [run for run in runs if run.start.machine == machine and run.start.flops is not None]
+    mine = [run for run in runs if run.start.machine == machine and run.start.shape is not None]
     computed = layers = logits = 0
     for run in mine:
-        last, flops = run.last, run.start.flops
-        assert flops is not None
+        last, shape = run.last, run.start.shape
+        assert shape is not None
         repeated = last.recomputed_keys or [0] * len(last.keys)
         needed_keys = [all - again for all, again in zip(last.keys, repeated, strict=False)]
-        computed += sum(flops.of(last.computed_tokens, last.keys, last.logits))
-        needed = flops.of(last.computed_tokens - last.recomputed_tokens, needed_keys, last.logits)
+        computed += sum(work_flops(shape, last.computed_tokens, last.keys, last.logits))
+        num_needed = last.computed_tokens - last.recomputed_tokens
+        needed = work_flops(shape, num_needed, needed_keys, last.logits)
         layers, logits = layers + needed[0], logits + needed[1]
     times = total_times(run_times(run) for run in mine)
     least_s = ceiling.seconds(layers, logits)

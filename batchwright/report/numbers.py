@@ -11,7 +11,7 @@ import msgspec
 
 from batchwright.job.machine import Machine
 
-PARTS = ("load", "prefill", "decode", "tail", "idle", "write", "other")
+PARTS = ("load", "compile", "prefill", "decode", "tail", "idle", "write", "other")
 
 
 class Times(msgspec.Struct, kw_only=True):
@@ -19,6 +19,7 @@ class Times(msgspec.Struct, kw_only=True):
 
     Attributes:
         load_s: the model was loaded.
+        compile_s: kernels were compiled, which happens once on a machine.
         prefill_s, decode_s: steps before the tail, divided by their FLOPs.
         tail_s: steps of the tail.
         idle_s: nothing to run; waiting for input.
@@ -29,6 +30,7 @@ class Times(msgspec.Struct, kw_only=True):
     """
 
     load_s: float = 0.0
+    compile_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     tail_s: float = 0.0

@@ -2,7 +2,7 @@
 
 A *prompt token* is a computed token that stands in its row's prompt, an *output token* one that was
 generated and is now fed back. A *key* is one (query token, key) pair that attention has to visit,
-so the FLOPs of a job follow from these counts and the model's sizes (`models/flops.py`).
+so the FLOPs of a job follow from these counts and the model's shape.
 
 Counted once per Step, from its arrays: about 50 microseconds, however many rows it has.
 """
@@ -13,12 +13,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
+from batchwright.plan.cost import ModelShape, num_keys
 from batchwright.request import Int32Array
 from batchwright.step import Step
-
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -85,15 +83,14 @@ class Work:
                 self.num_recomputed_keys[group] += int(repeated.sum())
 
 
-def num_keys(num_tokens: Int32Array, window: int | None) -> Int64Array:
-    """Keys that the first `num_tokens` tokens of a sequence visit; each sees itself too.
+def work_flops(
+    shape: ModelShape, num_tokens: int, num_keys: Seq[int], num_logits: int
+) -> tuple[int, int]:
+    """(FLOPs in the layers, FLOPs in the output head) of counted work.
 
     Args:
-        num_tokens: [n].
-        window: most keys a token sees; None: all up to itself.
+        num_keys: by KV group; empty if nothing was computed.
     """
-    count = num_tokens.astype(np.int64)
-    if window is None:
-        return count * (count + 1) // 2
-    inside = np.minimum(count, window)
-    return inside * (inside + 1) // 2 + (count - inside) * window
+    attention = shape.attention_flops(num_keys) if num_keys else 0
+    layers = shape.layer_flops_per_token * num_tokens + attention
+    return layers, shape.head_flops_per_token * num_logits

@@ -13,7 +13,7 @@ import msgspec
 from batchwright.errors import RequestError
 from batchwright.job.formats.read_input import read_input
 from batchwright.job.rows import InputRow, RowError
-from batchwright.plan.flops import ModelFlops
+from batchwright.plan.cost import ModelShape
 from batchwright.request import (
     NO_MARKUP,
     Completion,
@@ -153,7 +153,7 @@ class FakeModel:
     tokenizer: Any = field(default_factory=ByteTokenizer)
     grammars: Any = None
     name: str = "fake"
-    flops: ModelFlops | None = None
+    shape: ModelShape | None = None
 
     @staticmethod
     def token_bytes(token_id: int) -> bytes:
@@ -161,6 +161,9 @@ class FakeModel:
 
     def identity(self) -> dict[str, Any]:
         return {"model": self.name}
+
+    def compile_s(self) -> float:
+        return 0.0
 
     def settings(self) -> dict[str, Any]:
         return {"dtype": "float32", "num_threads": 1}
