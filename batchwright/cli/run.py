@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from batchwright.job.directory import JobDirectory
+    from batchwright.job.events import JobEvent
     from batchwright.job.stop import StopControl
     from batchwright.job.summary import JobSummary
     from batchwright.llm import LLM
@@ -142,6 +145,12 @@ def run(
     no_prefix_sharing: Annotated[
         bool, typer.Option("--no-prefix-sharing", help="Compute shared prefixes for each row.")
     ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, metavar="PORT", help="Serve metrics for Prometheus; 0: any port."
+        ),
+    ] = None,
 ) -> None:
     """Run a file of requests through a model: JSONL, CSV, Parquet, a dataset; docs/formats.md.
 
@@ -189,10 +198,20 @@ def run(
         row_timeout_s=math.inf if row_timeout is None else row_timeout,
     )
     given = {name: value for name, value in settings.items() if value is not None}
-    raise typer.Exit(_run(arguments, given))
+    if metrics_port is None:
+        raise typer.Exit(_run(arguments, given))
+    from batchwright.report.prometheus import MetricsPort
+
+    with MetricsPort(os.path.basename(output), metrics_port) as port:
+        print(f"Metrics: {port.url}", file=sys.stderr)
+        raise typer.Exit(_run(arguments, given, watch=port.on_event))
 
 
-def _run(arguments: RunArguments, settings: dict[str, Any]) -> int:
+def _run(
+    arguments: RunArguments,
+    settings: dict[str, Any],
+    watch: Callable[[JobEvent], None] = lambda event: None,
+) -> int:
     """Check, load, run, report; returns the exit status."""
     from rich.console import Console
 
@@ -207,13 +226,17 @@ def _run(arguments: RunArguments, settings: dict[str, Any]) -> int:
     if arguments.output == STDIO:
         folder = tempfile.TemporaryDirectory(prefix="batchwright-")
         with folder, JobDirectory(folder.name) as directory:
-            return _run_in(directory, arguments, settings, log)
+            return _run_in(directory, arguments, settings, log, watch)
     with JobDirectory(job_directory_for(arguments.output)) as directory:
-        return _run_in(directory, arguments, settings, log)
+        return _run_in(directory, arguments, settings, log, watch)
 
 
 def _run_in(
-    directory: JobDirectory, arguments: RunArguments, settings: dict[str, Any], log: Console
+    directory: JobDirectory,
+    arguments: RunArguments,
+    settings: dict[str, Any],
+    log: Console,
+    watch: Callable[[JobEvent], None],
 ) -> int:
     from rich.console import Console
 
@@ -263,7 +286,7 @@ def _run_in(
                     "endpoint": arguments.endpoint,
                 },
                 stop=stop,
-                on_event=progress.on_event,
+                on_event=_tell(progress.on_event, watch),
             )
     except (OutputError, ResourceError) as error:
         log.print(f"batchwright: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -277,6 +300,14 @@ def _run_in(
     report = log if arguments.output == STDIO else Console()
     print_summary(report, summary, load_s=load_s, output=arguments.output, errors=arguments.errors)
     return exit_status(summary)
+
+
+def _tell(*listeners: Callable[[JobEvent], None]) -> Callable[[JobEvent], None]:
+    def tell(event: JobEvent) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
 
 
 def load(model: str, settings: dict[str, Any]) -> LLM:

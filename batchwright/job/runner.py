@@ -201,14 +201,14 @@ class Job:
             self._expire_slow_rows(now_s)
             if not summary.stopped:
                 self._admit()
+            if self._metrics.is_due:
+                self.log_metrics()
             if self._in_flight:
                 self._step()
             summary.run_s = self._now() - start_s
             summary.input_ended = self._feed.ended
             if self._journal.is_due:
                 self._commit()
-            if self._metrics.is_due:
-                self.log_metrics()
             self._on_event(Progressed(summary))
 
     # In ---------------------------------------------------------------------------------------

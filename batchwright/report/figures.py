@@ -133,7 +133,6 @@ def _draw_over_time(figure: Figure, report: Report) -> None:
     _draw_parts(parts, edges, report)
     _draw_rows(rows, edges, report)
     _steps(memory, edges, (100 * i.kv_used_fraction for i in found), "saved")
-    memory.set_ylim(0, 100)
     memory.set_title("Memory for keys and values in use, %")
     memory.set_xlabel("seconds of the job's runs")
     for axes in panels:
@@ -224,8 +223,8 @@ def _draw_ceiling(figure: Figure, report: Report) -> None:
     assert report.roofline is not None
     bars = [
         ("least possible", report.roofline.least_s, "saved"),
-        ("steps", report.times.step_s, "decode"),
-        ("whole job", report.times.total_s, "other"),
+        ("steps", report.roofline.step_s, "decode"),
+        ("all time", report.roofline.total_s, "other"),
     ]
     _bars(figure.subplots(), bars, lambda value: f"{value:,.1f} s")
 

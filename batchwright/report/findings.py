@@ -85,8 +85,12 @@ def _decode(report: Report) -> str:
 
 
 def _weigh(report: Report, holds: Callable[[Interval], bool]) -> float:
-    """Share of the decoding time in which something holds."""
-    decoding = [(i.seconds.get("decode", 0.0), holds(i)) for i in report.intervals]
+    """Share of the time of decoding before the tails in which something holds."""
+    decoding = [
+        (interval.seconds.get("decode", 0.0), holds(interval))
+        for interval in report.intervals
+        if not any(start_s <= interval.start_s < end_s for start_s, end_s in report.tails)
+    ]
     total = sum(seconds for seconds, _ in decoding)
     return sum(seconds for seconds, is_so in decoding if is_so) / total if total else 0.0
 

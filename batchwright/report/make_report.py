@@ -130,6 +130,8 @@ def roofline(runs: Sequence[Run], machine: Machine, ceiling: Ceiling) -> Rooflin
         necessary_flops=layers + logits,
         best_flops_per_s=(layers + logits) / least_s,
         least_s=least_s,
+        step_s=times.step_s,
+        total_s=times.total_s,
         fraction=least_s / times.step_s,
         fraction_of_total=least_s / times.total_s,
         num_runs=len(mine),

@@ -75,8 +75,9 @@ class Roofline(msgspec.Struct, kw_only=True):
         necessary_flops: the same without what was recomputed: shared prefixes once.
         best_flops_per_s: necessary_flops / least_s.
         least_s: seconds that necessary_flops take at the rates of the ceiling.
-        fraction: least_s / seconds of the steps.
-        fraction_of_total: least_s / all seconds, loading included.
+        step_s, total_s: of the runs that count, as in `Times`.
+        fraction: least_s / step_s.
+        fraction_of_total: least_s / total_s.
         num_runs: runs that count: those on the machine that the ceiling was measured on.
     """
 
@@ -84,6 +85,8 @@ class Roofline(msgspec.Struct, kw_only=True):
     necessary_flops: int
     best_flops_per_s: float
     least_s: float
+    step_s: float
+    total_s: float
     fraction: float
     fraction_of_total: float
     num_runs: int
