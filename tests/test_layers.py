@@ -14,7 +14,7 @@ TORCH_FREE = [
     *(PACKAGE / "kv" / f"{name}.py" for name in ("blocks", "prefix_cache")),
     *(
         path
-        for name in ("sched", "plan", "text", "structured", "validation", "job", "cli")
+        for name in ("sched", "plan", "text", "structured", "validation", "job", "report", "cli")
         for path in (PACKAGE / name).rglob("*.py")
     ),
 ]

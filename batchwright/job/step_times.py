@@ -66,7 +66,8 @@ class StepTimes:
         decode_s = step_s - prefill_s
         self.prefill_s += prefill_s
         self.decode_s += decode_s
-        if is_last_work and not self._fills_the_machine(counts):
+        is_full = self._fills_the_machine(counts)  # always asked: it sees the largest steps
+        if is_last_work and not is_full:
             if self.tail_since_s is None:
                 self.tail_since_s = start_s
             self.tail_prefill_s += prefill_s

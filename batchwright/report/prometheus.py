@@ -115,7 +115,7 @@ def _registry(samples: Mapping[str, Sample]) -> CollectorRegistry:
     from prometheus_client import CollectorRegistry
 
     registry = CollectorRegistry()
-    registry.register(_Collector(samples))  # type: ignore[arg-type]
+    registry.register(_Collector(samples))
     return registry
 
 
