@@ -16,9 +16,7 @@ NUM_SLOTS = 6
 Row = tuple[int, int, int, int]  # first position, tokens, prompt length, computed before
 
 rows = st.lists(
-    st.tuples(
-        st.integers(0, 40), st.integers(1, 40), st.integers(1, 60), st.integers(0, 80)
-    ),
+    st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(1, 60), st.integers(0, 80)),
     min_size=1,
     max_size=NUM_SLOTS,
 )
