@@ -19,6 +19,7 @@ from batchwright.limits import ModelLimits
 from batchwright.open_requests import OpenRequests
 from batchwright.outputs import RunningRequest, Stream, failed
 from batchwright.parts import Parts
+from batchwright.plan.cost import ModelShape
 from batchwright.recovery import Isolation, describe
 from batchwright.request import Request, Result, Task
 from batchwright.sampling.noise import noise_key
@@ -41,12 +42,13 @@ URGENT_LEAD = 2**62
 
 
 class EngineLoad(NamedTuple):
-    """How busy an engine is: sequences that run, and the share of blocks in use.
+    """How busy an engine is: sequences that run and that wait, and the share of blocks in use.
 
     The share is that of the KV group that is fullest.
     """
 
     num_running_seqs: int
+    num_waiting_seqs: int
     kv_used_fraction: float
 
 
@@ -62,6 +64,7 @@ class Engine:
         job_seed: keys the randomness of rows without a seed of their own.
         look_ahead: Steps handed out before the oldest result is read (0 or 1).
         grammars: compiles what structured output asks for; None refuses such requests.
+        shape: the model's sizes, for reports.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Engine:
         job_seed: int = 0,
         look_ahead: int = 0,
         grammars: GrammarCompiler | None = None,
+        shape: ModelShape | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
@@ -84,6 +88,7 @@ class Engine:
         self._look_ahead = look_ahead
         self.grammars = grammars
         self._open = OpenRequests(scheduler, tokenizer)
+        self.shape = shape
         self._outstanding: deque[StepResult] = deque()
         self._num_added = 0
         self._is_running = False  # between the first and the last result of a `run`
@@ -112,8 +117,10 @@ class Engine:
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
         pools = [table.pool for table in self._scheduler.books.tables]
+        num_running = self._scheduler.books.slots.num_running
         return EngineLoad(
-            num_running_seqs=self._scheduler.books.slots.num_running,
+            num_running_seqs=num_running,
+            num_waiting_seqs=self._scheduler.num_unfinished - num_running,
             kv_used_fraction=max(1 - pool.num_free / pool.num_blocks for pool in pools),
         )
 

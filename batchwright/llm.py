@@ -25,7 +25,9 @@ from batchwright.kv.groups import KVGroup, windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model, read_config
 from batchwright.models.row_invariance import ensure_row_invariance
+from batchwright.models.shape import shape_of
 from batchwright.plan.auto_order import AutoOrder
+from batchwright.plan.cost import ModelShape
 from batchwright.plan.order import OrderFunction, find_order
 from batchwright.request import DEFAULT_MAX_TOKENS, Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
@@ -205,6 +207,20 @@ class LLM:
         }
 
     @property
+    def shape(self) -> ModelShape | None:
+        """The model's sizes."""
+        return self.engine.shape
+
+    @staticmethod
+    def compile_s() -> float:
+        """Seconds this process has spent compiling kernels."""
+        return kernels.compile_seconds()
+
+    def settings(self) -> dict[str, Any]:
+        """The engine's settings as they were settled, for logs."""
+        return dataclasses.asdict(self.config)
+
+    @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context: the begin token, else the end token."""
         return prefix_token_id(self.tokenizer)
@@ -265,6 +281,7 @@ def build_engine(
         job_seed=resolved.seed,
         look_ahead=resolved.look_ahead,
         grammars=GrammarCompiler(tokenizer, model_config["vocab_size"]),
+        shape=shape_of(model),
     )
     return engine, resolved
 

@@ -7,55 +7,14 @@ head. Memory traffic is not counted, so a decode-heavy job cannot reach the boun
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.workloads import WorkRequest
 
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a dense decoder with a gated MLP (Llama, Mistral, Qwen)."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """From a config.json."""
-        num_q_heads = config["num_attention_heads"]
-        return cls(
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_q_heads=num_q_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_q_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // num_q_heads,
-            vocab_size=config["vocab_size"],
-        )
-
-    @property
-    def layer_flops_per_token(self) -> int:
-        """Matrix products of all layers for one token, two FLOPs a weight."""
-        attention = 2 * (self.num_q_heads + self.num_kv_heads) * self.head_dim
-        weights = self.hidden_size * (attention + 3 * self.intermediate_size)
-        return 2 * weights * self.num_layers
-
-    @property
-    def attention_flops_per_key(self) -> int:
-        """Scores and weighted values of all layers for one query token and one key."""
-        return 4 * self.num_q_heads * self.head_dim * self.num_layers
-
-    @property
-    def head_flops_per_token(self) -> int:
-        """Logits of one token."""
-        return 2 * self.hidden_size * self.vocab_size
+if TYPE_CHECKING:  # importing the package sets the environment, which benchmarks.run looks at first
+    from batchwright.plan.cost import ModelShape
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@
 Lengths are forced (end tokens ignored), drawing is greedy. For every workload: seconds (median of
 the repeats), tokens per second, peak memory, prompt tokens saved by sharing against what a perfect
 engine saves, and the ceiling's fraction: the seconds that the job's necessary FLOPs would take at
-this machine's best measured fp32 product rate (`ceiling.py`, `necessary_work.py`), divided by the
-seconds taken. Reading weights and keys is not counted, so decode-heavy jobs stay below 100%.
+this machine's best measured fp32 product rate (`exec/product_rates.py`, `necessary_work.py`),
+divided by the seconds taken. Reading weights and keys is not counted, so decode-heavy jobs stay
+below 100%.
 
 Prints a table, then one JSON line. `--against transformers` runs `generate` on the same requests in
 the same run, alternating, and compares the tokens. Use an idle machine; the load is in the JSON.
@@ -27,9 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.ceiling import Ceiling, measure_ceiling
 from benchmarks.machine import PeakMemory, describe_commit, describe_machine, describe_versions
-from benchmarks.necessary_work import ModelShape, NecessaryWork, necessary_work
+from benchmarks.necessary_work import NecessaryWork, necessary_work
 from benchmarks.transformers_baseline import TransformersBaseline
 from benchmarks.workloads import (
     WorkRequest,
@@ -41,7 +41,9 @@ from benchmarks.workloads import (
 
 if TYPE_CHECKING:
     from batchwright.exec.executor import Executor
+    from batchwright.exec.product_rates import Ceiling
     from batchwright.llm import LLM
+    from batchwright.plan.cost import ModelShape
     from batchwright.step import Step, StepResult
 
 TIE = 1e-3
@@ -124,7 +126,9 @@ def main() -> None:
     args = _arguments()
     spin_count = os.environ.get("GOMP_SPINCOUNT")  # importing batchwright sets it
     llm, startup = start(args)
-    shape = ModelShape.from_config(_model_config(args.model))
+    from batchwright.exec.product_rates import measure_ceiling
+
+    shape = _model_shape(args.model)
     encode = plain_encoder(llm.tokenizer.encode)
     workloads = build_workloads(encode, scale=args.scale)
     measured = [
@@ -191,12 +195,12 @@ def start(args: argparse.Namespace) -> tuple[LLM, Startup]:
     return llm, Startup(imported - began, loaded - imported, time.perf_counter() - loaded)
 
 
-def _model_config(model: str) -> dict[str, Any]:
-    from batchwright.models.loader import read_config
+def _model_shape(model: str) -> ModelShape:
+    from batchwright.models.shape import read_shape
     from batchwright.weights.checkpoint import open_checkpoint
     from batchwright.weights.locate import locate_model
 
-    return read_config(open_checkpoint(locate_model(model)).config)
+    return read_shape(open_checkpoint(locate_model(model)).config)
 
 
 @contextlib.contextmanager

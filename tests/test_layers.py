@@ -17,7 +17,17 @@ TORCH_FREE = [
     *(PACKAGE / "kv" / f"{name}.py" for name in ("blocks", "prefix_cache")),
     *(
         path
-        for name in ("sched", "plan", "text", "structured", "validation", "job", "cli", "server")
+        for name in (
+            "sched",
+            "plan",
+            "text",
+            "structured",
+            "validation",
+            "job",
+            "report",
+            "cli",
+            "server",
+        )
         for path in (PACKAGE / name).rglob("*.py")
     ),
 ]

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from batchwright.cli.report import report
 from batchwright.cli.run import run
 from batchwright.cli.serve import serve
+from batchwright.cli.status import status
 from batchwright.cli.validate import validate
 from batchwright.errors import BatchwrightError
 
@@ -25,6 +27,8 @@ app = typer.Typer(
 app.command()(run)
 app.command()(serve)
 app.command()(validate)
+app.command()(status)
+app.command()(report)
 
 
 def _print_version(wanted: bool) -> None:

@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from batchwright.cli.printable import printable
-from batchwright.job.events import Draining, JobEvent, RowFailed
+from batchwright.job.events import Draining, JobEvent, Progressed, RowFailed
 from batchwright.job.summary import JobSummary
+from batchwright.report.amounts import duration
 
 MAX_FAILURES_SHOWN = 10
 RATE_WINDOW_S = 10.0
@@ -128,7 +129,7 @@ class ProgressReport:
                 f"Stopping: {event.num_running} running rows are finished first (at most "
                 f"{event.limit_s:.0f} s). Press Ctrl-C again to stop at once."
             )
-        elif (now_s := self._now()) >= self._next_s:
+        elif isinstance(event, Progressed) and (now_s := self._now()) >= self._next_s:
             self._next_s = now_s + self._view.interval_s
             summary = event.summary
             rate = self._rate.update(now_s, summary.engine.num_generated_tokens)
@@ -158,13 +159,3 @@ def status_line(summary: JobSummary, tokens_per_s: float) -> str:
     if summary.num_failed:
         parts.append(f"{summary.num_failed:,} failed")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """As people read it: 8 s, 2:05 min, 3:04 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"

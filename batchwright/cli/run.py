@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from batchwright.cli.numbers import parse_count, parse_duration, parse_shard
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from batchwright.job.events import JobEvent
     from batchwright.job.file_job import FileJob
     from batchwright.job.preflight import JobArguments
     from batchwright.job.stop import StopControl
@@ -129,6 +131,12 @@ def run(
     no_prefix_sharing: Annotated[
         bool, typer.Option("--no-prefix-sharing", help="Compute shared prefixes for each row.")
     ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, metavar="PORT", help="Serve metrics for Prometheus; 0: any port."
+        ),
+    ] = None,
 ) -> None:
     """Run a file of requests through a model: JSONL, CSV, Parquet, a dataset; docs/formats.md.
 
@@ -176,14 +184,26 @@ def run(
     )
     given = {name: value for name, value in settings.items() if value is not None}
     try:
-        status = _run(arguments, model, given)
+        if metrics_port is None:
+            status = _run(arguments, model, given)
+        else:
+            from batchwright.report.prometheus import MetricsPort
+
+            with MetricsPort(os.path.basename(output), metrics_port) as port:
+                print(f"Metrics: {port.url}", file=sys.stderr)
+                status = _run(arguments, model, given, watch=port.on_event)
     except KeyboardInterrupt:  # before the job or after it; in between it is a request to stop
         print("batchwright: interrupted; the same command goes on", file=sys.stderr)
         status = INTERRUPTED
     raise typer.Exit(status)
 
 
-def _run(arguments: JobArguments, model: str, settings: dict[str, Any]) -> int:
+def _run(
+    arguments: JobArguments,
+    model: str,
+    settings: dict[str, Any],
+    watch: Callable[[JobEvent], None] = lambda event: None,
+) -> int:
     """Check, load, run, report; returns the exit status."""
     from rich.console import Console
 
@@ -203,20 +223,23 @@ def _run(arguments: JobArguments, model: str, settings: dict[str, Any]) -> int:
         except KeyboardInterrupt:
             log.print("Interrupted while loading; no row was run and nothing was written.")
             return INTERRUPTED
-        return _run_job(job, llm, log, load_s=time.perf_counter() - start_s)
+        return _run_job(job, llm, log, watch, load_s=time.perf_counter() - start_s)
 
 
-def _run_job(job: FileJob, llm: LLM, log: Console, *, load_s: float) -> int:
+def _run_job(
+    job: FileJob, llm: LLM, log: Console, watch: Callable[[JobEvent], None], *, load_s: float
+) -> int:
     from rich.console import Console
 
     from batchwright.cli.progress import ProgressReport
-    from batchwright.cli.report import print_summary
+    from batchwright.cli.summary_text import print_summary
     from batchwright.errors import OutputError, ResourceError
     from batchwright.job.preflight import STDIO
 
     try:
         with stop_on_signals() as stop, ProgressReport(log) as progress:
-            summary = job.run(llm, stop=stop, on_event=progress.on_event)
+            on_event = _tell(progress.on_event, watch)
+            summary = job.run(llm, stop=stop, on_event=on_event, load_s=load_s)
     except (OutputError, ResourceError) as error:
         log.print(f"batchwright: {error}", markup=False, highlight=False, soft_wrap=True)
         return INTERRUPTED
@@ -224,6 +247,14 @@ def _run_job(job: FileJob, llm: LLM, log: Console, *, load_s: float) -> int:
     report = log if STDIO in (output, job.errors) else Console()
     print_summary(report, summary, load_s=load_s, output=output, errors=job.errors)
     return exit_status(summary)
+
+
+def _tell(*listeners: Callable[[JobEvent], None]) -> Callable[[JobEvent], None]:
+    def tell(event: JobEvent) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
 
 
 def load(model: str, settings: dict[str, Any]) -> LLM:

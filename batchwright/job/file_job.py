@@ -103,8 +103,9 @@ class FileJob:
         *,
         stop: StopControl | None = None,
         on_event: Callable[[JobEvent], None] = lambda event: None,
+        load_s: float = 0.0,
     ) -> JobSummary:
-        """Run the job, once; see `run_file`."""
+        """Run the job, once; see `run_file`. `load_s`: seconds that loading the model took."""
         if model.engine.num_unfinished:
             raise ConfigError("this model is still running other requests; let them finish first")
         arguments = self.arguments
@@ -115,6 +116,7 @@ class FileJob:
             deadline_s=arguments.deadline_s,
             row_timeout_s=arguments.row_timeout_s,
             keep_failed=arguments.keep_failed,
+            load_s=load_s,
         )
         names = ModelNames(model.name)
         try:

@@ -91,6 +91,19 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return common
 
 
+def build_empty(config: Mapping[str, Any], max_positions: int) -> CausalLM:
+    """The model of a config.json on the meta device: its parameters have shapes and no values.
+
+    Raises: as `load_model`, as far as the config is concerned.
+    """
+    common = read_config(config)
+    try:
+        with torch.device("meta"):
+            return model_class(config)(common, max_positions)
+    except KeyError as error:
+        raise ModelFormatError(f"config.json lacks {error.args[0]!r}") from error
+
+
 def load_model(source: WeightSource, *, dtype: torch.dtype, max_positions: int) -> CausalLM:
     """Build the model and fill it with weights.
 
@@ -103,12 +116,8 @@ def load_model(source: WeightSource, *, dtype: torch.dtype, max_positions: int) 
         ModelFormatError: a tensor or config entry is missing or has the wrong shape.
         ConfigError: the model has fewer learned positions than max_positions.
     """
-    config = read_config(source.config)
-    try:
-        with torch.device("meta"):
-            model = model_class(source.config)(config, max_positions)
-    except KeyError as error:
-        raise ModelFormatError(f"config.json lacks {error.args[0]!r}") from error
+    model = build_empty(source.config, max_positions)
+    config = model.config
     tensors = _Tensors(source)
     head = model.get_submodule("lm_head")
     is_tied = config["tie_word_embeddings"] and "lm_head.weight" not in tensors

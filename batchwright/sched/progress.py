@@ -102,8 +102,6 @@ class Progress:
         for table in books.tables:
             table.grow(slots, starts, ends)
         computed = state.num_computed[slots]
-        repeated = np.minimum(ends, state.computed_once[slots]) - computed
-        self._stats.num_recomputed_tokens += int(np.maximum(repeated, 0).sum())
         books.builder.add_rows(slots, computed, ends)
         state.num_computed[slots] = ends
         if shared:

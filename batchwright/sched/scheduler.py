@@ -134,6 +134,8 @@ class Scheduler:
         self._in_flight.append(record)
         self.stats.num_steps += 1
         self.stats.num_computed_tokens += step.num_tokens
+        slots, windows = self.books.slots, [table.window for table in self.books.tables]
+        self.stats.work.add(step, slots.num_prompt, slots.computed_once, windows)
         return step
 
     def update(self, result: StepResult) -> Update:

@@ -19,6 +19,7 @@ from batchwright.job.run_job import JobModel, JobPaths, run_job
 from batchwright.job.runner import DRAIN_S, JobOptions
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
+from batchwright.plan.cost import ModelShape
 from batchwright.server.batch_record import Batch, BatchError, Counts, Status
 from batchwright.server.batches import Batches, Live
 from batchwright.server.check_batch import RowChecks, batch_rows
@@ -58,6 +59,19 @@ class SharedModel:
     def grammars(self) -> Grammars | None:
         """See JobModel."""
         return self.model.grammars
+
+    @property
+    def shape(self) -> ModelShape | None:
+        """See JobModel."""
+        return self.model.shape
+
+    def settings(self) -> Mapping[str, Any]:
+        """See JobModel."""
+        return self.model.settings()
+
+    def compile_s(self) -> float:
+        """See JobModel."""
+        return self.model.compile_s()
 
     def identity(self) -> Mapping[str, Any]:
         """See JobModel."""

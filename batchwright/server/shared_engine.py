@@ -17,8 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from batchwright.errors import BatchwrightError, RequestError
+from batchwright.job.engine_counts import EngineStats
 from batchwright.job.runner import EngineLoad, JobEngine
-from batchwright.job.summary import EngineStats
 from batchwright.request import Request, Result
 from batchwright.watchdog import Watchdog
 

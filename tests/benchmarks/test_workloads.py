@@ -7,9 +7,10 @@ from collections import Counter
 
 import pytest
 
+from batchwright.plan.cost import AttentionShape, ModelShape, Product
 from batchwright.text.tokenizer import load_tokenizer
 from batchwright.weights.locate import locate_model
-from benchmarks.necessary_work import ModelShape, necessary_work
+from benchmarks.necessary_work import necessary_work
 from benchmarks.workloads import WorkRequest, build_workloads, plain_encoder
 
 SHA256 = {
@@ -22,12 +23,12 @@ SHA256 = {
 
 TINY = ModelShape(
     hidden_size=8,
-    intermediate_size=16,
-    num_layers=2,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=3,
     vocab_size=50,
+    num_layers=2,
+    products=(Product(8, 24, 2), Product(12, 8, 2), Product(8, 32, 2), Product(16, 8, 2)),
+    head=Product(8, 50),
+    attention=(AttentionShape(None, num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=3),),
+    num_params=0,
 )
 
 

@@ -1,0 +1,99 @@
+"""Rates of matrix products: what torch's own products reach at a model's shapes, by rows.
+
+The best of them is a ceiling: not the processor's peak, but what an engine whose products are
+torch's reaches when everything else costs nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from batchwright.plan.cost import ModelShape, Product, RateCurve
+
+CEILING_ROWS = (128, 256, 512)
+CEILING_S_PER_POINT = 0.1
+COLD_BYTES = 128 * 2**20
+"""Products take turns at so many bytes of weights: these come from memory then, as a model's do."""
+
+MIN_CALLS, MAX_CALLS = 3, 200
+
+
+class Ceiling(NamedTuple):
+    """Best rates of products at a model's shapes, in FLOP/s."""
+
+    layers: float
+    head: float
+
+    def best(self, other: Ceiling) -> Ceiling:
+        """The better of two measurements, each for itself."""
+        return Ceiling(max(self.layers, other.layers), max(self.head, other.head))
+
+
+def measure_ceiling(
+    shape: ModelShape,
+    dtype: torch.dtype = torch.float32,
+    seconds_per_point: float = CEILING_S_PER_POINT,
+) -> Ceiling:
+    """The best shape and number of rows, with the threads torch has now."""
+
+    def best(product: Product) -> float:
+        return product_rates(product, CEILING_ROWS, dtype, seconds_per_point).best
+
+    return Ceiling(layers=max(map(best, distinct(shape.products))), head=best(shape.head))
+
+
+def distinct(products: Sequence[Product]) -> list[Product]:
+    """One product of every shape."""
+    return list({(p.in_features, p.out_features): p for p in products}.values())
+
+
+def product_rates(
+    product: Product, row_counts: Sequence[int], dtype: torch.dtype, seconds_per_point: float
+) -> RateCurve:
+    """Rates of products of one shape, weights and rows random.
+
+    Args:
+        row_counts: ascending.
+        seconds_per_point: spent on each; a product that takes longer is called MIN_CALLS times.
+    """
+    weights = _cold_weights(product, dtype)
+    rates = []
+    with torch.inference_mode():
+        for num_rows in row_counts:
+            x = torch.rand(num_rows, product.in_features).to(dtype)
+
+            def call(index: int, x: torch.Tensor = x) -> torch.Tensor:
+                return F.linear(x, weights[index % len(weights)])
+
+            seconds = quick_time_s(call, seconds_per_point)
+            rates.append(2 * num_rows * product.in_features * product.out_features / seconds)
+    return RateCurve(tuple(row_counts), tuple(rates))
+
+
+def _cold_weights(product: Product, dtype: torch.dtype) -> list[torch.Tensor]:
+    """As many weights as the model has, or COLD_BYTES of them. What they hold takes no time."""
+    size = product.in_features * product.out_features * dtype.itemsize
+    count = max(1, min(product.num_weights, COLD_BYTES // size))
+    shape = (product.out_features, product.in_features)
+    return [torch.full(shape, 0.01, dtype=dtype) for _ in range(count)]
+
+
+def quick_time_s(call: Callable[[int], object], seconds: float) -> float:
+    """First quartile of the times of as many calls as fit: noise only adds. One call warms up.
+
+    Args:
+        call: is given the number of the call.
+    """
+    call(0)
+    times_s: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times_s) < MIN_CALLS or (time.perf_counter() < end and len(times_s) < MAX_CALLS):
+        start = time.perf_counter()
+        call(len(times_s) + 1)
+        times_s.append(time.perf_counter() - start)
+    return sorted(times_s)[len(times_s) // 4]

@@ -1,0 +1,299 @@
+"""Cost model: what a Step, or work that was counted, takes of a machine. No torch, no clock.
+
+A `ModelShape` says what a model multiplies, reads and keeps; a `Hardware` how fast a machine does
+that; `CostModel` puts the two together and is what `exec/sim.py` charges to a virtual clock.
+Shapes are counted from a model's modules (`models/shape.py`), hardware is measured
+(`exec/calibrate.py`). Products, attention and the rest run one after the other: times are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from batchwright.request import Int32Array
+from batchwright.step import NO_WRITE, Step
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Products x W^T with weights of one shape.
+
+    Attributes:
+        in_features, out_features: of x and of the result.
+        num_weights: matrices of this shape in the model: its layers, times experts.
+        share: of the tokens, that pass through each; below 1 for the experts of a mixture.
+    """
+
+    in_features: int
+    out_features: int
+    num_weights: int = 1
+    share: float = 1.0
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all these weights."""
+        return self.in_features * self.out_features * self.num_weights
+
+    @property
+    def flops_per_token(self) -> int:
+        """Two a weight that the token passes."""
+        return round(2 * self.num_elements * self.share)
+
+    def num_used(self, num_tokens: int) -> float:
+        """Weights that a step of so many tokens reads; of experts, the expected number."""
+        return self.num_weights * (1 - (1 - self.share) ** num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Attention of the layers that share a window: those of one KV group."""
+
+    window: int | None
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def flops_per_key(self) -> int:
+        """Scores and weighted values for one query token and one key, in all these layers."""
+        return 4 * self.num_q_heads * self.head_dim * self.num_layers
+
+    @property
+    def kv_elements(self) -> int:
+        """Elements of the keys and values of one token, in all these layers."""
+        return 2 * self.num_kv_heads * self.head_dim * self.num_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The sizes of a model that cost follows from.
+
+    Attributes:
+        products: all products of the layers, and those that lead into and out of them.
+        head: the output head.
+        attention: one entry per KV group, in the order of the scheduler's groups.
+        num_params: elements of all parameters; a head tied to the embeddings counts once.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    products: tuple[Product, ...]
+    head: Product
+    attention: tuple[AttentionShape, ...]
+    num_params: int
+
+    @property
+    def layer_flops_per_token(self) -> int:
+        """Matrix products of all layers for one token."""
+        return sum(product.flops_per_token for product in self.products)
+
+    @property
+    def attention_flops_per_key(self) -> int:
+        """Scores and weighted values of all layers for one query token and one key."""
+        return sum(attention.flops_per_key for attention in self.attention)
+
+    @property
+    def head_flops_per_token(self) -> int:
+        """Logits of one token."""
+        return self.head.flops_per_token
+
+    def attention_flops(self, num_keys: Sequence[int]) -> int:
+        """FLOPs of (query token, key) pairs, counted per KV group."""
+        pairs = zip(self.attention, num_keys, strict=True)
+        return sum(attention.flops_per_key * num for attention, num in pairs)
+
+    def kv_elements_per_token(self) -> int:
+        """Elements of the keys and values of one token in all layers."""
+        return sum(attention.kv_elements for attention in self.attention)
+
+    def weight_elements_read(self, num_tokens: int) -> float:
+        """Elements of the layers' weights that a step of so many tokens reads."""
+        return sum(
+            product.in_features * product.out_features * product.num_used(num_tokens)
+            for product in self.products
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RateCurve:
+    """FLOP/s of matrix products by their number of rows.
+
+    Time is straight between the points; a product of fewer rows takes as long as the first one, and
+    one of more runs at the last one's rate.
+
+    Attributes:
+        rows: ascending.
+        flops_per_s: at each.
+    """
+
+    rows: tuple[int, ...]
+    flops_per_s: tuple[float, ...]
+
+    def seconds(self, num_rows: float, flops_per_row: float) -> float:
+        """Time of products with so many rows, and so many FLOPs for each of them."""
+        if num_rows >= self.rows[-1]:
+            return num_rows * flops_per_row / self.flops_per_s[-1]
+        times = [rows / rate for rows, rate in zip(self.rows, self.flops_per_s, strict=True)]
+        return float(np.interp(num_rows, self.rows, times)) * flops_per_row
+
+    @property
+    def best(self) -> float:
+        """The highest rate."""
+        return max(self.flops_per_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """How fast a machine does what a model needs.
+
+    The curves and the last four hold for the model they were measured with.
+
+    Attributes:
+        layers, head: matrix products of the layers and of the output head.
+        ceiling_flops_per_s: the best product of the layers at any number of rows.
+        attention_flops_per_s: attention of many query tokens to the same keys.
+        kv_bytes_per_s: keys and values read by attention of single tokens.
+        memory_bytes_per_s: plain reading.
+        token_s: norms, rotations, activations and the like, of one token in all layers.
+        layer_s: fixed time of a layer.
+        step_s: fixed time of a step.
+        draw_s: drawing one token from its logits.
+    """
+
+    name: str
+    num_threads: int
+    layers: RateCurve
+    head: RateCurve
+    ceiling_flops_per_s: float
+    attention_flops_per_s: float
+    kv_bytes_per_s: float
+    memory_bytes_per_s: float
+    token_s: float = 0.0
+    layer_s: float = 0.0
+    step_s: float = 0.0
+    draw_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """Where the time of a Step goes."""
+
+    layers: float
+    head: float
+    attention: float
+    other: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.layers + self.head + self.attention + self.other
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """What a model costs on a machine.
+
+    Attributes:
+        weight_bytes, kv_bytes: of one element of the weights, and of keys and values.
+    """
+
+    shape: ModelShape
+    hardware: Hardware
+    weight_bytes: int = 4
+    kv_bytes: int = 4
+
+    def seconds(self, step: Step) -> float:
+        """Time of a Step; what `SimExecutor` asks."""
+        return self.parts(step).total
+
+    def parts(self, step: Step) -> StepSeconds:
+        """Time of a Step by where it goes."""
+        hardware, shape = self.hardware, self.shape
+        num_logits = _num_logits(step)
+        return StepSeconds(
+            layers=self._layers_s(step.num_tokens),
+            head=self._head_s(num_logits),
+            attention=self._attention_s(step),
+            other=hardware.step_s
+            + hardware.layer_s * shape.num_layers
+            + hardware.token_s * step.num_tokens
+            + hardware.draw_s * len(step.sample_tokens),
+        )
+
+    def num_bytes(self, step: Step) -> float:
+        """Memory traffic of a Step: weights, and keys and values read and written."""
+        _, read = _row_keys(step, self.shape.attention)
+        kv = sum(
+            attention.kv_elements * (int(keys.sum()) + int((slots != NO_WRITE).sum()))
+            for attention, keys, slots in zip(
+                self.shape.attention, read, step.kv_slots, strict=True
+            )
+        )
+        head = self.shape.head.num_elements if _num_logits(step) else 0
+        weights = self.shape.weight_elements_read(step.num_tokens) + head
+        return weights * self.weight_bytes + kv * self.kv_bytes
+
+    def _layers_s(self, num_tokens: int) -> float:
+        total = 0.0
+        for product in self.shape.products:
+            num_used = product.num_used(num_tokens)
+            num_rows = num_tokens * product.share * product.num_weights / num_used
+            flops = 2 * product.in_features * product.out_features
+            total += num_used * self.hardware.layers.seconds(num_rows, flops)
+        return total
+
+    def _head_s(self, num_logits: int) -> float:
+        if not num_logits:
+            return 0.0
+        return self.hardware.head.seconds(num_logits, self.shape.head_flops_per_token)
+
+    def _attention_s(self, step: Step) -> float:
+        """Each row takes as long as its FLOPs or as reading its keys, whichever is longer."""
+        pairs, read = _row_keys(step, self.shape.attention)
+        total = 0.0
+        for attention, num_pairs, num_read in zip(self.shape.attention, pairs, read, strict=True):
+            compute = num_pairs * (attention.flops_per_key / self.hardware.attention_flops_per_s)
+            load_s_per_key = attention.kv_elements * self.kv_bytes / self.hardware.kv_bytes_per_s
+            total += float(np.maximum(compute, num_read * load_s_per_key).sum())
+        return total
+
+
+def num_keys(num_tokens: Int32Array | Int64Array, window: int | None) -> Int64Array:
+    """Keys that the first `num_tokens` tokens of a sequence visit; each sees itself too.
+
+    Args:
+        num_tokens: [n].
+        window: most keys a token sees; None: all up to itself.
+    """
+    count = num_tokens.astype(np.int64)
+    if window is None:
+        return count * (count + 1) // 2
+    inside = np.minimum(count, window)
+    return inside * (inside + 1) // 2 + (count - inside) * window
+
+
+def _num_logits(step: Step) -> int:
+    """Lines of logits; forks share theirs."""
+    return len(np.unique(step.sample_tokens)) + len(step.score_tokens)
+
+
+def _row_keys(
+    step: Step, attention: Sequence[AttentionShape]
+) -> tuple[list[Int64Array], list[Int64Array]]:
+    """([num_rows] (token, key) pairs, [num_rows] different keys read) for each KV group."""
+    starts = step.positions[step.cu_seqlens_q[:-1]].astype(np.int64)
+    ends = step.positions[step.cu_seqlens_q[1:] - 1].astype(np.int64) + 1
+    pairs, read = [], []
+    for one in attention:
+        pairs.append(num_keys(ends, one.window) - num_keys(starts, one.window))
+        first = 0 if one.window is None else np.maximum(starts - one.window + 1, 0)
+        read.append(ends - first)
+    return pairs, read
