@@ -101,6 +101,19 @@ def test_the_page_shows_batches_as_they_run(page: Page, start: Start) -> None:
 
 
 @needs_browser
+def test_a_batch_leads_to_its_report(page: Page, start: Start) -> None:
+    server = start()
+    batch = ended(server.client(), begin(server.client(), [chat_row("SECRET-ID", "SECRET words")]))
+    page.open(server)
+    until(lambda: "report" in page.row(batch.id))
+    page.driver.find_element(By.LINK_TEXT, "report").click()
+    until(lambda: page.driver.current_url.endswith(f"/batches/{batch.id}/report"))
+    assert page.driver.find_elements(By.TAG_NAME, "svg")
+    assert "SECRET" not in page.driver.page_source
+    assert page.problems() == []  # the page's policy forbids nothing that the report needs
+
+
+@needs_browser
 def test_nothing_that_clients_say_becomes_markup(
     page: Page, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
