@@ -14,6 +14,7 @@ from batchwright.errors import BatchwrightError, RequestError
 from batchwright.request import Completion, FinishReason, Request, Result, SamplingParams
 
 if TYPE_CHECKING:
+    from batchwright.job.file_job import run_file
     from batchwright.llm import LLM
 
 __version__ = "0.1.0"
@@ -26,13 +27,18 @@ __all__ = [
     "RequestError",
     "Result",
     "SamplingParams",
+    "run_file",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the engine, and torch with it, only when it is asked for."""
+    """Import the engine, and torch with it, or the job only when they are asked for."""
     if name == "LLM":
         from batchwright.llm import LLM
 
         return LLM
+    if name == "run_file":
+        from batchwright.job.file_job import run_file
+
+        return run_file
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,14 +6,27 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from batchwright.errors import ConfigError
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, blocks_per_sequence, split_blocks
+from batchwright.techniques import names
 
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 512
 DEFAULT_MAX_MODEL_LEN = 8192
 KV_SHARE_OF_FREE_MEMORY = 0.5
+AUTO_ORDER = "auto"
+
+_COUNTS = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_bytes",
+    "kv_tokens",
+    "num_threads",
+)
+_WHOLE_NUMBERS = (*_COUNTS, "block_size", "seed", "look_ahead")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +40,11 @@ class EngineConfig:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens computed per step.
         kv_cache_bytes: memory for keys and values.
+        kv_tokens: tokens whose keys and values are kept at once, if less than memory allows.
         block_size: tokens per KV block, a multiple of 32.
         prefix_sharing: prompts with a common beginning compute and store it once.
+        order: in which order rows start, a file of `batchwright/plan/orders`, or "auto", which
+            tries them on a sample of the rows with a simulated model.
         attention: backend, a file of `batchwright/attention/backends`.
         seed: keys the randomness of rows that have no seed of their own.
         num_threads: threads of matrix products and kernels, at most the cores there are.
@@ -40,8 +56,10 @@ class EngineConfig:
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
     max_num_batched_tokens: int | None = None
     kv_cache_bytes: int | None = None
+    kv_tokens: int | None = None
     block_size: int = BLOCK_SIZE
     prefix_sharing: bool = True
+    order: str = "fcfs"
     attention: str = "numba"
     seed: int = 0
     num_threads: int | None = None
@@ -76,8 +94,10 @@ class EngineConfig:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self._token_budget,
             kv_cache_bytes=self.kv_cache_bytes or int(free_memory_bytes * KV_SHARE_OF_FREE_MEMORY),
+            kv_tokens=self.kv_tokens,
             block_size=self.block_size,
             prefix_sharing=self.prefix_sharing,
+            order=self.order,
             attention=self.attention,
             seed=self.seed,
             num_threads=min(self.num_threads or num_cores, num_cores),
@@ -100,13 +120,17 @@ class EngineConfig:
     def _problems(self) -> list[str]:
         """What is wrong whatever the model is."""
         problems: list[str] = []
-        for name in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "kv_cache_bytes",
-            "num_threads",
-        ):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "prefix_sharing" and not isinstance(value, bool):
+                problems.append(f"prefix_sharing is {value!r:.60}, must be True or False")
+            if field.name not in _WHOLE_NUMBERS or (value is None and field.default is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                problems.append(f"{field.name} is {value!r:.60}, must be a whole number")
+        if problems:
+            return problems
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name} is {value}, must be at least 1")
@@ -114,6 +138,10 @@ class EngineConfig:
             problems.append(f"block_size is {self.block_size}, must be a multiple of 32")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype is {self.dtype!r}, must be auto, float32 or bfloat16")
+        if self.order not in (orders := [AUTO_ORDER, *names("plan.orders")]):
+            problems.append(f"order is {self.order!r}, must be one of {', '.join(orders)}")
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed is {self.seed}, must be between 0 and 2^63 - 1")
         if self.look_ahead not in (0, 1):
             problems.append(f"look_ahead is {self.look_ahead}, must be 0 or 1")
         if self._token_budget < self.max_num_seqs:
@@ -134,21 +162,28 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_cache_bytes: int
+    kv_tokens: int | None
     block_size: int
     prefix_sharing: bool
+    order: str
     attention: str
     seed: int
     num_threads: int
     look_ahead: int
 
     def kv_groups(self, windows: Sequence[int | None], block_bytes: Sequence[int]) -> list[KVGroup]:
-        """Pool sizes of the model's KV groups within kv_cache_bytes, never more than can be used.
+        """Pool sizes of the KV groups within kv_cache_bytes and kv_tokens, never more than of use.
 
         Args:
             windows, block_bytes: per group: its window, and the bytes of a block in all its layers.
         Raises:
-            ConfigError: the memory does not hold one block of every group.
+            ConfigError: the memory or kv_tokens does not hold two blocks of every group.
         """
+        if self.kv_tokens is not None and self.kv_tokens < 2 * self.block_size:
+            raise ConfigError(
+                f"kv_tokens is {self.kv_tokens}, must hold two blocks of {self.block_size} tokens; "
+                "raise it (--kv-tokens)"
+            )
         groups = split_blocks(
             self.kv_cache_bytes,
             windows,
@@ -166,8 +201,10 @@ class ResolvedConfig:
         return [dataclasses.replace(group, num_blocks=self._useful(group)) for group in groups]
 
     def _useful(self, group: KVGroup) -> int:
-        """No more blocks than max_num_seqs sequences of full length can hold."""
+        """No more blocks than kv_tokens, or than max_num_seqs sequences of full length can hold."""
         most = self.max_num_seqs * blocks_per_sequence(
             group.window, self.max_model_len, self.block_size, self.max_num_batched_tokens
         )
+        if self.kv_tokens is not None:
+            most = min(most, self.kv_tokens // self.block_size)
         return min(group.num_blocks, max(most, 2))

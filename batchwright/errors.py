@@ -9,7 +9,7 @@ BatchwrightError
 │   ├── ModelFormatError       files are there but damaged, truncated or hostile
 │   └── UnsupportedModelError  sound files of a kind this version cannot run
 ├── RequestError           one row is bad; that row fails and the others go on
-├── ResourceError          memory does not suffice even for one row at a time
+├── ResourceError          the machine lacks memory, or room for a temporary file
 └── ShapeError             arrays that must agree do not
 
 Messages say what was wrong, the value, the limit and the remedy. `assert` is kept for our own bugs.
@@ -51,7 +51,7 @@ class UnsupportedModelError(ModelError):
 
 
 class ResourceError(BatchwrightError):
-    """The machine lacks memory for even one row at a time. What is finished is kept."""
+    """The machine lacks memory, or room for a temporary file. What is finished is kept."""
 
 
 class ShapeError(BatchwrightError):

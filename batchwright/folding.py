@@ -28,7 +28,7 @@ MAX_RECENT_BYTES = 64 * 2**20
 _PARAMS = attrgetter(
     *(f.name for f in dataclasses.fields(SamplingParams) if f.name != "logit_bias")
 )
-_OTHER_FIELDS = {"id", "prompt", "prompt_token_ids", "params"}
+_OTHER_FIELDS = {"id", "prompt", "prompt_token_ids", "params", "parts"}
 _REST = attrgetter(*(f.name for f in dataclasses.fields(Request) if f.name not in _OTHER_FIELDS))
 
 

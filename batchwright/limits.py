@@ -35,7 +35,10 @@ class ModelLimits:
             max_tokens = request.params.max_tokens or DEFAULT_MAX_TOKENS
             return min(num_prompt + max_tokens, self.max_model_len)
         if request.task is Task.SCORE and num_prompt <= request.score_start:
-            raise RequestError("there is no token to score; give a non-empty continuation")
+            raise RequestError(
+                "there is no token to score: the continuation is empty, or context and "
+                "continuation together have no more tokens than the context; give both as token ids"
+            )
         return num_prompt
 
     def _check_prompt(self, request: Request) -> None:

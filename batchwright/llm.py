@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard, cast
@@ -22,14 +23,21 @@ from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model, read_config
 from batchwright.models.row_invariance import ensure_row_invariance
+from batchwright.models.shape import shape_of
 from batchwright.opened_model import answer_identity, engine_settings
+from batchwright.plan.cost import ModelShape
 from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
+from batchwright.simulate import chosen_order
 from batchwright.structured.compile import GrammarCompiler
 from batchwright.text.continuation import join, prefix_token_id
 from batchwright.text.token_bytes import token_bytes
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
-from batchwright.validation.messages import check_messages
+from batchwright.validation.messages import (
+    check_messages,
+    check_template_kwargs,
+    check_tools,
+)
 from batchwright.validation.params import check_params
 from batchwright.weights.checkpoint import Checkpoint, open_checkpoint
 from batchwright.weights.locate import locate_model
@@ -56,12 +64,13 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **settings: Any) -> None:
-        engine_config = engine_settings(settings)
-        path = locate_model(str(model))
+        config = engine_settings(settings)
+        self.name = str(model)
+        path = locate_model(self.name)
         self.tokenizer: Tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
         self._fingerprint = checkpoint.fingerprint
-        self.engine, self.config = build_engine(checkpoint, self.tokenizer, engine_config)
+        self.engine, self.config = build_engine(checkpoint, self.tokenizer, config)
 
     def generate(
         self,
@@ -92,12 +101,18 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Result]:
-        """Answer message lists through the model's chat template; results in input order."""
+        """Answer message lists through the model's chat template; results in input order.
+
+        Raises:
+            RequestError: tools or chat_template_kwargs are wrong, which are those of all rows.
+        """
         rows = _as_conversations(conversations)
+        given_tools = check_tools(tools) if tools else None
+        kwargs = check_template_kwargs(chat_template_kwargs or {})
 
         def request(id: str, messages: Messages, row_params: SamplingParams) -> Request:
             text, token_ids = self.tokenizer.encode_chat(
-                check_messages(messages), tools=tools, template_kwargs=chat_template_kwargs
+                check_messages(messages), tools=given_tools, template_kwargs=kwargs
             )
             return _request(id, text, token_ids, params=check_params(row_params))
 
@@ -118,7 +133,7 @@ class LLM:
             token_ids, score_start = join(self.tokenizer, *pair)
             return _request(id, None, token_ids, task=Task.SCORE, score_start=score_start)
 
-        return _in_order(self._run(request, pairs))
+        return _in_order(self._run(request, _rows(pairs, "(context, continuation) pairs")))
 
     def embed(self, texts: Prompt | Sequence[Prompt], pooling: str = "mean") -> list[Result]:
         """Mean or last final hidden state of each text, in `.embedding`."""
@@ -172,6 +187,20 @@ class LLM:
         return answer_identity(self._fingerprint, self.tokenizer, self.config)
 
     @property
+    def shape(self) -> ModelShape | None:
+        """The model's sizes."""
+        return self.engine.shape
+
+    @staticmethod
+    def compile_s() -> float:
+        """Seconds this process has spent compiling kernels."""
+        return kernels.compile_seconds()
+
+    def settings(self) -> dict[str, Any]:
+        """The engine's settings as they were settled, for logs."""
+        return dataclasses.asdict(self.config)
+
+    @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context: the begin token, else the end token."""
         return prefix_token_id(self.tokenizer)
@@ -222,6 +251,7 @@ def build_engine(
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         max_model_len=resolved.max_model_len,
         prefix_sharing=resolved.prefix_sharing,
+        order=chosen_order(resolved, groups),
     )
     engine = Engine(
         scheduler,
@@ -232,6 +262,7 @@ def build_engine(
         job_seed=resolved.seed,
         look_ahead=resolved.look_ahead,
         grammars=GrammarCompiler(tokenizer, model_config["vocab_size"]),
+        shape=shape_of(model),
     )
     return engine, resolved
 
@@ -265,16 +296,26 @@ def _are_token_ids(prompt: Any) -> TypeGuard[Sequence[int]]:
     """Whether this is a sequence of whole numbers that fit into 32 bits."""
     if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
         return False
-    return all(isinstance(i, int | np.integer) and abs(int(i)) < 2**31 for i in prompt)
+    return all(
+        isinstance(i, int | np.integer) and not isinstance(i, bool) and abs(int(i)) < 2**31
+        for i in prompt
+    )
 
 
 def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list; a flat list of ints is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
-    rows = list(prompts)
+    rows = _rows(prompts, "texts or lists of token ids")
     is_one = len(rows) > 0 and isinstance(rows[0], int | np.integer)
     return [cast(Prompt, rows)] if is_one else cast(list[Prompt], rows)
+
+
+def _rows(given: Iterable[Any], what: str) -> list[Any]:
+    """Rows as a list; what has no order, or is no collection of rows, is not guessed at."""
+    if isinstance(given, bytes | Mapping | Set) or not isinstance(given, Iterable):
+        raise ConfigError(f"rows are a list of {what}, not {type(given).__name__}")
+    return list(given)
 
 
 def _as_conversations(conversations: Messages | Sequence[Messages]) -> list[Messages]:

@@ -105,12 +105,14 @@ def engine_settings(settings: dict[str, Any]) -> EngineConfig:
     """The settings as an EngineConfig.
 
     Raises:
-        ConfigError: there is no setting of a name.
+        ConfigError: there is no setting of a name, or a value that no model makes right.
     """
     fields = {field.name for field in dataclasses.fields(EngineConfig)}
     if unknown := sorted(settings.keys() - fields):
         raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {sorted(fields)}")
-    return EngineConfig(**settings)
+    config = EngineConfig(**settings)
+    config.check()
+    return config
 
 
 def answer_identity(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from batchwright.errors import RequestError
+from batchwright.repetition import RepetitionChecker
 from batchwright.request import (
     Completion,
     FinishReason,
@@ -26,6 +28,13 @@ from batchwright.text.detokenizer import StopMatch, StopStringChecker
 from batchwright.text.tokenizer import Tokenizer
 
 
+class End(NamedTuple):
+    """How a text ends; `stop_reason` as in Completion."""
+
+    reason: FinishReason
+    stop_reason: str | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Stream:
     """What is collected about one sequence while it runs."""
@@ -33,6 +42,7 @@ class Stream:
     sequence: Sequence
     stop_checker: StopStringChecker | None = None
     stop_match: StopMatch | None = None
+    repetition: RepetitionChecker | None = None
     matcher: Matcher | None = None  # has taken exactly the output tokens that are known
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
@@ -53,13 +63,17 @@ class RunningRequest:
         params, grammar = self.request.params, self.grammar
         self.num_unfinished = len(self.streams)
         for stream in self.streams:
-            stream.stop_checker, stream.stop_match = None, None
+            stream.stop_checker, stream.stop_match, stream.repetition = None, None, None
             if params.stop:
                 stream.stop_checker = StopStringChecker(
                     tokenizer,
                     params,
                     keep=self.request.markup.visible_token_ids,
                     accepts=grammar.accepts if grammar else lambda text: True,
+                )
+            if params.repetition_detection is not None:
+                stream.repetition = RepetitionChecker(
+                    params.repetition_detection, params.min_tokens
                 )
             stream.matcher = grammar.matcher(params) if grammar else None
             stream.logprobs.clear()
@@ -72,14 +86,11 @@ class RunningRequest:
         lines = token_logprobs(targets.tolist(), result.score_logprobs, first, num_top)
         self.scores.update(enumerate(lines, start=position))
 
-    def take_token(
-        self, sample_index: int, line: int, result: StepResult
-    ) -> tuple[bool, str | None]:
-        """Note a token's log-probability, follow the grammar and look for stop strings.
+    def take_token(self, sample_index: int, line: int, result: StepResult) -> End | None:
+        """Note a token's log-probability, follow the grammar, look for stop strings and loops.
 
         Returns:
-            (whether the text is whole, the stop string that made it so). Without a stop string
-            it is whole when its grammar allows no more.
+            How the text ends with this token; None: nothing here ends it.
         """
         stream = self.streams[sample_index]
         token_id = int(result.token_ids[line])
@@ -87,14 +98,18 @@ class RunningRequest:
             num_top = self.request.params.logprobs
             stream.logprobs += token_logprobs([token_id], result.sample_logprobs, line, num_top)
         if token_id < 0:
-            return False, None
+            return None
         if stream.matcher is not None:
             stream.matcher.consume(token_id)
         if stream.stop_checker is not None:
             stream.stop_match = stream.stop_checker.append([token_id])
         if stream.stop_match is not None:
-            return True, stream.stop_match.stop
-        return stream.matcher is not None and stream.matcher.is_complete, None
+            return End(FinishReason.STOP, stream.stop_match.stop)
+        if stream.matcher is not None and stream.matcher.is_complete:
+            return End(FinishReason.STOP)
+        if stream.repetition is not None and stream.repetition.append(token_id):
+            return End(FinishReason.REPETITION, "repetition_detected")
+        return None
 
 
 def make_result(running: RunningRequest, tokenizer: Tokenizer) -> Result:

@@ -19,6 +19,8 @@ from batchwright.exec.sim import SimExecutor
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
 from batchwright.plan.cost import CostModel
 from batchwright.plan.job_rows import TASKS, Int64Array, JobRows, RowColumns
+from batchwright.plan.order import OrderFunction
+from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import Request, SamplingParams, Task
 from batchwright.sched.intake import SchedulerStats
 from batchwright.sched.scheduler import Scheduler
@@ -47,6 +49,7 @@ class EngineSizes:
     max_model_len: int
     prefix_sharing: bool
     horizon: int
+    order: OrderFunction = fcfs
 
     def scheduler(self) -> Scheduler:
         """A scheduler of these sizes."""
@@ -57,6 +60,7 @@ class EngineSizes:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             prefix_sharing=self.prefix_sharing,
+            order=self.order,
         )
 
     def most_at_once(self, num_tokens: int) -> int:
@@ -192,9 +196,9 @@ class _Run:
             del self._unfinished[request_id]
 
     def _watch(self) -> None:
-        num_running = self.scheduler.slots.num_running
+        num_running = self.scheduler.books.slots.num_running
         self.max_running = max(self.max_running, num_running)
-        used = max(1 - t.pool.num_free / t.pool.num_blocks for t in self.scheduler.tables)
+        used = max(1 - t.pool.num_free / t.pool.num_blocks for t in self.scheduler.books.tables)
         self.peak_kv_fraction = max(self.peak_kv_fraction, used)
         if not self._ended or num_running < self.scheduler.num_unfinished:
             self.started_s, self.started_work_s = self.clock.now(), self.work_s

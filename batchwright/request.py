@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchwright.errors import RequestError
+from batchwright.repetition import RepetitionDetection
 from batchwright.structured.spec import GrammarSpec
 
 Int32Array = npt.NDArray[np.int32]
@@ -35,6 +36,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the model's context was reached
+    REPETITION = "repetition"  # it went round in a loop, see repetition.py
     CANCELLED = "cancelled"
     ERROR = "error"
 
@@ -60,6 +62,8 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string in the text.
         stop_token_ids: token ids that end the output, besides the model's end tokens.
         ignore_eos: the model's end tokens do not end the output.
+        repetition_detection: ends an output that has fallen into a loop, not before min_tokens;
+            None lets it run.
         n: sequences per request; they share the prompt.
         seed: key of the row's own randomness; None derives it from the job seed and the row id.
         logprobs: number of likeliest alternatives to report per output token (0: only the chosen
@@ -86,6 +90,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_detection: RepetitionDetection | None = None
     n: int = 1
     seed: int | None = None
     logprobs: int | None = None
@@ -126,6 +131,9 @@ class Request:
         pooling: for Task.EMBED, "mean" or "last".
         namespace: prefixes are shared only between requests of one namespace.
         markup: what a chat's answer is split by.
+        urgent: it starts before all requests that are not, whenever they came.
+        parts: requests of the same task that are run instead, and answered by one Result; then
+            prompt_token_ids is empty.
     """
 
     id: str
@@ -137,6 +145,13 @@ class Request:
     pooling: str = "mean"
     namespace: str = ""
     markup: Markup = NO_MARKUP
+    urgent: bool = False
+    parts: tuple[Request, ...] = ()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens, of all parts."""
+        return len(self.prompt_token_ids) + sum(part.num_prompt_tokens for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +200,11 @@ class Score:
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """The one answer to a request: outputs, a score, an embedding, or an error."""
+    """The one answer to a request: outputs, a score, an embedding, or an error.
+
+    A request made of parts has their results in `parts`; its prompt_token_ids, outputs and
+    num_cached_tokens are those of all parts, one after another.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -196,3 +215,4 @@ class Result:
     embedding: Float32Array | None = None  # [hidden_size]
     error: RequestError | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from shared KV blocks instead of computed
+    parts: list[Result] = field(default_factory=list)

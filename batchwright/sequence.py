@@ -95,9 +95,10 @@ class Sequence:
 
     @property
     def is_watched(self) -> bool:
-        """Its tokens must be seen one by one (stop strings, log-probabilities, a grammar)."""
+        """Its tokens must be seen one by one (stop strings, loops, logprobs, a grammar)."""
         params = self.request.params
-        return bool(params.stop) or params.logprobs is not None or self.is_constrained
+        looks_for_ends = bool(params.stop) or params.repetition_detection is not None
+        return looks_for_ends or params.logprobs is not None or self.is_constrained
 
     @property
     def is_constrained(self) -> bool:

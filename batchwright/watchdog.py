@@ -55,6 +55,11 @@ class Watchdog:
             self._durations.append(self._now() - self._running[0])
         self._running = None
 
+    @property
+    def limit_s(self) -> float:
+        """A step that takes longer than this is late."""
+        return max(MIN_S, TIMES_MEDIAN * self._usual_s())
+
     def check(self) -> None:
         """Log a warning if the running step is late and has not been reported."""
         running = self._running
@@ -62,7 +67,7 @@ class Watchdog:
             return
         started, num_tokens, num_rows = running
         elapsed_s, usual_s = self._now() - started, self._usual_s()
-        if elapsed_s <= max(MIN_S, TIMES_MEDIAN * usual_s):
+        if elapsed_s <= self.limit_s:
             return
         self._reported = running
         logger.warning(

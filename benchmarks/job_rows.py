@@ -6,13 +6,18 @@ in a process of its own, so that peak memory is its own; it must not grow with t
 The limit expected is the one Python thread that schedules and writes.
 
     python -m benchmarks.job_rows --rows 100k --rows 1m
+    python -m benchmarks.job_rows --rows 1m --random-ids   ids in no order: harder on the journal
+    python -m benchmarks.job_rows --rows 1m --kill         kill -9 at half, go on, count the ids
+
+Afterwards the output is read: each id must be there once.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +33,13 @@ PROMPT_WORDS = 62
 OUTPUT_TOKENS = 8
 
 
-def write_rows(path: Path, num_rows: int) -> None:
+def row_id(index: int, *, random_ids: bool) -> str:
+    """The id of a row."""
+    name = f"row-{index}"
+    return hashlib.md5(name.encode()).hexdigest() if random_ids else name
+
+
+def write_rows(path: Path, num_rows: int, *, random_ids: bool = False) -> None:
     """Rows of random words, none shared on purpose."""
     random, words = Random(1), WORDS.split()
     with path.open("w", encoding="utf-8") as file:
@@ -36,7 +47,7 @@ def write_rows(path: Path, num_rows: int) -> None:
             text = " ".join(random.choices(words, k=PROMPT_WORDS))
             body = {"prompt": f"{index} {text}", "max_tokens": OUTPUT_TOKENS, "temperature": 0}
             row = {
-                "custom_id": f"row-{index}",
+                "custom_id": row_id(index, random_ids=random_ids),
                 "method": "POST",
                 "url": "/v1/completions",
                 "body": body,
@@ -89,39 +100,93 @@ def run_one(folder: Path) -> dict:
             JobOptions(model_name="simulated", created=0),
         )
     seconds = time.perf_counter() - start_s
-    assert summary.num_succeeded == summary.num_rows_read
+    assert summary.num_succeeded + summary.num_skipped == summary.num_rows_read
     return {
         "rows": summary.num_succeeded,
+        "rows_skipped": summary.num_skipped,
         "seconds": seconds,
         "cpu_s": time.process_time() - start_cpu_s,
         "rows_per_s": summary.num_succeeded / seconds,
         "prompt_tokens": summary.num_prompt_tokens,
         "output_tokens": summary.num_output_tokens,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
     }
+
+
+def peak_bytes() -> int:
+    """The most memory this process had resident; what getrusage tells begins with its parent's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def run_apart(folder: Path) -> dict:
+    """The job in a process of its own, to its end."""
+    done = subprocess.run(child(folder), check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(folder: Path) -> list[str]:
+    """The command that runs the job in `folder`, or goes on with it."""
+    return [sys.executable, "-m", "benchmarks.job_rows", "--folder", str(folder)]
+
+
+def kill_at_half(folder: Path, num_rows: int) -> int:
+    """Start the job and kill it when half of the rows are done; returns how many are."""
+    from batchwright.job.journal import RowState, count_states, read_only
+
+    process = subprocess.Popen(child(folder), stdout=subprocess.DEVNULL)
+    job = folder / "out.jsonl.job"
+    num_done = 0
+    while process.poll() is None and num_done < num_rows // 2:
+        time.sleep(1.0)
+        if (job / "metrics.jsonl").exists():
+            num_done = count_states(read_only(job))[RowState.SUCCEEDED]
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    return count_states(read_only(job))[RowState.SUCCEEDED]
+
+
+def count_ids(folder: Path, num_rows: int, *, random_ids: bool) -> None:
+    """Each row is in the output once."""
+    missing = {row_id(index, random_ids=random_ids) for index in range(num_rows)}
+    with (folder / "out.jsonl").open("rb") as file:
+        for line in file:
+            missing.remove(json.loads(line)["custom_id"])
+    assert not missing, f"{len(missing)} rows are missing"
+
+
+def measure(num_rows: int, *, random_ids: bool, kill: bool) -> dict:
+    """One line of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder / "in.jsonl", num_rows, random_ids=random_ids)
+        killed = {"rows_when_killed": kill_at_half(folder, num_rows)} if kill else {}
+        result = {**run_apart(folder), "random_ids": random_ids, **killed}
+        assert result["rows_skipped"] == killed.get("rows_when_killed", 0)
+        count_ids(folder, num_rows, random_ids=random_ids)
+    print(
+        f"{result['rows']:>9,} rows  {result['seconds']:7.1f} s  {result['rows_per_s']:7,.0f} "
+        f"rows/s  {result['peak_bytes'] / 2**20:6,.0f} MiB at the peak"
+        + (f"  after {result['rows_skipped']:,} before it was killed" if kill else "")
+    )
+    return result
 
 
 def main() -> None:
     """Run each size and print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=parse_count, action="append", default=None)
+    parser.add_argument("--random-ids", action="store_true")
+    parser.add_argument("--kill", action="store_true")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder is not None:
         print(json.dumps(run_one(arguments.folder)))
         return
-    results = []
-    for num_rows in arguments.rows or [100_000, 1_000_000]:
-        with tempfile.TemporaryDirectory() as folder:
-            write_rows(Path(folder) / "in.jsonl", num_rows)
-            command = [sys.executable, "-m", "benchmarks.job_rows", "--folder", folder]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-        result = json.loads(done.stdout.splitlines()[-1])
-        results.append(result)
-        print(
-            f"{result['rows']:>9,} rows  {result['seconds']:7.1f} s  {result['rows_per_s']:7,.0f} "
-            f"rows/s  {result['peak_bytes'] / 2**20:6,.0f} MiB at the peak"
-        )
+    results = [
+        measure(num_rows, random_ids=arguments.random_ids, kill=arguments.kill)
+        for num_rows in arguments.rows or [100_000, 1_000_000]
+    ]
     print(
         json.dumps({"benchmark": "benchmarks.job_rows", "results": results, **describe_machine()})
     )

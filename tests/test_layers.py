@@ -10,11 +10,24 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "batchwright"
 TORCH_FREE = [
-    *(PACKAGE / f"{name}.py" for name in ("request", "step", "config", "errors", "clock")),
+    *(
+        PACKAGE / f"{name}.py"
+        for name in ("request", "step", "config", "errors", "clock", "repetition")
+    ),
     *(PACKAGE / "kv" / f"{name}.py" for name in ("blocks", "prefix_cache")),
     *(
         path
-        for name in ("sched", "plan", "text", "structured", "validation", "job", "cli")
+        for name in (
+            "sched",
+            "plan",
+            "text",
+            "structured",
+            "validation",
+            "job",
+            "report",
+            "cli",
+            "server",
+        )
         for path in (PACKAGE / name).rglob("*.py")
     ),
 ]

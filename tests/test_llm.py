@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from batchwright.errors import ConfigError
+from batchwright.errors import ConfigError, RequestError
 from batchwright.llm import LLM
 from batchwright.request import Result, SamplingParams
 from tests.engine.smollm2 import reference_model
@@ -210,6 +212,11 @@ def test_one_bad_set_of_parameters_fails_alone(llm: LLM) -> None:
     [
         (lambda llm: llm.generate(["A"], "fast"), "params must be SamplingParams or a list"),
         (lambda llm: llm.generate(["A"], [short(1)] * 2), "2 sampling params for 1 prompts"),
+        (lambda llm: llm.generate(None), "rows are a list of texts or lists of token ids"),
+        (lambda llm: llm.generate({"prompt": "x"}), "rows are a list of texts .* not dict"),
+        (lambda llm: llm.generate(b"abc"), "rows are a list of texts .* not bytes"),
+        (lambda llm: llm.embed({"a", "b"}), "rows are a list of texts .* not set"),
+        (lambda llm: llm.score(5), "rows are a list of .context, continuation. pairs, not int"),
         (lambda llm: llm.chat("hi"), "chat takes a list of messages"),
         (lambda llm: llm.chat({"role": "user", "content": "hi"}), "chat takes a list of messages"),
     ],
@@ -219,7 +226,34 @@ def test_a_call_that_makes_no_sense_says_so(llm: LLM, call, words: str) -> None:
         call(llm)
 
 
+def test_what_all_chats_share_is_checked_first(llm: LLM) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    with pytest.raises(RequestError, match=r"tools.0. must be"):
+        llm.chat(chat, tools=[{"a": 1}])
+    with pytest.raises(RequestError, match="chat_template_kwargs must be an object"):
+        llm.chat(chat, chat_template_kwargs="thinking")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_model_len": "4k"},
+        {"max_num_seqs": None},
+        {"num_threads": 1.5},
+        {"seed": -1},
+        {"seed": None},
+        {"look_ahead": True},
+        {"prefix_sharing": "no"},
+    ],
+)
+def test_settings_of_the_wrong_kind(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        LLM("no-such-model", **settings)
+
+
 def test_a_row_of_the_wrong_shape_says_so(llm: LLM) -> None:
+    (result,) = llm.generate([[True, False]])
+    assert "a prompt is a text or a list of token ids" in str(result.error)
     for result in llm.score(("a", "b")):
         assert "must be (context, continuation)" in str(result.error)
     (result,) = llm.chat([["hi"]])

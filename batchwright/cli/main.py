@@ -9,7 +9,10 @@ from typing import Annotated
 import typer
 
 from batchwright.cli.plan import plan
+from batchwright.cli.report import report
 from batchwright.cli.run import run
+from batchwright.cli.serve import serve
+from batchwright.cli.status import status
 from batchwright.cli.validate import validate
 from batchwright.errors import BatchwrightError
 
@@ -24,7 +27,10 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(plan)
+app.command()(serve)
 app.command()(validate)
+app.command()(status)
+app.command()(report)
 
 
 def _print_version(wanted: bool) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
+from fractions import Fraction
 
 import typer
 
-_FORM = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)")
+_FORM = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)([kKmMgGtT]?)")
 _FACTORS = {
     "": 1,
     **{letter: 1000**power for power, letter in enumerate("kmgt", start=1)},
@@ -21,10 +23,10 @@ def parse_count(text: str) -> int:
         typer.BadParameter: anything else.
     """
     match = _FORM.fullmatch(text.strip())
-    value = float(match[1]) * _FACTORS[match[2]] if match else 0.0
-    if value < 1 or value != int(value):
+    value = Fraction(match[1]) * _FACTORS[match[2]] if match else Fraction(0)
+    if not 1 <= value <= sys.maxsize or value.denominator != 1:
         raise typer.BadParameter(
-            f"{text!r} is not a whole number of at least 1; write it like 4096, 4k (4,000), "
+            f"{text!r:.80} is not a whole number of at least 1; write it like 4096, 4k (4,000), "
             "4K (4,096) or 1.5G"
         )
     return int(value)

@@ -64,6 +64,14 @@ KVCacheMemory = Annotated[
     int | None,
     typer.Option(parser=parse_count, metavar="BYTES", help="Memory for keys and values: 4G."),
 ]
+KVTokens = Annotated[
+    int | None,
+    typer.Option(parser=parse_count, metavar="N", help="Most tokens of keys and values kept."),
+]
+Order = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="In which order rows start (fcfs); docs/orders.md."),
+]
 Dtype = Annotated[DtypeName, typer.Option(help="Number format to compute in.")]
 Seed = Annotated[
     int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
@@ -71,6 +79,9 @@ Seed = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one per core.")]
 NoPrefixSharing = Annotated[
     bool, typer.Option("--no-prefix-sharing", help="Compute shared prefixes for each row.")
+]
+Prices = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Price list (TOML); docs/plan.md.")
 ]
 
 

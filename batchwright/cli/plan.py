@@ -11,9 +11,9 @@ from batchwright.cli import options
 from batchwright.cli.numbers import parse_shard
 
 if TYPE_CHECKING:
-    from batchwright.cli.run import RunArguments
     from batchwright.job.journal import FinishedRows
     from batchwright.job.plan_job import JobPlan
+    from batchwright.job.preflight import JobArguments
     from batchwright.opened_model import OpenedModel
 
 MANIFEST = "manifest.json"
@@ -40,13 +40,13 @@ def plan(
     max_num_seqs: options.MaxNumSeqs = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     kv_cache_memory: options.KVCacheMemory = None,
+    kv_tokens: options.KVTokens = None,
+    order: options.Order = None,
     dtype: options.Dtype = options.DtypeName.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
-    prices: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Price list (TOML); docs/plan.md.")
-    ] = None,
+    prices: options.Prices = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say what a job will compute and how long it takes, without running the model.
@@ -56,15 +56,11 @@ def plan(
 
     Exit status: 0 all rows are sound, 1 some will fail, 2 the job cannot run.
     """
-    from batchwright.cli.run import RunArguments
+    from batchwright.job.preflight import STDIO, JobArguments
 
-    if limit is not None and sample is not None:
-        raise typer.BadParameter("--limit and --sample exclude each other")
-    arguments = RunArguments(
+    arguments = JobArguments(
         source=options.one_source(input_path, input_option),
-        output=output or "-",
-        errors="-",
-        model=model,
+        output=output or STDIO,
         column=column,
         template=template,
         endpoint=endpoint,
@@ -78,15 +74,18 @@ def plan(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_bytes=kv_cache_memory,
+        kv_tokens=kv_tokens,
+        order=order,
         num_threads=threads,
         seed=seed,
         prefix_sharing=not no_prefix_sharing,
     )
-    raise typer.Exit(show_plan(arguments, settings, prices=prices, as_json=as_json))
+    raise typer.Exit(show_plan(arguments, model, settings, prices=prices, as_json=as_json))
 
 
 def show_plan(
-    arguments: RunArguments,
+    arguments: JobArguments,
+    model: str,
     settings: dict[str, Any],
     *,
     prices: str | None = None,
@@ -94,40 +93,47 @@ def show_plan(
 ) -> int:
     """Plan and print; returns the exit status. `run --dry-run` is this too."""
     from batchwright.cli.plan_text import plan_as_json, plan_as_text
-    from batchwright.cli.preflight import check_not_foreign, check_outputs
     from batchwright.config import EngineConfig
-    from batchwright.job.directory import job_directory_for
-    from batchwright.job.disk_space import check_input_has_space, free_bytes
+    from batchwright.job.disk_space import free_bytes
     from batchwright.plan.prices import read_prices
 
     EngineConfig(**settings).check()
     price_list = None if prices is None else read_prices(prices)
-    check_outputs(arguments.source, arguments.output, arguments.errors)
-    check_input_has_space(arguments.output, arguments.source)
-    directory = job_directory_for(arguments.output)
-    if not arguments.force:
-        check_not_foreign(directory / MANIFEST, arguments.output)
-    found = _plan(arguments, settings, directory)
+    found = _plan(arguments, model, settings)
     show = plan_as_json if as_json else plan_as_text
-    print(show(found, arguments, prices=price_list, free_disk=free_bytes(arguments.output)))
+    free_disk = free_bytes(arguments.output)
+    print(show(found, str(arguments.source), model, prices=price_list, free_disk=free_disk))
     return SOME_ROWS_BAD if found.counts.num_bad else 0
 
 
-def _plan(arguments: RunArguments, settings: dict[str, Any], directory: Path) -> JobPlan:
-    """Open the model, whose weights stay where they are, and plan."""
-    from batchwright.cli.preflight import open_rows
+def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobPlan:
+    """Check what can be checked, open the model, whose weights stay where they are, and plan."""
+    from batchwright.job.directory import job_directory_for
     from batchwright.job.model_names import ModelNames
     from batchwright.job.plan_job import plan_job
+    from batchwright.job.preflight import (
+        check_not_foreign,
+        check_outputs,
+        error_path_for,
+        open_rows,
+    )
     from batchwright.weights.locate import locate_model
 
+    arguments.check()
+    errors = arguments.errors or error_path_for(arguments.output)
+    check_outputs(arguments.source, arguments.output, errors)
+    directory = job_directory_for(arguments.output)
+    if not arguments.force:
+        check_not_foreign(directory / MANIFEST, arguments.output, errors)
     rows, _ = open_rows(arguments)
-    locate_model(arguments.model)  # before torch is imported
-    model = open_model(arguments.model, settings)
+    locate_model(model)  # before torch is imported
+    opened = open_model(model, settings)
     finished = share = None
-    if not arguments.force and _is_begun(directory, arguments, model):
+    if not arguments.force and _is_begun(directory, arguments, opened):
         finished, share = _what_is_done(directory, keep_failed=arguments.keep_failed)
-    check = ModelNames(arguments.model).check
-    return plan_job(rows, model, check=check, finished=finished, used_share=share)
+    names = ModelNames(model)
+    rows = names.watch(rows)
+    return plan_job(rows, opened, check=names.check, finished=finished, used_share=share)
 
 
 def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
@@ -137,7 +143,7 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
     return opened_model.open_model(model, settings)
 
 
-def _is_begun(directory: Path, arguments: RunArguments, model: OpenedModel) -> bool:
+def _is_begun(directory: Path, arguments: JobArguments, model: OpenedModel) -> bool:
     """Whether the job was begun, which must have been in the same way."""
     from batchwright.job.manifest import compare_manifest, job_manifest
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from batchwright.cli.progress import duration
+from batchwright.cli.printable import printable
 from batchwright.job.plan_job import JobPlan, Range
 from batchwright.plan.prices import PriceList
-
-if TYPE_CHECKING:
-    from batchwright.cli.run import RunArguments
+from batchwright.report.amounts import duration
 
 FORMAT_VERSION = 1
 ENDS = ("low", "likely", "high")
@@ -19,10 +17,10 @@ WIDTH = 10
 
 
 def plan_as_text(
-    plan: JobPlan, arguments: RunArguments, *, prices: PriceList | None, free_disk: int | None
+    plan: JobPlan, source: str, model: str, *, prices: PriceList | None, free_disk: int | None
 ) -> str:
     """Some lines."""
-    lines = [f"Plan of {arguments.source} for {arguments.model}", ""]
+    lines = [f"Plan of {printable(source)} for {printable(model)}", ""]
     lines += _row_lines(plan)
     lines += _token_lines(plan)
     lines += _memory_lines(plan)
@@ -39,10 +37,7 @@ def _line(name: str, text: str) -> str:
 
 def _row_lines(plan: JobPlan) -> Iterator[str]:
     counts = plan.counts
-    num_answered = sum(plan.num_tasks.values())
-    parts = [f"{counts.num_read:,} read", f"{num_answered - plan.num_folded:,} to compute"]
-    if plan.num_folded:
-        parts.append(f"{plan.num_folded:,} answered by an identical row")
+    parts = [f"{counts.num_read:,} read"]
     if counts.num_done:
         parts.append(f"{counts.num_done:,} done before")
     if counts.num_bad:
@@ -58,12 +53,17 @@ def _row_lines(plan: JobPlan) -> Iterator[str]:
 
 def _token_lines(plan: JobPlan) -> Iterator[str]:
     tokens = plan.tokens
-    parts = [f"{tokens.num_prompt:,} tokens", f"{plan.work[0].num_prompt_tokens:,} to compute"]
+    num_prompts = sum(plan.num_tasks.values())
+    parts = [f"{num_prompts - plan.num_folded:,} to compute"]
+    if plan.num_folded:
+        parts.append(f"{plan.num_folded:,} identical to one of them")
+    yield _line("prompts", ", ".join(parts))
+    parts = [f"{tokens.num_prompt:,} tokens: {plan.work[0].num_prompt_tokens:,} to compute"]
     if tokens.num_shared:
         parts.append(f"{tokens.num_shared:,} shared with other rows")
     if tokens.num_folded:
         parts.append(f"{tokens.num_folded:,} in identical rows")
-    yield _line("prompts", ", ".join(parts))
+    yield _line("", ", ".join(parts))
     if tokens.num_shared_in_job > tokens.num_shared:
         yield _line(
             "",
@@ -135,14 +135,14 @@ def _size(num_bytes: float) -> str:
 
 
 def plan_as_json(
-    plan: JobPlan, arguments: RunArguments, *, prices: PriceList | None, free_disk: int | None
+    plan: JobPlan, source: str, model: str, *, prices: PriceList | None, free_disk: int | None
 ) -> str:
     """One object; docs/plan.md lists its fields."""
     counts, tokens, memory = plan.counts, plan.tokens, plan.memory
     values = {
         "version": FORMAT_VERSION,
-        "input": arguments.source,
-        "model": arguments.model,
+        "input": source,
+        "model": model,
         "rows": {
             "read": counts.num_read,
             "done": counts.num_done,

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from batchwright.job.events import Draining, JobEvent, RowFailed
+from batchwright.cli.printable import printable
+from batchwright.job.events import Draining, JobEvent, Progressed, RowFailed
 from batchwright.job.summary import JobSummary
+from batchwright.report.amounts import duration
 
 MAX_FAILURES_SHOWN = 10
 RATE_WINDOW_S = 10.0
@@ -127,7 +129,7 @@ class ProgressReport:
                 f"Stopping: {event.num_running} running rows are finished first (at most "
                 f"{event.limit_s:.0f} s). Press Ctrl-C again to stop at once."
             )
-        elif (now_s := self._now()) >= self._next_s:
+        elif isinstance(event, Progressed) and (now_s := self._now()) >= self._next_s:
             self._next_s = now_s + self._view.interval_s
             summary = event.summary
             rate = self._rate.update(now_s, summary.engine.num_generated_tokens)
@@ -136,8 +138,8 @@ class ProgressReport:
     def _show_failure(self, event: RowFailed) -> None:
         self._num_failures_shown += 1
         if self._num_failures_shown <= MAX_FAILURES_SHOWN:
-            name = "" if event.custom_id is None else f" ({event.custom_id})"
-            self._view.say(f"Failed: line {event.line}{name}: {event.error.message}")
+            name = "" if event.custom_id is None else f" ({printable(event.custom_id)})"
+            self._view.say(f"Failed: line {event.line}{name}: {printable(event.error.message)}")
         elif self._num_failures_shown == MAX_FAILURES_SHOWN + 1:
             self._view.say("Further failures are in the error file.")
 
@@ -157,13 +159,3 @@ def status_line(summary: JobSummary, tokens_per_s: float) -> str:
     if summary.num_failed:
         parts.append(f"{summary.num_failed:,} failed")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """As people read it: 8 s, 2:05 min, 3:04 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"

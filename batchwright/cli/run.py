@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
-import tempfile
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,42 +18,17 @@ from batchwright.cli import options
 from batchwright.cli.numbers import parse_duration, parse_shard
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
 
-    from batchwright.job.directory import JobDirectory
+    from batchwright.job.events import JobEvent
+    from batchwright.job.file_job import FileJob
+    from batchwright.job.preflight import JobArguments
     from batchwright.job.stop import StopControl
     from batchwright.job.summary import JobSummary
     from batchwright.llm import LLM
 
 SOME_ROWS_FAILED = 1
 INTERRUPTED = 75  # the same command goes on where it was left
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunArguments:
-    """What the command line says about a job, apart from the engine's settings."""
-
-    source: str
-    output: str
-    errors: str
-    model: str
-    column: list[str] | None = None
-    template: str | None = None
-    endpoint: str | None = None
-    force: bool = False
-    in_input_order: bool = False
-    keep_failed: bool = False
-    limit: int | None = None
-    sample: int | None = None
-    shard: tuple[int, int] | None = None
-    deadline_s: float = math.inf
-    row_timeout_s: float = math.inf
-
-    def row_settings(self) -> dict[str, Any]:
-        """How rows become prompts, for the manifest."""
-        return {"column": self.column, "template": self.template, "endpoint": self.endpoint}
 
 
 def run(
@@ -100,14 +75,25 @@ def run(
     max_num_seqs: options.MaxNumSeqs = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     kv_cache_memory: options.KVCacheMemory = None,
+    kv_tokens: options.KVTokens = None,
+    order: options.Order = None,
     dtype: options.Dtype = options.DtypeName.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Only say what would be done; see batchwright plan."),
+        bool, typer.Option("--dry-run", help="Only say what would be done, as batchwright plan.")
     ] = False,
+    prices: options.Prices = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: one JSON object.")
+    ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, metavar="PORT", help="Serve metrics for Prometheus; 0: any port."
+        ),
+    ] = None,
 ) -> None:
     """Run a file of requests through a model: JSONL, CSV, Parquet, a dataset; docs/formats.md.
 
@@ -119,26 +105,24 @@ def run(
 
     Exit status: 0 all rows succeeded, 1 some failed, 2 the job could not run, 75 interrupted.
     """
-    from batchwright.cli.preflight import error_path_for
+    from batchwright.job.preflight import JobArguments
 
-    source = options.one_source(input_path, input_option)
-    if limit is not None and sample is not None:
-        raise typer.BadParameter("--limit and --sample exclude each other")
     settings = options.given(
         dtype=dtype.value,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_bytes=kv_cache_memory,
+        kv_tokens=kv_tokens,
+        order=order,
         num_threads=threads,
         seed=seed,
         prefix_sharing=not no_prefix_sharing,
     )
-    arguments = RunArguments(
-        source=source,
+    arguments = JobArguments(
+        source=options.one_source(input_path, input_option),
         output=output,
-        errors=error_file or error_path_for(output),
-        model=model,
+        errors=error_file,
         column=column,
         template=template,
         endpoint=endpoint,
@@ -154,94 +138,81 @@ def run(
     if dry_run:
         from batchwright.cli.plan import show_plan
 
-        raise typer.Exit(show_plan(arguments, settings))
-    raise typer.Exit(_run(arguments, settings))
+        raise typer.Exit(show_plan(arguments, model, settings, prices=prices, as_json=as_json))
+    if prices is not None or as_json:
+        raise typer.BadParameter("--prices and --json go with --dry-run")
+    try:
+        if metrics_port is None:
+            status = _run(arguments, model, settings)
+        else:
+            from batchwright.report.prometheus import MetricsPort
+
+            with MetricsPort(os.path.basename(output), metrics_port) as port:
+                print(f"Metrics: {port.url}", file=sys.stderr)
+                status = _run(arguments, model, settings, watch=port.on_event)
+    except KeyboardInterrupt:  # before the job or after it; in between it is a request to stop
+        print("batchwright: interrupted; the same command goes on", file=sys.stderr)
+        status = INTERRUPTED
+    raise typer.Exit(status)
 
 
-def _run(arguments: RunArguments, settings: dict[str, Any]) -> int:
+def _run(
+    arguments: JobArguments,
+    model: str,
+    settings: dict[str, Any],
+    watch: Callable[[JobEvent], None] = lambda event: None,
+) -> int:
     """Check, load, run, report; returns the exit status."""
     from rich.console import Console
 
-    from batchwright.cli.preflight import STDIO, check_outputs
     from batchwright.config import EngineConfig
-    from batchwright.job.directory import JobDirectory, job_directory_for
-    from batchwright.job.disk_space import check_input_has_space
+    from batchwright.job.file_job import FileJob
+    from batchwright.weights.locate import locate_model
 
     EngineConfig(**settings).check()
-    check_outputs(arguments.source, arguments.output, arguments.errors)
-    check_input_has_space(arguments.output, arguments.source)
     log = Console(stderr=True)
     _set_up_logging(log)
-    if arguments.output == STDIO:
-        folder = tempfile.TemporaryDirectory(prefix="batchwright-")
-        with folder, JobDirectory(folder.name) as directory:
-            return _run_in(directory, arguments, settings, log)
-    with JobDirectory(job_directory_for(arguments.output)) as directory:
-        return _run_in(directory, arguments, settings, log)
+    with FileJob(arguments) as job:
+        start_s = time.perf_counter()
+        try:
+            locate_model(model)  # before torch is imported; a hub id is downloaded here
+            log.print(f"Loading {model}", markup=False, highlight=False)
+            llm = load(model, settings)
+        except KeyboardInterrupt:
+            log.print("Interrupted while loading; no row was run and nothing was written.")
+            return INTERRUPTED
+        return _run_job(job, llm, log, watch, load_s=time.perf_counter() - start_s)
 
 
-def _run_in(
-    directory: JobDirectory, arguments: RunArguments, settings: dict[str, Any], log: Console
+def _run_job(
+    job: FileJob, llm: LLM, log: Console, watch: Callable[[JobEvent], None], *, load_s: float
 ) -> int:
     from rich.console import Console
 
-    from batchwright.cli.preflight import STDIO, check_existing, open_rows
     from batchwright.cli.progress import ProgressReport
-    from batchwright.cli.report import print_summary
+    from batchwright.cli.summary_text import print_summary
     from batchwright.errors import OutputError, ResourceError
-    from batchwright.job.model_names import ModelNames
-    from batchwright.job.run_job import JobPaths, run_job
-    from batchwright.job.runner import JobOptions
-    from batchwright.weights.locate import locate_model
+    from batchwright.job.preflight import STDIO
 
-    check_existing(directory, arguments.output, force=arguments.force)
-    rows, input_bytes = open_rows(arguments)
-    start_s = time.perf_counter()
-    try:
-        locate_model(arguments.model)  # before torch is imported; a hub id is downloaded here
-        log.print(f"Loading {arguments.model}", markup=False, highlight=False)
-        if directory.manifest_path.exists():
-            check_same_job(directory.manifest_path, arguments, settings)
-        llm = load(arguments.model, settings)
-    except KeyboardInterrupt:
-        log.print("Interrupted while loading; no row was run and nothing was written.")
-        return INTERRUPTED
-    load_s = time.perf_counter() - start_s
-    job_options = JobOptions(
-        model_name=arguments.model,
-        created=int(time.time()),
-        input_bytes=input_bytes,
-        deadline_s=arguments.deadline_s,
-        row_timeout_s=arguments.row_timeout_s,
-        keep_failed=arguments.keep_failed,
-    )
-    paths = JobPaths(arguments.output, arguments.errors, arguments.in_input_order)
-    names = ModelNames(arguments.model)
     try:
         with stop_on_signals() as stop, ProgressReport(log) as progress:
-            summary = run_job(
-                rows,
-                paths,
-                directory,
-                llm,
-                job_options,
-                check=names.check,
-                settings=arguments.row_settings(),
-                stop=stop,
-                on_event=progress.on_event,
-            )
+            on_event = _tell(progress.on_event, watch)
+            summary = job.run(llm, stop=stop, on_event=on_event, load_s=load_s)
     except (OutputError, ResourceError) as error:
         log.print(f"batchwright: {error}", markup=False, highlight=False, soft_wrap=True)
         return INTERRUPTED
-    if names.foreign is not None:
-        log.print(
-            f"Rows name the model {names.foreign!r:.100}; {arguments.model} answered them.",
-            markup=False,
-            highlight=False,
-        )
-    report = log if arguments.output == STDIO else Console()
-    print_summary(report, summary, load_s=load_s, output=arguments.output, errors=arguments.errors)
+    output = job.arguments.output
+    report = log if STDIO in (output, job.errors) else Console()
+    print_summary(report, summary, load_s=load_s, output=output, errors=job.errors)
     return exit_status(summary)
+
+
+def _tell(*listeners: Callable[[JobEvent], None]) -> Callable[[JobEvent], None]:
+    def tell(event: JobEvent) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
 
 
 def load(model: str, settings: dict[str, Any]) -> LLM:
@@ -251,20 +222,12 @@ def load(model: str, settings: dict[str, Any]) -> LLM:
     return LLM(model, **settings)
 
 
-def check_same_job(manifest_path: Path, arguments: RunArguments, settings: dict[str, Any]) -> None:
-    """Refuse to go on with a job that was begun differently, before its weights are loaded."""
-    from batchwright.job.manifest import compare_manifest, job_manifest
-    from batchwright.opened_model import open_model
-
-    identity = open_model(arguments.model, settings).identity()
-    compare_manifest(manifest_path, job_manifest(identity, arguments.row_settings()))
-
-
 def exit_status(summary: JobSummary) -> int:
     """0 if all rows succeeded, 1 if some failed or expired, 75 if the job was stopped."""
     if summary.stopped:
         return INTERRUPTED
-    return SOME_ROWS_FAILED if summary.num_failed or summary.num_expired else 0
+    failed = summary.num_failed or summary.num_failed_before or summary.num_expired
+    return SOME_ROWS_FAILED if failed else 0
 
 
 @contextmanager

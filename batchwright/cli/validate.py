@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchwright.cli import options
+from batchwright.cli.printable import printable
 
 if TYPE_CHECKING:
     from batchwright.errors import RequestError
@@ -62,8 +63,8 @@ class BadRow:
 
     def as_text(self) -> str:
         """One line for people; nothing in it can steer a terminal."""
-        name = "" if self.custom_id is None else f" ({_printable(self.custom_id)})"
-        return f"line {self.line}{name}: {self.error.code}: {_printable(self.error.message)}"
+        name = "" if self.custom_id is None else f" ({printable(self.custom_id)})"
+        return f"line {self.line}{name}: {self.error.code}: {printable(self.error.message)}"
 
     def as_json(self) -> str:
         """One line for programs."""
@@ -99,7 +100,7 @@ class Findings:
         from batchwright.job.validate import parse_row
 
         names = ModelNames(None)
-        for row in rows:
+        for row in names.watch(rows):
             self.num_rows += 1
             try:
                 if isinstance(row, RowError):
@@ -117,7 +118,7 @@ class Findings:
         lines += [f"  {code}: {count:,}" for code, count in self.codes.most_common()]
         if self.model is not None:
             lines.append(
-                f"Warning: rows name the model {_printable(self.model):.100}; "
+                f"Warning: rows name the model {printable(self.model):.100}; "
                 "the model of --model answers them."
             )
         return "\n".join(lines)
@@ -137,8 +138,3 @@ def _json(**values: Any) -> str:
     import json
 
     return json.dumps(values)  # in ASCII, whatever the terminal's encoding
-
-
-def _printable(text: str) -> str:
-    """Text as it is, or escaped if it has characters that are not for printing."""
-    return text if text.isascii() and text.isprintable() else ascii(text)[1:-1]

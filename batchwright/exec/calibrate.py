@@ -7,12 +7,10 @@ The result is kept in the user's cache directory, by machine, threads, shape and
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Mapping
@@ -34,6 +32,7 @@ from batchwright.exec.product_rates import (
 from batchwright.models.layers import Linear
 from batchwright.models.row_invariance import REMEDIES, find_remedy
 from batchwright.plan.cost import Hardware, ModelShape, Product, RateCurve
+from batchwright.processor import processor
 from batchwright.user_cache import user_cache_directory
 
 logger = logging.getLogger(__name__)
@@ -151,17 +150,6 @@ def _bandwidth(now: Clock) -> float:
     """Bytes/s of reading memory from beginning to end."""
     numbers = torch.ones(BANDWIDTH_BYTES // 4)
     return BANDWIDTH_BYTES / quick_time_s(lambda _: numbers.sum(), S_PER_POINT, now)
-
-
-def processor() -> str:
-    """The model of this machine's processor."""
-    with contextlib.suppress(OSError):
-        for line in (
-            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        ):
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _cache_file(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,7 +92,7 @@ def measure_rest(
     for name, rows in kinds.items():
         step = _step(rows, len(shape.attention), blocks_per_row)
         equations.append(_equation(step, shape, kv_itemsize))
-        seconds = quick_time_s(lambda _, step=step: executor.execute(step), S_PER_STEP, now)
+        seconds = quick_time_s(partial(_execute, executor, step), S_PER_STEP, now)
         times_s.append(seconds + scheduling_s(MANY if name == "many" else FEW, now))
     executor.close()
     scale = np.abs(equations).max(axis=0)
@@ -100,6 +101,10 @@ def measure_rest(
         *np.maximum(parts[:3], 0.0).tolist(),
         *(1 / np.maximum(parts[3:], LEAST)).tolist(),
     )
+
+
+def _execute(executor: LocalExecutor, step: Step, turn: int) -> None:
+    executor.execute(step)
 
 
 def _equation(step: Step, shape: ModelShape, kv_itemsize: int) -> list[float]:

@@ -75,7 +75,8 @@ def product_rates(
         seconds_per_point: spent on each; a product that takes longer is called MIN_CALLS times.
         longest_call_s: row counts whose products would take longer are left out.
     """
-    rows, rates = [], []
+    rows: list[int] = []
+    rates: list[float] = []
     flops_per_row = 2 * product.in_features * product.out_features
     with torch.inference_mode():
         for num_rows in row_counts:

@@ -14,19 +14,31 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import time
 from pathlib import Path
 
 from batchwright.errors import ConfigError, OutputError
+from batchwright.job.formats.source import is_url
 
 SUFFIX = ".job"
+LOCK_PATIENCE_S = 0.4
 
 _FILES = ("manifest.json", "results.jsonl", "journal.sqlite", "metrics.jsonl", "summary.json")
 
 
 def job_directory_for(output: str | Path) -> Path:
-    """Where the job that writes `output` keeps its state: results.jsonl has results.jsonl.job."""
-    return Path(f"{output}{SUFFIX}")
+    """Where the job that writes `output` keeps its state: results.jsonl has results.jsonl.job.
+
+    A journal cannot lie in an object store. The job of a URL lies in the working directory, named
+    by the URL's last part and a digest of all of it, so that no two URLs share a job.
+    """
+    path = str(output)
+    if is_url(path):
+        digest = hashlib.blake2b(path.encode(), digest_size=4).hexdigest()
+        path = f"{path.rpartition('/')[2]}.{digest}"
+    return Path(f"{path}{SUFFIX}")
 
 
 class JobDirectory:
@@ -50,16 +62,26 @@ class JobDirectory:
             ) from None
         except OSError as error:
             raise OutputError(f"cannot create {self.path}: {error.strerror or error}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
+        if not self._take_lock():
+            holder = _holder(self._lock)
             os.close(self._lock)
             raise ConfigError(
                 f"another process{f' ({holder})' if holder else ''} works on the job in "
                 f"{self.path}; wait for it, stop it, or name another output"
             ) from None
         self._name_holder()
+
+    def _take_lock(self) -> bool:
+        """Whoever looks whether the job runs holds the lock for an instant: that is no refusal."""
+        give_up_s = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= give_up_s:
+                    return False
+                time.sleep(LOCK_PATIENCE_S / 20)
 
     def _name_holder(self) -> None:
         """Write who holds the lock, for the message above; the lock holds without it."""
@@ -104,3 +126,27 @@ class JobDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def running_process(directory: Path) -> str | None:
+    """Who works on a job now, as in "pid 4711"; None: nobody does.
+
+    The lock is tried, shared and for an instant, which a job that starts meanwhile waits out. So
+    the answer is right on every file system that has locks, and in containers that share one.
+    """
+    try:
+        fd = os.open(directory / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(fd) or "another process"
+    finally:
+        os.close(fd)
+    return None
+
+
+def _holder(fd: int) -> str:
+    """What `_name_holder` wrote."""
+    return os.pread(fd, 32, 0).decode("ascii", "replace").strip()

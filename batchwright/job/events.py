@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchwright.errors import RequestError
+from batchwright.job.metrics import Sample
 from batchwright.job.summary import JobSummary
 
 
@@ -32,4 +33,11 @@ class Draining:
     limit_s: float
 
 
-JobEvent = RowFailed | Progressed | Draining
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A line was written to metrics.jsonl. Nobody changes the sample any more."""
+
+    sample: Sample
+
+
+JobEvent = RowFailed | Progressed | Draining | Measured

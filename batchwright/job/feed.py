@@ -11,7 +11,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,13 +18,15 @@ import msgspec
 from batchwright.errors import RequestError
 from batchwright.job.journal import ANY_CONTENT, FinishedRows, named_row, unnamed_row
 from batchwright.job.prepare import Grammars, Tokenizer, prepare_rows
-from batchwright.job.rows import InputRow, RowError
+from batchwright.job.rows import InputRow, RowError, groups
 from batchwright.job.validate import ParsedRow, parse_row
 from batchwright.request import Request
 
 CHUNK_ROWS = 256
 MAX_CHUNKS_AHEAD = 4
 POLL_S = 0.2
+
+_NO_CONTENT = b"\0"  # the digest of a row that has a name and cannot be routed
 
 _encode = msgspec.json.Encoder().encode
 
@@ -87,7 +88,7 @@ class Feed:
         grammars: compiles the rows' grammars and renders their own templates, ahead of the engine.
         check: a further check of each sound row, in input order; raises RequestError.
         finished: rows that are done are counted and skipped; closed by the feed.
-        chunk_rows: rows of a chunk.
+        chunk_rows: most rows of a chunk.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Feed:
 
     def _work(self) -> None:
         try:
-            while rows := list(islice(self._rows, self.chunk_rows)):
+            for rows in groups(self._rows, self.chunk_rows):
                 if not self._put(self._prepare(rows)):
                     return
             self._put(None)
@@ -203,9 +204,11 @@ class Feed:
 
 
 def _row_id(row: InputRow | RowError) -> RowId:
-    """A row that cannot be routed, or bears another's name, is known by its line alone."""
-    if isinstance(row, RowError):
+    if isinstance(row, InputRow):
+        content = _encode((row.endpoint, row.body, row.extra))
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        return RowId(named_row(row.custom_id), digest, row.line, row.custom_id, row.extra)
+    if row.custom_id is None or row.error.code == "duplicate_custom_id":  # it has no name, or
         return RowId(unnamed_row(row.line), ANY_CONTENT, row.line, row.custom_id, row.extra)
-    content = _encode((row.endpoint, row.body, row.extra))
-    digest = hashlib.blake2b(content, digest_size=8).digest()
-    return RowId(named_row(row.custom_id), digest, row.line, row.custom_id, row.extra)
+    # another row's. Otherwise the error replaces what an earlier run answered by that name.
+    return RowId(named_row(row.custom_id), _NO_CONTENT, row.line, row.custom_id, row.extra)

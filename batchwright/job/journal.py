@@ -98,8 +98,7 @@ class Journal:
     def __init__(self, directory: Path, *, now: Callable[[], float] = time.monotonic) -> None:
         self._path = directory / "results.jsonl"
         self._now = now
-        self._pending: list[Entry] = []
-        self._unwritten: list[bytes] = []
+        self._pending: list[tuple[Entry, bytes]] = []
         self._pending_since_s = 0.0
         with _explained(directory):
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -108,7 +107,6 @@ class Journal:
             if (size := os.fstat(self._fd).st_size) < self._end:
                 self._end = self._forget_beyond(size)
             os.ftruncate(self._fd, self._end)
-            os.lseek(self._fd, self._end, os.SEEK_SET)
             sync_directory(directory)
 
     def append(self, id: str, line: int, state: RowState, digest: bytes, data: bytes) -> None:
@@ -119,9 +117,8 @@ class Journal:
         """
         if not self._pending:
             self._pending_since_s = self._now()
-        self._pending.append(Entry(id, line, state, digest, self._end, len(data)))
-        self._unwritten.append(data)
-        self._end += len(data)
+        entry = Entry(id, line, state, digest, self._pending_end(), len(data))
+        self._pending.append((entry, data))  # one act: an interrupt comes before or after it
 
     @property
     def is_due(self) -> bool:
@@ -134,23 +131,35 @@ class Journal:
     def commit(self) -> list[tuple[Entry, bytes]]:
         """Make all appended rows durable; returns them with their lines.
 
+        A commit that was interrupted may be made again.
+
         Raises:
             OutputError: the disk is full or fails. What was committed before stays; the rows of
                 this commit will be run again.
         """
         if not self._pending:
             return []
+        committed, end = self._pending, self._pending_end()
         with _explained(self._path):
-            write_all(self._fd, b"".join(self._unwritten))
+            os.lseek(self._fd, committed[0][0].offset, os.SEEK_SET)
+            write_all(self._fd, b"".join(data for _, data in committed))
             os.fsync(self._fd)
             with self._sql:  # one transaction
                 self._sql.executemany(
-                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?)", self._pending
+                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?)",
+                    [entry for entry, _ in committed],
                 )
-                self._sql.execute("UPDATE results SET end = ?", (self._end,))
-        committed = list(zip(self._pending, self._unwritten, strict=True))
-        self._pending, self._unwritten = [], []
+                self._sql.execute("UPDATE results SET end = ?", (end,))
+        self._end = end  # first: an interrupt here means that the same commit is made again
+        self._pending = []
         return committed
+
+    def _pending_end(self) -> int:
+        """Where the next line will begin."""
+        if not self._pending:
+            return self._end
+        last = self._pending[-1][0]
+        return last.offset + last.length
 
     def forget_unnamed(self) -> None:
         """Drop errors of rows without an id: the input is read again and may have changed."""
@@ -236,6 +245,9 @@ def connect(directory: Path) -> sqlite3.Connection:
     mode = "WAL" if file_system(directory) in _LOCAL_FILE_SYSTEMS else "TRUNCATE"
     sql.execute(f"PRAGMA journal_mode={mode}")
     sql.execute("PRAGMA synchronous=FULL")
+    # Ids in no order change pages all over the table: writing them back every 32 MB of log, not
+    # every 4 MB, saves a fifth of a commit.
+    sql.execute("PRAGMA wal_autocheckpoint=8000")
     sql.executescript(_SCHEMA)
     return sql
 

@@ -81,6 +81,8 @@ _UNSAMPLED_KEYS = _INERT | {"model", "parse_special", "add_special_tokens"}
 _EMBEDDING_KEYS = frozenset("input encoding_format pooling normalize".split())
 _SCORE_KEYS = frozenset("context continuation".split())
 
+_PROMPT_TEXTS = frozenset("suffix prediction documents messages text_1 text_2 queries".split())
+
 _Only = dict[str, tuple[tuple[Any, ...], str]]
 
 
@@ -116,7 +118,11 @@ def check_names(row: InputRow) -> None:
         allowed, remedy = only[name]
         if not any(type(value) is type(good) and value == good for good in allowed):
             raise RequestError(
-                f"{name} is {checks.shown(value)}: {remedy}",
+                f"{name} is {_shown(name, value)}: {remedy}",
                 code="unsupported_parameter",
                 param=name,
             )
+
+
+def _shown(name: str, value: Any) -> str:
+    return checks.kind_of(value) if name in _PROMPT_TEXTS else checks.shown(value)

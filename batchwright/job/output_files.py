@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from batchwright.errors import OutputError
 from batchwright.job.durable import write_all
-from batchwright.job.formats.output import output_kind, write_projection
+from batchwright.job.formats.output import output_kind, remove_projection, write_projection
 from batchwright.job.journal import Entry, Journal, RowState
 
 STDOUT = "-"
@@ -125,14 +124,15 @@ class _File:
                 self._fd = os.dup(1) if self.path == STDOUT else os.open(self.path, flags, 0o600)
             write_all(self._fd, data)
         except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path}: {error.strerror or error}; finished rows are safe in "
-                "the job directory, and the same command goes on from there"
-            ) from error
+            name, safe = self.path, "finished rows are safe in the job directory, and the same "
+            safe += "command goes on from there"
+            if self.path == STDOUT:
+                name, safe = "standard output", "a job that writes there cannot be gone on with"
+            raise OutputError(f"cannot write {name}: {error.strerror or error}; {safe}") from error
 
     def remove(self) -> None:
-        if self.path != STDOUT and os.path.isfile(self.path):
-            Path(self.path).unlink()
+        if self.path != STDOUT:
+            remove_projection(self.path)
 
     def close(self) -> None:
         if self._fd is not None:

@@ -176,6 +176,7 @@ def plan_job(
 def engine_sizes(model: OpenedModel) -> EngineSizes:
     """The sizes of the engine that will run the model."""
     from batchwright.predict import EngineSizes
+    from batchwright.simulate import chosen_order
 
     config = model.config
     return EngineSizes(
@@ -186,6 +187,7 @@ def engine_sizes(model: OpenedModel) -> EngineSizes:
         max_model_len=config.max_model_len,
         prefix_sharing=config.prefix_sharing,
         horizon=HORIZON_ROWS,
+        order=chosen_order(config, model.groups),
     )
 
 

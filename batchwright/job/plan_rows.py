@@ -73,11 +73,12 @@ def read_rows(
             counts.num_done += chunk.num_read - len(chunk.rows)
             for row in chunk.rows:
                 try:
-                    request, max_len = _checked(row, counts, limits, fits)
+                    requests = _checked(row, counts, limits, fits)
                 except RequestError as error:
                     counts.bad[error.code] += 1
                 else:
-                    into.add(request, max_len, place)
+                    for request, max_len in requests:
+                        into.add(request, max_len, place)
                 place += 1
     finally:
         feed.close()
@@ -89,16 +90,17 @@ def _checked(
     counts: RowCounts,
     limits: ModelLimits,
     fits: Callable[[int], bool],
-) -> tuple[Request, int]:
-    """(the request, tokens at which its sequences end), or why the row will fail."""
+) -> list[tuple[Request, int]]:
+    """(request, tokens at which its sequences end) for each input, or why the row will fail."""
     if isinstance(row, RefusedRow):
         raise row.error
-    max_len = limits.check(row.request)
-    if max_len > counts.longest_tokens:
-        counts.longest_line, counts.longest_tokens = row.id.line, max_len
-    if not fits(max_len):
+    requests = row.request.parts or (row.request,)
+    lengths = [limits.check(request) for request in requests]
+    if max(lengths) > counts.longest_tokens:
+        counts.longest_line, counts.longest_tokens = row.id.line, max(lengths)
+    if not fits(max(lengths)):
         raise RequestError(
-            f"prompt and output may reach {max_len} tokens, which memory never holds",
+            f"prompt and output may reach {max(lengths)} tokens, which memory never holds",
             code="kv_capacity_exceeded",
         )
-    return row.request, max_len
+    return list(zip(requests, lengths, strict=True))

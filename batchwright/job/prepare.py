@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from batchwright.errors import RequestError
-from batchwright.job.validate import ParsedRow
+from batchwright.job.validate import ParsedRow, Prompt
+from batchwright.parts import entry_error, part_id
 from batchwright.request import NO_MARKUP, Markup, Request, Task
 from batchwright.structured.spec import GrammarSpec
 from batchwright.text import continuation
 from batchwright.text.chat_template import Template
+
+Encoded = dict[tuple[int, int], list[int]]
 
 
 class Tokenizer(continuation.Tokenizer, Protocol):
@@ -64,22 +68,34 @@ def prepare_rows(
         try:
             if row.params.grammar is not None and grammars is not None:
                 grammars.compile(row.params.grammar)
+            if row.prompts is not None:
+                prepared.append(_prepare_parts(row, row.prompts, index, encoded, tokenizer))
+                continue
             template = _own_template(row, grammars)
-            prepared.append(_prepare(row, encoded.get(index), tokenizer, template))
+            prepared.append(_prepare(row, encoded.get((index, 0)), tokenizer, template))
         except RequestError as error:
             error.line = row.line
             prepared.append(error)
     return prepared
 
 
-def _encode_prompts(rows: Sequence[ParsedRow], tokenizer: Tokenizer) -> dict[int, list[int]]:
-    """Token ids of text prompts, by index of the row. Of a batch with a bad text nothing is
-    returned: its rows are then encoded one by one, and only the bad one fails."""
-    batches: dict[tuple[bool, bool], dict[int, str]] = defaultdict(dict)
+def _encode_prompts(rows: Sequence[ParsedRow], tokenizer: Tokenizer) -> Encoded:
+    """Token ids of text prompts, by index of the row and of the prompt in it.
+
+    Of a batch with a bad text nothing is returned: its rows are then encoded one by one, and only
+    the bad one fails.
+    """
+    batches: dict[tuple[bool, bool], dict[tuple[int, int], str]] = defaultdict(dict)
     for index, row in enumerate(rows):
-        if row.prompt is not None and row.continuation is None:
-            batches[row.add_special_tokens, row.parse_special][index] = row.prompt
-    encoded: dict[int, list[int]] = {}
+        if row.continuation is not None:
+            continue
+        texts = batches[row.add_special_tokens, row.parse_special]
+        if row.prompt is not None:
+            texts[index, 0] = row.prompt
+        for place, prompt in enumerate(row.prompts or ()):
+            if isinstance(prompt, str):
+                texts[index, place] = prompt
+    encoded: Encoded = {}
     for (add_special_tokens, parse_special), texts in batches.items():
         try:
             ids = tokenizer.encode_batch(
@@ -126,6 +142,32 @@ def _prepare(
         prompt=prompt,
         pooling=row.pooling,
         markup=markup,
+    )
+
+
+def _prepare_parts(
+    row: ParsedRow, prompts: Sequence[Prompt], index: int, encoded: Encoded, tokenizer: Tokenizer
+) -> Request:
+    """A request made of one part for each prompt."""
+    parts = []
+    for place, prompt in enumerate(prompts):
+        part = replace(
+            row,
+            custom_id=part_id(row.custom_id, place),
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=None if isinstance(prompt, str) else prompt,
+            prompts=None,
+        )
+        try:
+            parts.append(_prepare(part, encoded.get((index, place)), tokenizer, None))
+        except RequestError as error:
+            raise entry_error(place, error) from None
+    return Request(
+        id=row.custom_id,
+        prompt_token_ids=np.empty(0, np.int32),
+        params=row.params,
+        task=row.task,
+        parts=tuple(parts),
     )
 
 

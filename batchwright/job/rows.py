@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from batchwright.errors import RequestError
+from batchwright.errors import BatchwrightError, RequestError
+
+UNNAMED = ""
+"""The custom_id of a row that gives none, until `formats/row_names.py` gives it one."""
+
+GROUP_BYTES = 16 * 2**20
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -32,11 +38,12 @@ class InputRow:
 
     Attributes:
         line: 1-based line of the input file.
-        custom_id: the user's name for the row, or `line-N` where a bare row has none.
+        custom_id: the user's name for the row, or `line-N` where it gives none.
         endpoint: one of ENDPOINTS.
         body: the request's parameters, as decoded from JSON.
         num_bytes: bytes of the input this row took, for progress.
         extra: columns that pass through to the output.
+        memory_bytes: about what it takes in memory; 0 if its reader sees to that.
     """
 
     line: int
@@ -45,6 +52,7 @@ class InputRow:
     body: dict[str, Any]
     num_bytes: int = 0
     extra: dict[str, Any] | None = None
+    memory_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +72,29 @@ class RowError:
     error: RequestError
     num_bytes: int = 0
     extra: dict[str, Any] | None = None
+    memory_bytes: ClassVar[int] = 0
+
+
+AnyRow = InputRow | RowError
+
+
+def groups(rows: Iterator[AnyRow], max_rows: int) -> Iterator[list[AnyRow]]:
+    """Rows in lists of at most max_rows, and of about GROUP_BYTES in memory.
+
+    Rows before an error of the input come before the error.
+    """
+    group: list[AnyRow] = []
+    num_bytes = 0
+    try:
+        for row in rows:
+            group.append(row)
+            num_bytes += row.memory_bytes
+            if len(group) == max_rows or num_bytes >= GROUP_BYTES:
+                yield group
+                group, num_bytes = [], 0
+    except BatchwrightError:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,14 +10,17 @@ from typing import Any, Protocol
 
 import msgspec
 
+from batchwright import __version__
 from batchwright.job.answer import TokenBytes
+from batchwright.job.collector import rare_collections
 from batchwright.job.directory import JobDirectory
 from batchwright.job.durable import write_private
 from batchwright.job.events import JobEvent
 from batchwright.job.feed import CHUNK_ROWS, Feed
 from batchwright.job.journal import FinishedRows, Journal, RowState
+from batchwright.job.machine import this_machine
 from batchwright.job.manifest import check_manifest, job_manifest
-from batchwright.job.metrics import MetricsLog
+from batchwright.job.metrics import MetricsLog, RunStart, Sample
 from batchwright.job.output_files import OutputFiles
 from batchwright.job.prepare import Grammars, Tokenizer
 from batchwright.job.rows import InputRow, RowError
@@ -25,11 +28,14 @@ from batchwright.job.runner import Job, JobEngine, JobOptions
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
 from batchwright.job.validate import ParsedRow
+from batchwright.plan.cost import ModelShape
 
 
 class JobModel(Protocol):
     """What a job needs of `llm.LLM`."""
 
+    @property
+    def name(self) -> str: ...
     @property
     def engine(self) -> JobEngine: ...
     @property
@@ -38,8 +44,16 @@ class JobModel(Protocol):
     def token_bytes(self) -> TokenBytes: ...
     @property
     def grammars(self) -> Grammars | None: ...
+    @property
+    def shape(self) -> ModelShape | None: ...
     def identity(self) -> Mapping[str, Any]:
         """What answers depend on, for the manifest."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """The engine's settings, for the log."""
+
+    def compile_s(self) -> float:
+        """Seconds spent compiling kernels so far, for the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +112,7 @@ def run_job(
             finished=FinishedRows(directory.path, done),
             chunk_rows=min(CHUNK_ROWS, options.horizon_rows),
         )
-        metrics.write({**manifest, "machine": platform.platform()}, event="start")
+        metrics.start(_run_start(model, options))
         job = Job(
             feed,
             journal,
@@ -108,14 +122,23 @@ def run_job(
             options,
             stop=stop or StopControl(),
             metrics=metrics,
+            shape=model.shape,
+            compile_s=model.compile_s,
             on_event=on_event,
         )
+        event = "error"
         try:
-            summary = job.run()
+            with rare_collections():
+                summary = job.run()
+            if options.keep_failed:
+                counts = journal.counts()
+                failures = counts[RowState.FAILED] + counts[RowState.EXPIRED]
+                summary.num_failed_before = failures - summary.num_failed - summary.num_expired
+            files.finish(resumed=resumed)
+            event = "end"
         finally:
-            metrics.write(job.metrics(), event="end")
-        files.finish(resumed=resumed)
-        write_private(directory.summary_path, _summary_json(job, journal))
+            last = job.log_metrics(event=event)
+        write_private(directory.summary_path, _summary_json(last, summary, journal))
         return summary
     finally:
         if feed is not None:
@@ -125,15 +148,22 @@ def run_job(
         journal.close()
 
 
-def _summary_json(job: Job, journal: Journal) -> bytes:
-    summary = job.summary
+def _run_start(model: JobModel, options: JobOptions) -> RunStart:
+    return RunStart(
+        engine=__version__,
+        model=options.model_name,
+        load_s=options.load_s,
+        pid=os.getpid(),
+        machine=this_machine(),
+        settings=dict(model.settings()),
+        shape=model.shape,
+    )
+
+
+def _summary_json(sample: Sample, summary: JobSummary, journal: Journal) -> bytes:
     values = {
-        **job.metrics(),
+        **msgspec.to_builtins(sample),
         "run_s": summary.run_s,
-        "stopped": summary.stopped,
-        "input_ended": summary.input_ended,
-        "rows_length_limited": summary.num_length_limited,
-        "error_codes": dict(summary.error_codes),
         "rows_of_all_runs": {state.value: count for state, count in journal.counts().items()},
     }
     return msgspec.json.format(msgspec.json.encode(values), indent=2)

@@ -15,21 +15,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from batchwright.errors import InputError, RequestError, ResourceError
 from batchwright.job.answer import AnswerForm, TokenBytes, answer_form
-from batchwright.job.events import Draining, JobEvent, Progressed, RowFailed
+from batchwright.job.engine_counts import EngineCounts, EngineStats
+from batchwright.job.events import Draining, JobEvent, Measured, Progressed, RowFailed
 from batchwright.job.feed import Chunk, Feed, ReadyRow, RefusedRow, RowId
 from batchwright.job.formats.response_body import response_body
 from batchwright.job.formats.result_line import error_line, success_line
 from batchwright.job.journal import Journal, RowState
-from batchwright.job.metrics import MetricsLog
+from batchwright.job.measure import measure
+from batchwright.job.metrics import MetricsLog, Sample
 from batchwright.job.output_files import OutputFiles
-from batchwright.job.stop import StopControl
-from batchwright.job.summary import EngineStats, JobSummary
+from batchwright.job.step_times import StepTimes
+from batchwright.job.stop import StopControl, StoppedAtOnce
+from batchwright.job.summary import JobSummary, since_now
+from batchwright.plan.cost import ModelShape
 from batchwright.request import DEFAULT_MAX_TOKENS, FinishReason, Request, Result, Task
 
 HORIZON_ROWS = 4096
@@ -55,6 +59,7 @@ class JobEngine(Protocol):
     def step(self) -> list[Result]: ...
     def cancel(self, request_id: str) -> None: ...
     def waiting_ids(self) -> list[str]: ...
+    def abandon(self) -> None: ...
 
 
 class EngineLoad(Protocol):
@@ -62,6 +67,8 @@ class EngineLoad(Protocol):
 
     @property
     def num_running_seqs(self) -> int: ...
+    @property
+    def num_waiting_seqs(self) -> int: ...
     @property
     def kv_used_fraction(self) -> float: ...
 
@@ -91,6 +98,7 @@ class JobOptions:
         deadline_s: rows that have not ended so long after the start of the run expire.
         row_timeout_s: a row expires when it has run for so long.
         keep_failed: rows that failed or expired in an earlier run are not run again.
+        load_s: seconds that loading the model took.
     """
 
     model_name: str
@@ -101,6 +109,7 @@ class JobOptions:
     deadline_s: float = math.inf
     row_timeout_s: float = math.inf
     keep_failed: bool = False
+    load_s: float = 0.0
 
 
 class Job:
@@ -115,6 +124,8 @@ class Job:
         options: see there.
         stop: tells when to stop.
         metrics: where progress is logged.
+        shape: the model's sizes, which tell prefill from decode.
+        compile_s: seconds spent compiling kernels so far.
         on_event: called as things happen; it must be quick and must not raise.
         now: the clock, in seconds.
     """
@@ -130,6 +141,8 @@ class Job:
         *,
         stop: StopControl,
         metrics: MetricsLog,
+        shape: ModelShape | None = None,
+        compile_s: Callable[[], float] = lambda: 0.0,
         on_event: Callable[[JobEvent], None] = lambda event: None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -147,7 +160,10 @@ class Job:
         self._num_tokens_in_flight = 0
         self._time_is_up = False
         self._next_timeout_check_s = -math.inf
-        self.summary = JobSummary(engine=engine.stats, input_bytes=options.input_bytes)
+        self.summary = JobSummary(engine=since_now(engine.stats), input_bytes=options.input_bytes)
+        self._counts_at_start = self._counts = EngineCounts.of(engine.stats)
+        self._times = StepTimes(shape)
+        self._compile_s = compile_s
 
     def run(self) -> JobSummary:
         """Run all rows, or until stopped; returns the final summary.
@@ -160,7 +176,7 @@ class Job:
         try:
             self._loop(start_s)
             summary.num_cancelled += len(self._in_flight)
-        except KeyboardInterrupt:  # anywhere, even between reading a row and adding it
+        except StoppedAtOnce:  # anywhere, even between reading a row and adding it
             summary.stopped = True
             summary.num_cancelled += summary.num_in_flight
         except (InputError, ResourceError):
@@ -186,14 +202,14 @@ class Job:
             self._expire_slow_rows(now_s)
             if not summary.stopped:
                 self._admit()
-            if self._in_flight:
+            if self._metrics.is_due:
+                self.log_metrics()
+            if self._engine.num_unfinished:  # others may use the engine besides this job
                 self._step()
             summary.run_s = self._now() - start_s
             summary.input_ended = self._feed.ended
             if self._journal.is_due:
                 self._commit()
-            if self._metrics.is_due:
-                self._metrics.write(self.metrics())
             self._on_event(Progressed(summary))
 
     # In ---------------------------------------------------------------------------------------
@@ -205,7 +221,7 @@ class Job:
             return
         start_s = self._now()
         with self._stop.interruptible():
-            chunk = self._feed.get(wait=not self._in_flight)
+            chunk = self._feed.get(wait=not self._engine.num_unfinished)
         self.summary.idle_s += self._now() - start_s
         if chunk is not None:
             self._take_in(chunk)
@@ -230,11 +246,8 @@ class Job:
         except RequestError as error:
             self._fail(id, error)
             return
-        num_prompt = len(request.prompt_token_ids)
-        room = self._engine.max_model_len - num_prompt
-        num_allowed = row.params.n * min(row.params.max_tokens or DEFAULT_MAX_TOKENS, room)
-        if row.task is not Task.GENERATE:
-            num_allowed = 0
+        num_prompt = request.num_prompt_tokens
+        num_allowed = _num_allowed_tokens(request, self._engine.max_model_len)
         form = answer_form(row, request)
         self._in_flight[request.id] = _InFlight(id, form, num_allowed, num_prompt)
         self._num_tokens_in_flight += num_prompt
@@ -243,19 +256,25 @@ class Job:
     # Out --------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        summary, engine = self.summary, self._engine.stats
-        start_s = self._now()
-        num_computed, num_generated = engine.num_computed_tokens, engine.num_generated_tokens
+        compiled_s, start_s = self._compile_s(), self._now()
         with self._stop.interruptible():
             results = self._engine.step()
-        step_s = self._now() - start_s
-        num_computed = engine.num_computed_tokens - num_computed
-        num_generated = engine.num_generated_tokens - num_generated
-        share = min(1.0, num_generated / num_computed) if num_computed else 1.0
-        summary.step_s += step_s
-        summary.decode_s += step_s * share
+        end_s = self._now()
+        before, self._counts = self._counts, EngineCounts.of(self._engine.stats)
+        self._times.add(
+            self._counts.since(before),
+            start_s,
+            end_s,
+            compile_s=self._compile_s() - compiled_s,
+            is_last_work=self._nothing_waits(),
+        )
         for result in results:
             self._finish(result)
+        self.summary.write_s += self._now() - end_s
+
+    def _nothing_waits(self) -> bool:
+        all_read = self._feed.ended or self.summary.stopped
+        return all_read and not self._engine.load.num_waiting_seqs
 
     def _finish(self, result: Result) -> None:
         """Note a result in the journal and count it."""
@@ -289,7 +308,10 @@ class Job:
         summary = self.summary
         summary.num_succeeded += 1
         summary.num_prompt_tokens += len(result.prompt_token_ids)
-        summary.num_output_tokens += sum(len(output.token_ids) for output in result.outputs)
+        summary.prompt_lengths[len(result.prompt_token_ids).bit_length()] += 1
+        for output in result.outputs:
+            summary.num_output_tokens += len(output.token_ids)
+            summary.output_lengths[len(output.token_ids).bit_length()] += 1
         summary.num_allowed_tokens_done += row.num_allowed_tokens
         summary.num_length_limited += any(
             output.finish_reason is FinishReason.LENGTH for output in result.outputs
@@ -306,7 +328,9 @@ class Job:
         self._on_event(RowFailed(id.line, id.custom_id, error))
 
     def _commit(self) -> None:
+        start_s = self._now()
         self._files.write(self._journal.commit())
+        self.summary.write_s += self._now() - start_s
 
     # Ends that are not a row's own ---------------------------------------------------------------
 
@@ -345,36 +369,36 @@ class Job:
                 )
                 self._engine.cancel(request_id)
 
-    def metrics(self) -> dict[str, Any]:
-        """The line for metrics.jsonl; see `metrics.py`."""
-        summary, engine, load = self.summary, self.summary.engine, self._engine.load
-        num_waiting = len(self._engine.waiting_ids())
-        return {
-            "rows_read": summary.num_rows_read,
-            "rows_skipped": summary.num_skipped,
-            "rows_succeeded": summary.num_succeeded,
-            "rows_failed": summary.num_failed,
-            "rows_expired": summary.num_expired,
-            "rows_running": len(self._in_flight) - num_waiting,
-            "rows_waiting": num_waiting,
-            "rows_estimated": summary.estimated_rows,
-            "eta_s": summary.eta_s,
-            "steps": engine.num_steps,
-            "computed_tokens": engine.num_computed_tokens,
-            "generated_tokens": engine.num_generated_tokens,
-            "cached_tokens": engine.num_cached_tokens,
-            "recomputed_tokens": engine.num_recomputed_tokens,
-            "preemptions": engine.num_preemptions,
-            "prompt_tokens": summary.num_prompt_tokens,
-            "output_tokens": summary.num_output_tokens,
-            "allowed_tokens_done": summary.num_allowed_tokens_done,
-            "num_running_seqs": load.num_running_seqs,
-            "kv_used_fraction": load.kv_used_fraction,
-            "step_s": summary.step_s,
-            "decode_s": summary.decode_s,
-            "prefill_s": summary.step_s - summary.decode_s,
-            "idle_s": summary.idle_s,
-        }
+    def log_metrics(self, *, event: str | None = None) -> Sample:
+        """Write a line to metrics.jsonl and tell whoever watches."""
+        sample = self._measure()
+        if (since_s := self._times.tail_since_s) is not None:
+            sample.tail_since_s = self._metrics.clock(since_s)
+        self._metrics.write(sample, event=event)
+        self._on_event(Measured(sample))
+        return sample
+
+    def _measure(self) -> Sample:
+        load = self._engine.load
+        return measure(
+            self.summary,
+            EngineCounts.of(self._engine.stats).since(self._counts_at_start),
+            self._times,
+            rows_waiting=len(self._engine.waiting_ids()),
+            num_running_seqs=load.num_running_seqs,
+            num_waiting_seqs=load.num_waiting_seqs,
+            kv_used_fraction=load.kv_used_fraction,
+        )
+
+
+def _num_allowed_tokens(request: Request, max_model_len: int) -> int:
+    """Output tokens that a request may have."""
+    if request.parts:
+        return sum(_num_allowed_tokens(part, max_model_len) for part in request.parts)
+    if request.task is not Task.GENERATE:
+        return 0
+    params, room = request.params, max_model_len - request.num_prompt_tokens
+    return params.n * min(params.max_tokens or DEFAULT_MAX_TOKENS, room)
 
 
 _EXPIRED_CODES = {"batch_expired", "row_timeout"}

@@ -1,4 +1,8 @@
-"""How a running job is asked to stop: once to finish what runs, twice to end at once."""
+"""How a running job is asked to stop: once to finish what runs, twice to end at once.
+
+A KeyboardInterrupt that no StopControl raised can come between any two instructions. The job then
+commits nothing more and passes it on; what was committed before stays.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """The job was asked to stop at once, where it can."""
+
+
 class StopControl:
     """A request to stop, made from a signal handler or by another part of the program.
 
-    The second request raises KeyboardInterrupt in the running step, and only there: a line that is
+    The second request raises StoppedAtOnce in the running step, and only there: a line that is
     being written is written whole, and counted. From the third on it is raised wherever the
     program is (it may be waiting for input).
     """
@@ -27,23 +35,23 @@ class StopControl:
         """Ask to stop; from a signal handler of the thread that runs the job.
 
         Raises:
-            KeyboardInterrupt: on the second call inside `interruptible`, on the third anywhere.
+            StoppedAtOnce: on the second call inside `interruptible`, on the third anywhere.
         """
         self._num_requests += 1
         if self._num_requests > (1 if self._interruptible else 2):
-            raise KeyboardInterrupt
+            raise StoppedAtOnce
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Work inside may be cut short by KeyboardInterrupt.
+        """Work inside may be cut short by StoppedAtOnce.
 
         Raises:
-            KeyboardInterrupt: stopping at once was asked for before or inside.
+            StoppedAtOnce: stopping at once was asked for before or inside.
         """
         self._interruptible = True
         try:
             if self._num_requests > 1:
-                raise KeyboardInterrupt
+                raise StoppedAtOnce
             yield
         finally:
             self._interruptible = False

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import cast
+
+from batchwright.job.engine_counts import EngineStats
 
 
-class EngineStats(Protocol):
-    """The engine's counts that a summary shows."""
+def since_now(stats: EngineStats) -> EngineStats:
+    """The same counts from now on: an engine may have run other rows before the job's."""
+    return cast(EngineStats, _SinceNow(stats))
 
-    @property
-    def num_steps(self) -> int: ...
-    @property
-    def num_computed_tokens(self) -> int: ...
-    @property
-    def num_cached_tokens(self) -> int: ...
-    @property
-    def num_recomputed_tokens(self) -> int: ...
-    @property
-    def num_generated_tokens(self) -> int: ...
-    @property
-    def num_preemptions(self) -> int: ...
-    @property
-    def num_folded(self) -> int: ...
+
+class _SinceNow:
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats, self._before = stats, copy.deepcopy(stats)
+
+    def __getattr__(self, name: str) -> int:
+        return int(getattr(self._stats, name) - getattr(self._before, name))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +31,7 @@ class JobSummary:
     Attributes:
         num_rows_read: rows taken from the input, bad lines included.
         num_skipped: rows that an earlier run finished.
+        num_failed_before: rows that failed or expired in an earlier run and were not run again.
         num_expired: rows whose time, or the job's, was up.
         num_cancelled: rows read but neither answered nor failed, because the job was stopped.
         num_length_limited: rows with an output that ended at max_tokens or the context.
@@ -44,12 +42,13 @@ class JobSummary:
         input_bytes: size of the input, None if it cannot be known (standard input).
         num_bytes_read: input bytes of the rows read.
         input_ended: the input was read to its end.
-        step_s: seconds inside the engine's steps.
-        decode_s: the share of them that went to generated tokens, by number of tokens.
+        prompt_lengths, output_lengths: the same rows and outputs by length; entry i counts lengths
+            of i bits: 0, 1, 2 to 3, 4 to 7, 8 to 15, ...
         idle_s: seconds the engine waited for input.
+        write_s: seconds in which answers were made, committed and written to the files.
         run_s: seconds from the first row read to the last row written.
         stopped: the user asked to stop.
-        engine: the engine's own counts.
+        engine: the engine's own counts, from the start of the run.
     """
 
     engine: EngineStats
@@ -58,6 +57,7 @@ class JobSummary:
     num_succeeded: int = 0
     num_failed: int = 0
     num_skipped: int = 0
+    num_failed_before: int = 0
     num_expired: int = 0
     num_cancelled: int = 0
     num_length_limited: int = 0
@@ -68,9 +68,10 @@ class JobSummary:
     num_allowed_tokens_done: int = 0
     num_bytes_read: int = 0
     input_ended: bool = False
-    step_s: float = 0.0
-    decode_s: float = 0.0
+    prompt_lengths: Counter[int] = field(default_factory=Counter)
+    output_lengths: Counter[int] = field(default_factory=Counter)
     idle_s: float = 0.0
+    write_s: float = 0.0
     run_s: float = 0.0
     stopped: bool = False
 

@@ -16,7 +16,7 @@ from batchwright.job.names import check_names
 from batchwright.job.rows import CHAT, COMPLETIONS, EMBEDDINGS, SCORE, SCORE_ALIAS, InputRow
 from batchwright.request import SamplingParams, Task
 from batchwright.validation import checks
-from batchwright.validation.messages import check_messages, check_tools
+from batchwright.validation.messages import check_messages, check_template_kwargs, check_tools
 from batchwright.validation.params import (
     MAX_LOGPROBS,
     MAX_TOKENS_ALIASES,
@@ -25,8 +25,10 @@ from batchwright.validation.params import (
 )
 
 MAX_PROMPT_TOKEN_IDS = 10_000_000
-MAX_TEMPLATE_KWARGS = 64
+MAX_PROMPTS = 2048  # as the hosted API has it
 MAX_TEMPLATE_CHARS = 262_144
+
+Prompt = str | list[int]
 
 _SAMPLING_NAMES = PARAM_NAMES | set(MAX_TOKENS_ALIASES)
 _FORMATS = ("float", "base64")
@@ -37,12 +39,13 @@ _UNSAMPLED = SamplingParams(max_tokens=1)  # what rows that generate nothing car
 class ParsedRow:
     """A row that is sound as far as can be told without the model.
 
-    Exactly one of messages, prompt and prompt_token_ids is set.
+    Exactly one of messages, prompt, prompt_token_ids and prompts is set.
 
     Attributes:
         line, custom_id, endpoint: as in InputRow.
         params: how to sample; of rows that generate nothing, what to report of the prompt.
         task: what is wanted from the model.
+        prompts: several prompts, each a text or token ids, that are answered together.
         model: the model the row names, if it names one.
         echo: put the prompt before the answer (completions).
         report_logprobs: the row asked for logprobs.
@@ -65,6 +68,7 @@ class ParsedRow:
     messages: list[dict[str, Any]] | None = None
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
+    prompts: list[Prompt] | None = None
     model: str | None = None
     echo: bool = False
     report_logprobs: bool = False
@@ -152,7 +156,7 @@ def _parse_chat(row: InputRow, body: dict[str, Any]) -> ParsedRow:
         messages=messages,
         tools=tools,
         tool_names=frozenset(tool["function"]["name"] for tool in callable_tools),
-        template_kwargs=_template_kwargs(body.get("chat_template_kwargs", {})),
+        template_kwargs=check_template_kwargs(body.get("chat_template_kwargs", {})),
         add_generation_prompt=add_prompt,
         continue_final_message=continues,
         chat_template=_chat_template(body),
@@ -176,17 +180,8 @@ def _chat_template(body: dict[str, Any]) -> str | None:
     return checks.text("chat_template", body["chat_template"], max_chars=MAX_TEMPLATE_CHARS)
 
 
-def _template_kwargs(value: Any) -> dict[str, Any]:
-    param = "chat_template_kwargs"
-    if not isinstance(value, dict):
-        checks.fail(param, f"must be an object, not {checks.shown(value)}")
-    if len(value) > MAX_TEMPLATE_KWARGS:
-        checks.fail(param, f"has {len(value)} entries; at most {MAX_TEMPLATE_KWARGS} are allowed")
-    return value
-
-
 def _parse_completion(row: InputRow, body: dict[str, Any]) -> ParsedRow:
-    prompt, prompt_token_ids = _prompt(body)
+    prompts = _prompts(body)
     echo = checks.boolean("echo", body.get("echo", False))
     if isinstance(body.get("logprobs"), bool):
         checks.fail("logprobs", "must be a whole number for completions, such as 5")
@@ -201,8 +196,7 @@ def _parse_completion(row: InputRow, body: dict[str, Any]) -> ParsedRow:
         **_common(row, body),
         params=params,
         task=Task.SCORE if scores_prompt else Task.GENERATE,
-        prompt=prompt,
-        prompt_token_ids=prompt_token_ids,
+        **_one_or_many(prompts),
         echo=echo,
         report_logprobs=params.logprobs is not None,
         report_prompt_logprobs="prompt_logprobs" in body,
@@ -232,13 +226,11 @@ def _scoring(body: dict[str, Any]) -> SamplingParams:
 def _parse_embedding(row: InputRow, body: dict[str, Any]) -> ParsedRow:
     if "input" not in body:
         checks.fail("input", "is missing", code="missing_required_parameter")
-    text, token_ids = _text_or_token_ids("input", body["input"])
     return ParsedRow(
         **_common(row, body),
         params=_UNSAMPLED,
         task=Task.EMBED,
-        prompt=text,
-        prompt_token_ids=token_ids,
+        **_one_or_many(_texts_or_token_ids("input", body["input"])),
         add_special_tokens=_adds_special_tokens(body),
         pooling=_one_of("pooling", body.get("pooling", "mean"), ("mean", "last")),
         base64=_one_of("encoding_format", body.get("encoding_format", "float"), _FORMATS)
@@ -280,27 +272,38 @@ def _one_of(param: str, value: Any, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _prompt(body: dict[str, Any]) -> tuple[str | None, list[int] | None]:
-    """(text, None) or (None, token ids); a list with one string counts as that string."""
+def _prompts(body: dict[str, Any]) -> list[Prompt]:
     if "prompt" in body and "prompt_token_ids" in body:
         checks.fail("prompt", "and prompt_token_ids exclude each other")
     if "prompt_token_ids" in body:
-        value = body["prompt_token_ids"]
-        return None, _some_token_ids("prompt_token_ids", value)
+        return [_some_token_ids("prompt_token_ids", body["prompt_token_ids"])]
     if "prompt" not in body:
         checks.fail("prompt", "is missing", code="missing_required_parameter")
-    return _text_or_token_ids("prompt", body["prompt"])
+    return _texts_or_token_ids("prompt", body["prompt"])
 
 
-def _text_or_token_ids(param: str, value: Any) -> tuple[str | None, list[int] | None]:
-    """(text, None) or (None, token ids); a list with one of them counts as that one."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if isinstance(value, list) and value and not isinstance(value[0], str | list):
-        return None, _some_token_ids(param, value)
-    if isinstance(value, list):
-        checks.fail(param, f"is a list of {len(value)}; give one {param} a row")
-    return checks.text(param, value), None
+def _texts_or_token_ids(param: str, value: Any) -> list[Prompt]:
+    """A text, token ids, or a list of them, as a list."""
+    if not isinstance(value, list):
+        return [checks.text(param, value)]
+    if not value:
+        checks.fail(param, "is empty; give a text, token ids, or a list of them")
+    if not isinstance(value[0], str | list):
+        return [_some_token_ids(param, value)]
+    checks.items(param, value, MAX_PROMPTS)
+    return [
+        _some_token_ids(f"{param}[{index}]", item)
+        if isinstance(item, list)
+        else checks.text(f"{param}[{index}]", item)
+        for index, item in enumerate(value)
+    ]
+
+
+def _one_or_many(prompts: list[Prompt]) -> dict[str, Any]:
+    """The field of a ParsedRow that these prompts are; a list of one counts as that one."""
+    if len(prompts) > 1:
+        return {"prompts": prompts}
+    return {"prompt" if isinstance(prompts[0], str) else "prompt_token_ids": prompts[0]}
 
 
 def _some_token_ids(param: str, value: Any) -> list[int]:

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 
 import numba
+from numba.core import event
 
 from batchwright.user_cache import user_cache_directory
 
@@ -19,6 +20,15 @@ numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 def set_num_threads(num_threads: int) -> None:
     """Threads of all Numba kernels, at most those Numba started with (the cores it may use)."""
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
+def compile_seconds() -> float:
+    """Seconds this process has spent compiling kernels; kernels found in the cache take none."""
+    return float(_compiling.duration) if _compiling.done else 0.0
+
+
+_compiling = event.TimingListener()
+event.register("numba:compile", _compiling)
 
 
 def _use_cache_of_these_sources() -> None:

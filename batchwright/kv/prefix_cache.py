@@ -7,9 +7,10 @@ any token attends, and Steps run in order, so a block may be read from the Step 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from batchwright.kv.block_table import BlockTable
 from batchwright.plan.prefix_tree import PrefixTree
@@ -18,11 +19,24 @@ from batchwright.request import Int32Array
 ABSENT = -1
 
 
-class PrefixCache:
-    """Resident blocks by prefix-tree node, one column per KV group."""
+NextUse = Callable[[Int32Array], npt.NDArray[np.int64]]
+"""How soon each of some nodes will be used again; the smaller the sooner, a parent never later."""
 
-    def __init__(self, tree: PrefixTree, tables: Sequence[BlockTable]) -> None:
+
+class PrefixCache:
+    """Resident blocks by prefix-tree node, one column per KV group.
+
+    Args:
+        tree: the prompts of all rows.
+        tables: the blocks of running rows, one table per KV group.
+        next_use: says what to give up first when memory is short; None: nobody knows.
+    """
+
+    def __init__(
+        self, tree: PrefixTree, tables: Sequence[BlockTable], next_use: NextUse | None = None
+    ) -> None:
         self._tree = tree
+        self._next_use = next_use or (lambda nodes: np.zeros(len(nodes), np.int64))
         self._tables = tables
         self._blocks: Int32Array = np.full((len(tables), tree.capacity), ABSENT, np.int32)
         self._node_of_block = [np.full(t.pool.num_blocks, ABSENT, np.int32) for t in tables]
@@ -91,14 +105,16 @@ class PrefixCache:
         return len(self._evictable(group))
 
     def evict(self, group: int, num_blocks: int) -> None:
-        """Free up to `num_blocks` blocks of a group: fewest future users first, deepest first.
+        """Free up to `num_blocks` blocks of a group, those first that are used again last.
 
-        Zero is always safe. A node is dropped from every group, because a prefix is usable only
-        if all groups have it.
+        Among equals: fewest future users first, then deepest first. Zero is always safe. A node is
+        dropped from every group, because a prefix is usable only if all groups have it.
         """
         nodes = self._evictable(group)
-        order = np.lexsort((-self._tree.depth[nodes], self._tree.num_waiting[nodes]))
-        self.drop(nodes[order[:num_blocks]])
+        if num_blocks < len(nodes):
+            keys = (-self._tree.depth[nodes], self._tree.num_waiting[nodes], -self._next_use(nodes))
+            nodes = nodes[np.lexsort(keys)[:num_blocks]]
+        self.drop(nodes)
 
     def held(self, group: int) -> Int32Array:
         """The cache's references in a group, for the integrity check."""

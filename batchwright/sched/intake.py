@@ -15,6 +15,7 @@ import numpy as np
 from batchwright.request import FinishReason, Int32Array
 from batchwright.sched.slots import Slots
 from batchwright.sched.step_builder import InFlight
+from batchwright.sched.work import Work
 from batchwright.sequence import Sequence
 
 
@@ -26,9 +27,14 @@ class SchedulerStats:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from shared blocks
     num_generated_tokens: int = 0
-    num_recomputed_tokens: int = 0  # computed again after preemption; part of computed
     num_preemptions: int = 0  # events
     num_folded: int = 0  # rows answered by the computation of an identical one
+    work: Work = field(default_factory=Work)
+
+    @property
+    def num_recomputed_tokens(self) -> int:
+        """Computed again after preemption or a failed step; part of the computed ones."""
+        return self.work.num_recomputed_tokens
 
 
 class Ending(NamedTuple):

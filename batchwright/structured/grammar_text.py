@@ -13,6 +13,7 @@ import numpy as np
 from llguidance.gbnf_to_lark import any_to_lark
 
 from batchwright.structured.spec import GrammarKind, GrammarSpec
+from batchwright.structured.strict_schema import strict_schema
 
 JSON_WHITESPACE = r"[ \t\n\r]{1,32}"
 """Between the parts of JSON. Unbounded, it is where small models go on until max_tokens."""
@@ -22,6 +23,10 @@ _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {
     "whitespace_pattern": JSON_WHITESPACE,
     "lenient": False,
     "coerce_one_of": False,
+    "item_separator": ",",
+    "key_separator": ":",
+    # Without \u: a further key spelled "\u0061" is "a", and would escape the schema of "a".
+    "json_allowed_escapes": 'nrtbf\\"',
 }
 
 MAX_LEXER_STATES = 50_000
@@ -32,7 +37,8 @@ def guidance_grammar(spec: GrammarSpec) -> str:
     """The spec as a grammar of llguidance; it may not compile yet.
 
     Raises:
-        ValueError: the schema `false`, or GBNF text that cannot be read.
+        ValueError: the schema `false` or one with bounds that cannot be kept, or GBNF text that
+            cannot be read.
     """
     text, matcher = spec.text, llguidance.LLMatcher
     if spec.kind in (GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA):
@@ -51,7 +57,8 @@ def _schema_text(spec: GrammarSpec) -> str:
         return '{"type":"object"}'
     if spec.text == "false":
         raise ValueError("no text at all satisfies it")
-    return "{}" if spec.text == "true" else spec.text  # options need an object
+    schema = {} if spec.text == "true" else json.loads(spec.text)  # options need an object
+    return json.dumps(strict_schema(schema), ensure_ascii=False)
 
 
 def open_matcher(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatcher:

@@ -30,6 +30,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def kind_of(value: object) -> str:
+    """A value that may be a prompt, as messages show it: they go to logs, where no text of a prompt
+    may be."""
+    return f"text of {len(value)} characters" if isinstance(value, str) else shown(value)
+
+
 def number(param: str, value: Any, low: float, high: float) -> float:
     """A finite real number in [low, high]."""
     if type(value) is float:  # the usual case; asking for the abstract kind takes long
@@ -82,7 +88,7 @@ def text(param: str, value: Any, *, min_chars: int = 0, max_chars: int | None = 
 def items(param: str, value: Any, max_items: int) -> Sequence[Any]:
     """A list (or tuple) of at most max_items."""
     if not isinstance(value, list | tuple):
-        fail(param, f"must be a list, not {shown(value)}")
+        fail(param, f"must be a list, not {kind_of(value)}")
     if len(value) > max_items:
         fail(param, f"has {len(value)} entries; at most {max_items} are allowed")
     return value
@@ -94,7 +100,9 @@ def token_ids(param: str, value: Any, max_items: int) -> list[int]:
     for index, token_id in enumerate(ids):
         plain = isinstance(token_id, numbers.Integral) and not isinstance(token_id, bool)
         if not plain or not 0 <= token_id < 2**31:
-            fail(param, f"has {shown(token_id)} at index {index}; token ids are whole numbers >= 0")
+            fail(
+                param, f"has {kind_of(token_id)} at index {index}; token ids are whole numbers >= 0"
+            )
     return [int(token_id) for token_id in ids]
 
 

@@ -15,6 +15,7 @@ from batchwright.validation import checks
 MAX_MESSAGES = 100_000
 MAX_TOOLS = 1024
 MAX_ROLE_CHARS = 64
+MAX_TEMPLATE_KWARGS = 64
 
 
 def check_messages(value: Any) -> list[dict[str, Any]]:
@@ -32,7 +33,7 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
 
 def _check_message(param: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
-        checks.fail(param, f"must be an object, not {checks.shown(message)}")
+        checks.fail(param, f"must be an object, not {checks.kind_of(message)}")
     if "role" not in message:
         checks.fail(f"{param}.role", "is missing", code="missing_required_parameter")
     checks.text(f"{param}.role", message["role"], min_chars=1, max_chars=MAX_ROLE_CHARS)
@@ -55,10 +56,12 @@ def _check_content(param: str, content: Any) -> None:
     if isinstance(content, str):
         checks.text(param, content)
         return
+    if not isinstance(content, list | tuple):
+        checks.fail(param, f"must be text or a list of text parts, not {checks.shown(content)}")
     for index, part in enumerate(checks.items(param, content, MAX_MESSAGES)):
         name = f"{param}[{index}]"
         if not isinstance(part, dict):
-            checks.fail(name, f"must be an object, not {checks.shown(part)}")
+            checks.fail(name, f"must be an object, not {checks.kind_of(part)}")
         if part.get("type") != "text":
             kind = checks.shown(part.get("type"))
             checks.fail(name, f"is of type {kind}; only text is supported")
@@ -92,3 +95,17 @@ def check_tools(value: Any) -> list[dict[str, Any]]:
             checks.fail(f"tools[{index}]", 'must be {"type": "function", "function": {...}}')
         checks.text(f"tools[{index}].function.name", function.get("name"), min_chars=1)
     return list(tools)
+
+
+def check_template_kwargs(value: Any) -> dict[str, Any]:
+    """Further variables for a chat template, which itself says which it reads.
+
+    Raises:
+        RequestError: not an object, or too many.
+    """
+    param = "chat_template_kwargs"
+    if not isinstance(value, dict):
+        checks.fail(param, f"must be an object, not {checks.shown(value)}")
+    if len(value) > MAX_TEMPLATE_KWARGS:
+        checks.fail(param, f"has {len(value)} entries; at most {MAX_TEMPLATE_KWARGS} are allowed")
+    return value

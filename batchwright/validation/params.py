@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from batchwright.errors import RequestError
+from batchwright.repetition import RepetitionDetection
 from batchwright.request import DEFAULT_MAX_TOKENS, SamplingParams
 from batchwright.validation import checks
 from batchwright.validation.structured import GRAMMAR_NAMES, take_grammar
@@ -22,6 +23,8 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 100
+MAX_PATTERN_SIZE = 1024
+MAX_PATTERN_COUNT = 100_000
 MIN_TEMPERATURE = 1e-8  # below it logits divided by temperature could overflow float32
 INT32_MAX = 2**31 - 1
 
@@ -52,6 +55,33 @@ def _logit_bias(param: str, value: Any) -> dict[int, float]:
 
 def _is_token_id(key: str) -> bool:
     return key.isascii() and key.isdigit() and len(key) <= 10
+
+
+def _repetition_detection(param: str, value: Any) -> RepetitionDetection | None:
+    if isinstance(value, RepetitionDetection):
+        value = dataclasses.asdict(value)
+    if not isinstance(value, Mapping):
+        checks.fail(
+            param,
+            f"must be an object with max_pattern_size and min_count, not {checks.shown(value)}",
+        )
+    known = [field.name for field in dataclasses.fields(RepetitionDetection)]
+    for name in value:
+        if name not in known:
+            checks.unknown(f"{param}.{name}", [f"{param}.{field}" for field in known])
+
+    def size(name: str, low: int, high: int, default: int) -> int:
+        given = value.get(name)
+        return checks.integer(f"{param}.{name}", default if given is None else given, low, high)
+
+    max_size = size("max_pattern_size", 0, MAX_PATTERN_SIZE, 0)
+    if max_size == 0:  # vLLM's way to turn it off
+        return None
+    return RepetitionDetection(
+        max_pattern_size=max_size,
+        min_count=size("min_count", 2, MAX_PATTERN_COUNT, 0),
+        min_pattern_size=size("min_pattern_size", 0, max_size, 1) or 1,
+    )
 
 
 def _temperature(param: str, value: Any) -> float:
@@ -87,8 +117,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
         checks.token_ids(param, value, MAX_STOP_TOKEN_IDS)
     ),
     "ignore_eos": checks.boolean,
+    "repetition_detection": _repetition_detection,
     "n": _integer(1, MAX_SAMPLES),
-    "seed": _integer(0, 2**63 - 1),
+    "seed": _integer(-(2**63), 2**63 - 1),
     "logprobs": _integer(0, MAX_LOGPROBS),
     "prompt_logprobs": _integer(0, MAX_LOGPROBS),
     "skip_special_tokens": checks.boolean,

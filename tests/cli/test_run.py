@@ -1,6 +1,8 @@
 """The run command with a model that is faked: exit codes, messages, files."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +19,12 @@ from rich.console import Console
 from batchwright.cli import main as cli
 from batchwright.cli import run as run_command
 from batchwright.cli.numbers import parse_count
-from batchwright.cli.preflight import error_path_for
 from batchwright.cli.progress import ProgressReport, duration
 from batchwright.errors import BatchwrightError, OutputError, RequestError, ResourceError
+from batchwright.job import output_files
+from batchwright.job.directory import job_directory_for
 from batchwright.job.events import Progressed, RowFailed
+from batchwright.job.preflight import error_path_for
 from batchwright.job.summary import JobSummary
 from batchwright.weights.locate import locate_model
 from tests.job.fakes import ByteTokenizer, FakeEngine, FakeModel, chat_row, read_lines, write_lines
@@ -51,7 +55,7 @@ class Command:
         self.settings = settings
         tokenizer = ByteTokenizer()
         tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-        return FakeModel(self.engine, tokenizer)
+        return FakeModel(self.engine, tokenizer, name=model)
 
     def __call__(self, *args: object) -> tuple[int, str, str]:
         self._monkeypatch.setattr(sys, "argv", ["batchwright", *map(str, args)])
@@ -94,6 +98,7 @@ def test_settings_reach_the_model(command: Command, tmp_path: Path) -> None:
         *("run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--max-model-len", "2K"),
         *("--max-num-seqs", "32", "--max-num-batched-tokens", "1k", "--kv-cache-memory", "1.5G"),
         *("--dtype", "bfloat16", "--seed", "7", "--threads", "2", "--no-prefix-sharing"),
+        *("--order", "groups", "--kv-tokens", "4K"),
     )
     assert status == 0
     assert command.settings == {
@@ -102,10 +107,23 @@ def test_settings_reach_the_model(command: Command, tmp_path: Path) -> None:
         "max_num_seqs": 32,
         "max_num_batched_tokens": 1000,
         "kv_cache_bytes": 3 * 2**29,
+        "kv_tokens": 4096,
+        "order": "groups",
         "num_threads": 2,
         "seed": 7,
         "prefix_sharing": False,
     }
+
+
+def test_an_unknown_order_is_an_error_that_names_the_known_ones(
+    command: Command, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    status, _, err = command(
+        "run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--order", "best"
+    )
+    assert status == 2
+    assert "order is 'best', must be one of auto, density, fcfs, groups" in err.replace("\n", " ")
 
 
 def test_settings_not_given_are_left_to_the_model(command: Command, tmp_path: Path) -> None:
@@ -124,6 +142,14 @@ def test_results_may_go_to_stdout(command: Command, tmp_path: Path) -> None:
     assert "succeeded" in err
 
 
+def test_errors_on_stdout_are_not_mixed_with_the_summary(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a"), b"{"])
+    output = tmp_path / "out.jsonl"
+    _, out, err = command("run", source, "-o", output, "--error-file", "-", "--model", "m")
+    assert [json.loads(line)["custom_id"] for line in out.splitlines()] == [None]
+    assert "succeeded" in err
+
+
 Mess = Callable[[Path], list[object]]
 
 
@@ -137,6 +163,9 @@ Mess = Callable[[Path], list[object]]
         (lambda t: [t / "in.jsonl", "-o", t / "none" / "out.jsonl"], "mkdir -p"),
         (lambda t: [t / "in.jsonl", "-o", t], "is a directory"),
         (lambda t: [t / "in.jsonl", "-o", t / "old.jsonl"], "--force"),
+        (lambda t: [t / "in.jsonl", "-o", t / "o", "--error-file", t / "old.jsonl"], "--force"),
+        (lambda t: [t / "no.jsonl", "-o", t / "old.jsonl"], "--force"),
+        (lambda t: [t / "in.jsonl", "-o", ""], "is empty"),
         (lambda t: [t / "in.jsonl", "-o", t / "in.jsonl", "--force"], "is the input"),
         (lambda t: [t / "in.jsonl", "-o", t / "o", "--error-file", t / "in.jsonl"], "is the input"),
         (lambda t: [t / "in.jsonl", "-o", t / "o", "--error-file", f"{t}/./o"], "same file"),
@@ -167,6 +196,55 @@ def test_what_cannot_work_is_told_before_loading(
     assert command.settings is None
     assert (tmp_path / "old.jsonl").read_text() == "precious\n"
     assert (tmp_path / "in.jsonl").read_bytes() == before
+
+
+def test_failed_rows_that_are_kept_count_as_failed(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a"), chat_row("b", temperature="hot")])
+    arguments = ("run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--keep-failed")
+    assert [command(*arguments)[0] for _ in range(2)] == [1, 1]
+
+
+def test_a_closed_standard_output_does_not_promise_to_go_on(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(fd: int, data: bytes) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(output_files, "write_all", closed)
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    _, _, err = command("run", source, "-o", "-", "--model", "m")
+    assert "cannot write standard output: Broken pipe; a job that writes there cannot" in err
+
+
+def test_a_job_goes_on_whose_input_is_in_an_object_store(command: Command, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    arguments = ("run", f"file://{tmp_path}/in.jsonl", "-o", tmp_path / "out.jsonl", "--model", "m")
+    assert [command(*arguments)[0] for _ in range(2)] == [0, 0]
+    assert len(read_lines(tmp_path / "out.jsonl")) == 1
+
+
+def test_results_may_go_to_an_object_store(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "store").mkdir()
+    results, errors = tmp_path / "store" / "out.jsonl", tmp_path / "store" / "out.errors.jsonl"
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a"), chat_row("b")])
+    arguments = ("run", source, "-o", f"file://{results}", "--model", "m")
+    command.engine = FakeEngine(refuse=["b"])
+    assert command(*arguments)[0] == 1
+    assert [len(read_lines(path)) for path in (results, errors)] == [1, 1]
+    assert [path.suffix for path in tmp_path.glob("out.jsonl.*")] == [".job"]
+    command.engine = FakeEngine()
+    assert command(*arguments)[0] == 0
+    assert len(read_lines(results)) == 2
+    assert not errors.exists()
+    other = job_directory_for(f"file://{tmp_path}/elsewhere/out.jsonl")
+    assert not other.exists()
+    shutil.rmtree(next(tmp_path.glob("out.jsonl.*")))
+    status, _, err = command(*arguments)
+    assert status == 2
+    assert "--force" in err
 
 
 def test_force_replaces_old_results(command: Command, tmp_path: Path) -> None:
@@ -253,13 +331,16 @@ def test_help_is_quick_because_it_imports_little() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1", 1), ("4096", 4096), ("4k", 4000), ("4K", 4096), ("1.5G", 1610612736), ("2m", 2000000)],
+    [("1", 1), ("4096", 4096), ("4k", 4000), ("4K", 4096), ("1.5G", 1610612736), ("1.005k", 1005)],
 )
 def test_human_numbers(text: str, value: int) -> None:
     assert parse_count(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "k", "1.0001k5", "1e3", "0.5", "4KB", "1.00001k"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "-1", "k", "1.0001k5", "1e3", "0.5", "4KB", "1.00001k", "9" * 400, "9" * 18 + "T"],
+)
 def test_what_is_no_number(text: str) -> None:
     with pytest.raises(Exception, match="whole number"):
         parse_count(text)
@@ -318,6 +399,13 @@ def test_many_failures_do_not_flood() -> None:
         for line in range(1000):
             report.on_event(RowFailed(line, None, RequestError("bad")))
     assert len(screen.getvalue().splitlines()) == 11
+
+
+def test_a_row_cannot_steer_the_terminal() -> None:
+    screen = StringIO()
+    with ProgressReport(Console(file=screen)) as report:
+        report.on_event(RowFailed(1, "a\x1b[2J", RequestError("has \x1b]0;x\x07")))
+    assert screen.getvalue() == "Failed: line 1 (a\\x1b[2J): has \\x1b]0;x\\x07\n"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(8.2, "8 s"), (125, "2:05 min"), (11040, "3:04 h")])

@@ -8,6 +8,7 @@ import numpy as np
 
 from batchwright.engine import Engine
 from batchwright.kv.groups import KVGroup
+from batchwright.plan.order import find_order
 from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.step import Step, StepResult
@@ -63,7 +64,12 @@ class FaultyExecutor:
 
 
 def new_engine(
-    *, budget: int = 30, max_num_seqs: int = 6, num_blocks: int = 60, look_ahead: int = 0
+    *,
+    budget: int = 30,
+    max_num_seqs: int = 6,
+    num_blocks: int = 60,
+    look_ahead: int = 0,
+    order: str = "fcfs",
 ) -> tuple[Engine, FaultyExecutor]:
     pools = [num_blocks] * len(WINDOWS)
     scheduler = Scheduler(
@@ -72,6 +78,7 @@ def new_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=MAX_MODEL_LEN,
+        order=find_order(order),
     )
     symbolic = SymbolicExecutor(
         WINDOWS,
@@ -126,9 +133,9 @@ def finish(engine: Engine, results: dict[str, Result] | None = None) -> dict[str
             results[result.request_id] = result
         engine.check_integrity()
     scheduler = engine._scheduler
-    assert len(scheduler.tree) == 0, "prefix nodes leaked"
-    assert not scheduler._held
-    assert all(table.pool.num_free == table.pool.num_blocks for table in scheduler.tables)
+    assert len(scheduler.books.tree) == 0, "prefix nodes leaked"
+    assert not scheduler.books.waiting._held
+    assert all(table.pool.num_free == table.pool.num_blocks for table in scheduler.books.tables)
     return results
 
 

@@ -16,6 +16,7 @@ from batchwright.config import EngineConfig
 from batchwright.engine import Engine
 from batchwright.llm import build_engine
 from batchwright.request import FinishReason, Request, Result, SamplingParams, Task
+from batchwright.techniques import names
 from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import NoTokenizer
 from tests.models.reference import make_checkpoint
@@ -29,6 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"max_num_batched_tokens": 40, "max_num_seqs": 8, "look_ahead": 1},
     {"max_num_batched_tokens": 64, "max_num_seqs": 16, "look_ahead": 0},
 ]
+ORDERS = names("plan.orders")
 LEAST = {  # how often the hard things must happen for the comparison to mean something
     "preemptions": 8,
     "cached tokens": 2000,
@@ -121,8 +123,8 @@ def answers_together(
             engine.cancel(draw.choice(left))
         engine.check_integrity()
     assert results.keys() == {request.id for request in job}
-    assert len(engine._scheduler.tree) == 0, "prefix nodes leaked"
-    for table in engine._scheduler.tables:
+    assert len(engine._scheduler.books.tree) == 0, "prefix nodes leaked"
+    for table in engine._scheduler.books.tables:
         assert table.pool.num_free == table.pool.num_blocks, "blocks leaked"
     return results
 
@@ -158,7 +160,8 @@ def test_rows_of_random_jobs_answer_as_they_do_alone(name, tmp_path):
         job = random_job(random.Random(seed))
         expected = answers_alone(tmp_path, job)
         for index, settings in enumerate(SETTINGS):
-            engine = new_engine(tmp_path, kv_cache_bytes=LITTLE_MEMORY, **settings)
+            order = ORDERS[(len(SETTINGS) * seed + index) % len(ORDERS)]
+            engine = new_engine(tmp_path, kv_cache_bytes=LITTLE_MEMORY, order=order, **settings)
             cancel = random.Random(seed) if index == 1 else None
             results = answers_together(engine, job, cancel)
             for id, result in results.items():

@@ -10,6 +10,7 @@ import torch
 
 from batchwright.attention.backend import block_bytes
 from batchwright.models.loader import load_model
+from batchwright.techniques import names
 from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import Run, mixed_job, request, run
 from tests.models.reference import TINY, make_checkpoint
@@ -89,6 +90,17 @@ def test_forced_preemption_changes_no_bit(name, num_blocks, tmp_path):
     assert tight.engine.stats.num_recomputed_tokens > 0
     assert tight.logits == outcome.logits
     assert tight.tokens() == outcome.tokens()
+
+
+@pytest.mark.parametrize("order", ["auto", *names("plan.orders")])
+def test_no_order_changes_a_bit(order, tmp_path):
+    make_checkpoint("llama", tmp_path)
+    job = mixed_job(max_tokens=20)
+    expected = run(tmp_path, job)
+    for kv_tokens in (None, 320):
+        outcome = run(tmp_path, job, order=order, kv_tokens=kv_tokens, max_num_seqs=5)
+        assert outcome.logits == expected.logits
+        assert outcome.tokens() == expected.tokens()
 
 
 def bytes_of_a_block(path) -> int:

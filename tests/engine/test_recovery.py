@@ -12,7 +12,10 @@ import pytest
 
 import batchwright
 from batchwright.errors import ResourceError
+from batchwright.folding import Folding
 from batchwright.request import FinishReason
+from batchwright.sched.admission import Admission
+from batchwright.sched.books import Books
 from batchwright.sched.scheduler import Scheduler
 from tests.engine.symbolic_engine import (
     LetterTokenizer,
@@ -92,7 +95,7 @@ def test_a_row_that_fails_late_keeps_the_others_tokens(undisturbed, look_ahead):
 
     def fault(step, ids):
         for index, slot in enumerate(step.slots.tolist()):
-            sequence = engine._scheduler.slots.sequences[slot]
+            sequence = engine._scheduler.books.slots.sequences[slot]
             last = int(step.positions[step.cu_seqlens_q[index + 1] - 1])
             if sequence.request.id == "r7" and last >= sequence.num_prompt_tokens + 3:
                 raise ValueError("late")
@@ -134,12 +137,19 @@ def test_other_rows_hold_while_suspects_are_tried():
 
 
 @LOOK_AHEAD
-@pytest.mark.parametrize("method", ["update", "schedule", "finish", "_start", "_leave"])
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [
+        *((Scheduler, name) for name in ("update", "schedule", "finish")),
+        (Admission, "_start"),
+        (Books, "leave"),
+    ],
+)
 def test_a_scheduler_that_fails_half_way_changes_no_row(
-    undisturbed, look_ahead, method, monkeypatch
+    undisturbed, look_ahead, part, method, monkeypatch
 ):
     """Our own bugs: the books are torn, and made anew."""
-    whole = getattr(Scheduler, method)
+    whole = getattr(part, method)
     for number in range(0, 40, 3):
         calls = iter(range(10**9))
 
@@ -149,7 +159,7 @@ def test_a_scheduler_that_fails_half_way_changes_no_row(
                 raise AssertionError("a bug")
             return result
 
-        monkeypatch.setattr(Scheduler, method, torn)
+        monkeypatch.setattr(part, method, torn)
         engine, _ = new_engine(look_ahead=look_ahead)
         assert_same(answers(engine, mixed_job()), undisturbed)
 
@@ -211,7 +221,25 @@ def test_out_of_memory_blames_no_row(undisturbed, look_ahead, error, caplog):
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == executor.num_failures <= 3
     assert all("memory ran out" in warning for warning in warnings)
-    assert engine._scheduler.max_running in (1, 3)
+    assert engine._scheduler.limits.max_running in (1, 3)
+
+
+@LOOK_AHEAD
+def test_steps_grow_again_when_memory_is_there_again(undisturbed, look_ahead, monkeypatch):
+    monkeypatch.setattr("batchwright.sched.limits.FIRST_WAIT_STEPS", 4)
+    engine, executor = new_engine(look_ahead=look_ahead)
+    limits, seen = engine._scheduler.limits, []
+
+    def fault(step, ids):
+        seen.append((limits.max_running, limits.max_tokens))
+        if len(seen) < 20 and step.num_rows > 1:
+            raise MemoryError
+
+    executor.fault = fault
+    assert_same(answers(engine, mixed_job()), undisturbed)
+    assert min(seen) == (1, 16)
+    assert seen[-1] == (6, 30)
+    assert 3 <= executor.num_failures <= 6
 
 
 def test_an_error_that_is_no_lack_of_memory_blames_a_row():
@@ -219,7 +247,7 @@ def test_an_error_that_is_no_lack_of_memory_blames_a_row():
     executor.fault = fail_calls(0, 1, 2, 3, 4, 5, error=lambda: RuntimeError("no memory of this"))
     results = answers(engine, mixed_job())
     assert any(result.error for result in results.values())
-    assert engine._scheduler.max_running == 6
+    assert engine._scheduler.limits.max_running == 6
 
 
 def test_no_memory_for_one_row_is_one_clear_error_and_loses_nothing(undisturbed):
@@ -230,7 +258,7 @@ def test_no_memory_for_one_row_is_one_clear_error_and_loses_nothing(undisturbed)
     while len(results) < 3:
         results |= {result.request_id: result for result in engine.step()}
     executor.fault = fail_calls(*range(1000), error=MemoryError)
-    while engine._scheduler.halve_limits():
+    while engine._scheduler.limits.halve():
         pass
     with pytest.raises(ResourceError, match="one row in steps of 16 tokens"):
         engine.step()
@@ -243,7 +271,8 @@ def test_no_memory_for_one_row_is_one_clear_error_and_loses_nothing(undisturbed)
 # Interruptions --------------------------------------------------------------------------------
 
 DECIDING = tuple(
-    str(Path(batchwright.__file__).parent / name) for name in ("engine.py", "sched", "kv", "plan")
+    str(Path(batchwright.__file__).parent / name)
+    for name in ("engine.py", "open_requests.py", "sched", "kv", "plan")
 )
 
 
@@ -288,6 +317,32 @@ def test_interrupts_pass_and_the_engine_can_go_on(undisturbed, look_ahead, error
         assert_same(finish(engine, results), undisturbed)
         number += 331  # a prime: over all runs every kind of place is met
     assert num_interrupts > 35
+
+
+def test_an_interrupt_while_a_request_is_answered_loses_and_doubles_nothing(
+    undisturbed, monkeypatch
+):
+    close, calls = Folding.close, iter(range(10**9))
+
+    def interrupted(self, request_id, result):
+        if next(calls) % 2 == 0:
+            raise KeyboardInterrupt
+        close(self, request_id, result)
+
+    monkeypatch.setattr(Folding, "close", interrupted)
+    engine, _ = new_engine()
+    for request in mixed_job():
+        engine.add(request)
+    results, num_interrupts = {}, 0
+    while engine.num_unfinished:
+        try:
+            for result in engine.step():
+                assert result.request_id not in results, "answered twice"
+                results[result.request_id] = result
+        except KeyboardInterrupt:
+            num_interrupts += 1
+    assert_same(results, undisturbed)
+    assert num_interrupts > 3
 
 
 def test_a_run_that_was_interrupted_leaves_an_engine_for_the_next(undisturbed):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from batchwright.errors import ConfigError, RequestError
+from batchwright.repetition import RepetitionDetection
 from batchwright.request import FinishReason, Request, SamplingParams, Task
 from tests.engine.harness import NoTokenizer, mixed_job, run
 from tests.models.reference import make_checkpoint
@@ -314,3 +315,21 @@ def test_interleaved_runs_are_refused(path):
         assert {r.request_id for r in first} <= {"a", "b"}
 
     assert set(run(path, [row("d", [5])], prepare=interleave).results) == {"d"}
+
+
+def test_a_loop_is_ended_where_the_row_asks_for_it(path):
+    loop = RepetitionDetection(max_pattern_size=3, min_count=3)
+    free = row("free", [5, 6, 7], max_tokens=40, ignore_eos=True, logit_bias={9: 100.0})
+    held = dataclasses.replace(
+        free, id="held", params=dataclasses.replace(free.params, repetition_detection=loop)
+    )
+    late = dataclasses.replace(
+        held, id="late", params=dataclasses.replace(held.params, min_tokens=10)
+    )
+    outcome = run(path, [free, held, late], look_ahead=1)
+    output = outcome.results["held"].outputs[0]
+    assert output.token_ids == [9, 9, 9]
+    assert output.finish_reason is FinishReason.REPETITION
+    assert output.stop_reason == "repetition_detected"
+    assert len(outcome.results["late"].outputs[0].token_ids) == 10
+    assert outcome.results["free"].outputs[0].finish_reason is FinishReason.LENGTH

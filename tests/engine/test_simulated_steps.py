@@ -10,6 +10,7 @@ import pytest
 from batchwright.clock import VirtualClock
 from batchwright.exec.sim import SimExecutor
 from batchwright.step import Step
+from batchwright.techniques import names
 from tests.engine.harness import Run, mixed_job, run
 from tests.models.reference import make_checkpoint
 
@@ -83,6 +84,14 @@ def test_simulated_steps_equal_real_ones(name, look_ahead, tmp_path):
     assert finished == {"stop", "length"}, "the job should end in both ways"
     assert_same_steps(real, simulated)
     assert clock.now() > 0
+
+
+@pytest.mark.parametrize("order", [name for name in names("plan.orders") if name != "fcfs"])
+def test_simulated_steps_equal_real_ones_in_every_order(order, tmp_path):
+    make_checkpoint("llama", tmp_path)
+    settings = {"max_num_batched_tokens": 50, "max_num_seqs": 5, "kv_tokens": 320}
+    _, real, simulated, _ = real_and_simulated(tmp_path, order=order, **settings)
+    assert_same_steps(real, simulated)
 
 
 def test_the_comparison_can_fail(tmp_path):

@@ -13,6 +13,7 @@ import msgspec
 from batchwright.errors import RequestError
 from batchwright.job.formats.read_input import read_input
 from batchwright.job.rows import InputRow, RowError
+from batchwright.plan.cost import ModelShape
 from batchwright.request import (
     NO_MARKUP,
     Completion,
@@ -22,6 +23,7 @@ from batchwright.request import (
     Result,
     TokenLogprob,
 )
+from batchwright.sched.work import Work
 
 BOS = 256
 
@@ -88,6 +90,7 @@ class FakeEngine:
             num_preemptions=0,
             num_recomputed_tokens=0,
             num_folded=0,
+            work=Work(),
         )
     )
 
@@ -103,12 +106,21 @@ class FakeEngine:
 
     @property
     def load(self) -> Any:
-        return SimpleNamespace(num_running_seqs=len(self.running), kv_used_fraction=0.0)
+        return SimpleNamespace(
+            num_running_seqs=len(self.running),
+            num_waiting_seqs=len(self.waiting),
+            kv_used_fraction=len(self.running) / self.max_running,
+        )
 
     def waiting_ids(self) -> list[str]:
         return [request.id for request in self.waiting]
 
+    def abandon(self) -> None:
+        self.waiting, self.running, self.done = [], {}, []
+
     def cancel(self, request_id: str) -> None:
+        if any(result.request_id == request_id for result in self.done):
+            return  # its result is on its way
         request, _ = self.running.pop(request_id, (None, 0))
         for waiting in [w for w in self.waiting if w.id == request_id]:
             self.waiting.remove(waiting)
@@ -123,6 +135,8 @@ class FakeEngine:
             request = self.waiting.pop(0)
             self.running[request.id] = (request, request.params.max_tokens or 1)
             self.stats.num_computed_tokens += len(request.prompt_token_ids)
+            self.stats.work.num_prompt_tokens += len(request.prompt_token_ids)
+        self.stats.work.num_rows += len(self.running)
         for request_id, (request, left) in list(self.running.items()):
             self.stats.num_generated_tokens += request.params.n
             self.running[request_id] = (request, left - 1)
@@ -144,6 +158,7 @@ class FakeModel:
     tokenizer: Any = field(default_factory=ByteTokenizer)
     grammars: Any = None
     name: str = "fake"
+    shape: ModelShape | None = None
 
     @staticmethod
     def token_bytes(token_id: int) -> bytes:
@@ -151,6 +166,12 @@ class FakeModel:
 
     def identity(self) -> dict[str, Any]:
         return {"model": self.name}
+
+    def compile_s(self) -> float:
+        return 0.0
+
+    def settings(self) -> dict[str, Any]:
+        return {"dtype": "float32", "num_threads": 1}
 
 
 def answer(request: Request, reason: FinishReason) -> Result:

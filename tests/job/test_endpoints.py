@@ -84,6 +84,20 @@ def test_an_embedding_row(given: Any) -> None:
     assert request.prompt_token_ids.tolist() == [BOS, *b"Hi"]
 
 
+def test_a_list_of_inputs_becomes_parts() -> None:
+    request = prepare(EMBEDDINGS, input=["Hi", [5, 6], "yo"], pooling="last")
+    assert [part.prompt_token_ids.tolist() for part in request.parts] == [
+        [BOS, *b"Hi"],
+        [5, 6],
+        [BOS, *b"yo"],
+    ]
+    assert {part.pooling for part in request.parts} == {"last"}
+    assert len({request.id, *(part.id for part in request.parts)}) == 4
+    with pytest.raises(RequestError, match="entry 1 of the list: the text has a char") as caught:
+        prepare(COMPLETIONS, prompt=["Hi", "\0"])
+    assert caught.value.line == 3
+
+
 def test_an_embedding_of_token_ids_by_the_last_token() -> None:
     for given in ([5, 6], [[5, 6]]):
         request = prepare(EMBEDDINGS, input=given, pooling="last")
@@ -95,9 +109,10 @@ def test_an_embedding_of_token_ids_by_the_last_token() -> None:
     ("body", "param", "words"),
     [
         ({}, "input", "is missing"),
-        ({"input": ["a", "b"]}, "input", "is a list of 2; give one input a row"),
-        ({"input": [[1], [2]]}, "input", "give one input a row"),
-        ({"input": []}, "input", "give one input a row"),
+        ({"input": ["a", None]}, "input[1]", "must be a string"),
+        ({"input": [[1], []]}, "input[1]", "is empty"),
+        ({"input": []}, "input", "is empty"),
+        ({"input": ["a"] * 2049}, "input", "at most 2048"),
         ({"input": 5}, "input", "must be a string"),
         ({"input": "x", "encoding_format": "hex"}, "encoding_format", "float, base64"),
         ({"input": "x", "pooling": ["mean"]}, "pooling", "mean, last"),
@@ -151,7 +166,7 @@ def test_a_score_row(endpoint: str) -> None:
         ({"context": "a", "continuation": ""}, "continuation", "is empty"),
         ({"context": "a", "continuation": []}, "continuation", "is empty"),
         ({"context": 5, "continuation": "a"}, "context", "must be a string"),
-        ({"context": ["a"], "continuation": "a"}, "context", "'a' at index 0"),
+        ({"context": ["a"], "continuation": "a"}, "context", "text of 1 characters at index 0"),
         ({"text_1": "a", "text_2": "b"}, "text_1", "give context and continuation"),
         ({"context": "a", "continuation": "b", "max_tokens": 1}, "max_tokens", "unknown"),
     ],

@@ -83,3 +83,36 @@ def test_scoring_a_prompt_equals_echo_of_a_generated_row(llm: LLM) -> None:
         assert len(values) == num_prompt
         assert values == other["logprobs"][name][:num_prompt]
     assert all(len(top) >= 3 for top in choice["logprobs"]["top_logprobs"][1:])
+
+
+def test_a_list_is_answered_as_its_entries_are(llm: LLM) -> None:
+    texts = ["A cat.", "naïve café", "A cat.", "Once upon a time there was a"]
+    ids = [llm.tokenizer.encode(texts[0]), *texts[1:]]
+    singles = bodies(llm, *((EMBEDDINGS, {"input": text}) for text in texts))
+    (body,) = bodies(llm, (EMBEDDINGS, {"input": ids}))
+    assert [data["index"] for data in body["data"]] == [0, 1, 2, 3]
+    assert [data["embedding"] for data in body["data"]] == [
+        single["data"][0]["embedding"] for single in singles
+    ]
+    num_tokens = sum(single["usage"]["total_tokens"] for single in singles)
+    assert body["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+
+
+def test_a_list_of_prompts_has_its_choices_numbered_through(llm: LLM) -> None:
+    texts = ["The capital of France is", "Once upon a time there was a"]
+    rest = {"max_tokens": 5, "n": 2, "seed": 3, "logprobs": 1, "echo": True}
+    singles = bodies(llm, *((COMPLETIONS, {"prompt": text, **rest}) for text in texts))
+    (body,) = bodies(llm, (COMPLETIONS, {"prompt": texts, **rest}))
+    expected = [choice for single in singles for choice in single["choices"]]
+    for index, choice in enumerate(expected):
+        choice["index"] = index
+    assert body["choices"] == expected
+    assert body["usage"]["completion_tokens"] == 20
+    assert body["usage"]["prompt_tokens"] == sum(s["usage"]["prompt_tokens"] for s in singles)
+    scoring = {"max_tokens": 0, "echo": True, "logprobs": 1}
+    singles = bodies(llm, *((COMPLETIONS, {"prompt": text, **scoring}) for text in texts))
+    (body,) = bodies(llm, (COMPLETIONS, {"prompt": texts, **scoring}))
+    assert [c["logprobs"] for c in body["choices"]] == [
+        s["choices"][0]["logprobs"] for s in singles
+    ]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]

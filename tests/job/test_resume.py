@@ -102,8 +102,9 @@ def test_rows_that_failed_are_tried_again_and_their_errors_go(tmp_path: Path) ->
 def test_failed_rows_may_be_kept(tmp_path: Path) -> None:
     rows = rows_named("abc")
     go(tmp_path, rows, FakeEngine(break_rows=["b"]))
-    _, given = go(tmp_path, rows, keep_failed=True)
+    summary, given = go(tmp_path, rows, keep_failed=True)
     assert given == []
+    assert summary.num_failed_before == 1
     assert ids(tmp_path / "err.jsonl") == ["b"]
 
 
@@ -123,6 +124,22 @@ def test_a_row_whose_content_changed_is_answered_again(tmp_path: Path) -> None:
     answers = {line["custom_id"]: line for line in read_lines(tmp_path / "out.jsonl")}
     assert len(read_lines(tmp_path / "out.jsonl")) == len(answers) == 3
     assert answers["line-3"]["response"]["body"]["usage"]["prompt_tokens"] == 4
+
+
+def test_a_row_that_cannot_be_routed_any_more_loses_its_answer(tmp_path: Path) -> None:
+    a, b = rows_named("ab")
+    wrong = b | {"url": "/v1/foo"}
+    go(tmp_path, [a, b])
+    go(tmp_path, [a, wrong, a])
+    assert ids(tmp_path / "out.jsonl") == ["a"]
+    assert ids(tmp_path / "err.jsonl") == ["b", "a"]
+    _, given = go(tmp_path, [a, wrong, a], keep_failed=True)
+    assert given == []
+    assert ids(tmp_path / "err.jsonl") == ["b", "a"]
+    _, given = go(tmp_path, [a, b], keep_failed=True)
+    assert given == ["b"]
+    assert ids(tmp_path / "out.jsonl") == ["a", "b"]
+    assert not (tmp_path / "err.jsonl").exists()
 
 
 def test_another_model_or_setting_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """run_job with an engine that has no model: every row ends once, whatever happens."""
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from batchwright.job.journal import MAX_PENDING_ROWS
 from batchwright.job.model_names import ModelNames
 from batchwright.job.run_job import JobPaths, run_job
 from batchwright.job.runner import JobOptions
-from batchwright.job.stop import StopControl
+from batchwright.job.stop import StopControl, StoppedAtOnce
 from batchwright.job.summary import JobSummary
 from batchwright.request import Request
 from tests.job.fakes import (
@@ -68,14 +69,15 @@ def run_rows(
 ) -> JobSummary:
     """The job in `folder`, begun or gone on with."""
     directory = JobDirectory(folder / "out.jsonl.job")
+    names = ModelNames("m")
     try:
         return run_job(
-            rows,
+            names.watch(rows),
             JobPaths(str(folder / "out.jsonl"), str(folder / "err.jsonl")),
             directory,
             FakeModel(engine),
             JobOptions(**{**OPTIONS, **options}),
-            check=ModelNames("m").check,
+            check=names.check,
             stop=stop,
             on_event=on_event,
         )
@@ -160,6 +162,23 @@ def test_the_first_row_runs_before_the_last_is_read(tmp_path: Path) -> None:
     assert summary.num_succeeded == num_rows
 
 
+def test_memory_is_that_of_the_window_not_of_the_input(tmp_path: Path) -> None:
+    num_rows = 8000
+    lines = (chat_row(str(i), f"{i} " * 500, max_tokens=1) for i in range(num_rows))
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    engine = FakeEngine(max_running=256)
+    tracemalloc.start()
+    try:
+        summary = run_rows(read_rows(source), tmp_path, engine, horizon_rows=512)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert summary.num_succeeded == num_rows
+    # A row takes 12 KB, as text and as tokens: all of them 96 MB; the horizon, the chunks ahead and
+    # those in hand, when the feed is as far ahead as it may be, 25 MB.
+    assert peak_bytes < 40_000_000
+
+
 @pytest.mark.parametrize("num_rows", [CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1])
 def test_files_around_a_whole_chunk(tmp_path: Path, num_rows: int) -> None:
     run = Run(tmp_path, [chat_row(str(i)) for i in range(num_rows)], FakeEngine(max_running=64))
@@ -232,7 +251,7 @@ def test_third_stop_interrupts_waiting_for_input() -> None:
     stop = StopControl()
     stop.request()
     stop.request()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedAtOnce):
         stop.request()
 
 
@@ -240,7 +259,7 @@ def test_an_interrupt_while_rows_are_read_counts_them_all(tmp_path: Path) -> Non
     class Interrupted(FakeEngine):
         def add(self, request: Request) -> None:
             if request.id == "2":
-                raise KeyboardInterrupt
+                raise StoppedAtOnce
             super().add(request)
 
     run = Run(tmp_path, [chat_row(str(i)) for i in range(5)], Interrupted())

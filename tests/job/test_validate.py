@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from batchwright.errors import RequestError
 from batchwright.job.names import _ONLY, _ONLY_CHAT, _ONLY_COMPLETIONS
-from batchwright.job.rows import CHAT, COMPLETIONS, InputRow
+from batchwright.job.rows import CHAT, COMPLETIONS, InputRow, endpoint_of_bare_row
 from batchwright.job.validate import ParsedRow, parse_row
+from batchwright.repetition import RepetitionDetection
 from batchwright.request import SamplingParams
 from batchwright.validation.params import PARAM_NAMES, check_params, validate_params
 
@@ -39,6 +40,7 @@ def test_everything_at_once() -> None:
         include_stop_str_in_output=True,
         stop_token_ids=[5],
         ignore_eos=True,
+        repetition_detection={"max_pattern_size": 4, "min_count": 3},
         seed=3,
         n=2,
         presence_penalty=1,
@@ -70,6 +72,7 @@ def test_everything_at_once() -> None:
         include_stop_str_in_output=True,
         stop_token_ids=(5,),
         ignore_eos=True,
+        repetition_detection=RepetitionDetection(max_pattern_size=4, min_count=3),
         seed=3,
         n=2,
         presence_penalty=1.0,
@@ -122,9 +125,31 @@ def test_defaults_are_those_of_the_api() -> None:
         ({"stop": "x" * 1001}, "stop", "at most 1000"),
         ({"stop": [1]}, "stop", "must be a string"),
         ({"stop": {"a": 1}}, "stop", "must be a list"),
+        ({"repetition_detection": True}, "repetition_detection", "must be an object"),
+        (
+            {"repetition_detection": {"max_pattern_size": 4}},
+            "repetition_detection.min_count",
+            "is 0; it must be between 2",
+        ),
+        (
+            {
+                "repetition_detection": {
+                    "max_pattern_size": 4,
+                    "min_pattern_size": 5,
+                    "min_count": 2,
+                }
+            },
+            "repetition_detection.min_pattern_size",
+            "between 0 and 4",
+        ),
+        (
+            {"repetition_detection": {"max_size": 4}},
+            "repetition_detection.max_size",
+            "did you mean 'repetition_detection.max_pattern_size'",
+        ),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "has -1 at index 0"),
         ({"stop_token_ids": list(range(257))}, "stop_token_ids", "at most 256"),
-        ({"seed": -1}, "seed", "between 0"),
+        ({"seed": -(2**63) - 1}, "seed", "between -9223372036854775808"),
         ({"n": 0}, "n", "between 1 and 128"),
         ({"n": 129}, "n", "between 1 and 128"),
         ({"presence_penalty": 3}, "presence_penalty", "between -2 and 2"),
@@ -165,7 +190,11 @@ def test_defaults_are_those_of_the_api() -> None:
         ({"messages": ["Hi"]}, "messages[0]", "must be an object"),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "is missing"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "must be a list"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content",
+            "a list of text parts",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "messages[0].content[0]",
@@ -189,9 +218,11 @@ def test_refused_in_chat(body: dict[str, Any], param: str, words: str) -> None:
         ({"messages": USER}, "messages", "unknown parameter"),
         ({"prompt": None}, "prompt", "is missing"),
         ({"prompt": 5}, "prompt", "must be a string"),
-        ({"prompt": ["a", "b"]}, "prompt", "one prompt a row"),
-        ({"prompt": [[1], [2]]}, "prompt", "one prompt a row"),
-        ({"prompt": []}, "prompt", "one prompt a row"),
+        ({"prompt": ["a", 5]}, "prompt[1]", "must be a string"),
+        ({"prompt": [[1], [2, -1]]}, "prompt[1]", "-1 at index 1"),
+        ({"prompt": ["a", []]}, "prompt[1]", "is empty"),
+        ({"prompt": []}, "prompt", "is empty"),
+        ({"prompt": ["a"] * 2049}, "prompt", "at most 2048"),
         ({"prompt": [1, -1]}, "prompt", "-1 at index 1"),
         ({"prompt": [1, True]}, "prompt", "True at index 1"),
         ({"prompt": "x", "prompt_token_ids": [1]}, "prompt", "exclude each other"),
@@ -336,7 +367,7 @@ good_values: dict[str, st.SearchStrategy[Any]] = {
     "min_p": st.floats(0, 1),
     "max_tokens": st.integers(1, 4096),
     "stop": st.text(min_size=1, max_size=4) | st.lists(st.text(min_size=1), max_size=16),
-    "seed": st.integers(0, 2**63 - 1),
+    "seed": st.integers(-(2**63), 2**63 - 1),
     "n": st.integers(1, 128),
     "logit_bias": st.dictionaries(st.integers(0, 50_000).map(str), st.floats(-100, 100)),
     "presence_penalty": st.floats(-2, 2),
@@ -349,3 +380,24 @@ def test_good_values_are_taken_as_given(body: dict[str, Any]) -> None:
     for name, value in body.items():
         if name not in ("stop", "logit_bias", "top_k"):
             assert getattr(params, name) == value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": "SECRET"},
+        {"messages": ["SECRET"]},
+        {"messages": [{"role": "user", "content": ["SECRET"]}]},
+        {"prompt": ["SECRET", 5]},
+        {"prompt": [5, "SECRET"]},
+        {"prompt_token_ids": "SECRET"},
+        {"prompt": "x", "suffix": "SECRET"},
+        {"input": {"SECRET": 1}},
+        {"context": "x", "continuation": ["SECRET"]},
+    ],
+)
+def test_messages_hold_no_text_of_prompts(body: dict[str, Any]) -> None:
+    row = InputRow(1, "a", endpoint_of_bare_row(body), body)
+    with pytest.raises(RequestError) as caught:
+        parse_row(row)
+    assert "SECRET" not in caught.value.message

@@ -269,3 +269,25 @@ def test_a_prefix_may_lack_the_blocks_that_nobody_sees(window, num_matched) -> N
     assert cache.match(nodes, 6) == 2
     cache.drop(nodes[:1])
     assert cache.match(nodes, 6) == num_matched
+
+
+def test_what_is_used_again_last_goes_first_and_ends_before_beginnings() -> None:
+    tree = PrefixTree(BLOCK_SIZE)
+    table = BlockTable(KVGroup(None, 9), block_size=BLOCK_SIZE, max_num_seqs=3, max_model_len=9)
+    uses: dict[int, int] = {}
+    cache = PrefixCache(tree, [table], lambda nodes: np.array([uses[n] for n in nodes.tolist()]))
+    paths = []
+    for slot, token in enumerate((10, 20, 30)):
+        nodes = tree.add("", np.full(9, token, np.int32), num_rows=2)
+        one = np.array([slot], np.int32)
+        table.grow(one, np.array([0], np.int32), np.array([9], np.int32))
+        cache.insert(slot, nodes, 0, 3)
+        table.release(slot)
+        paths.append(nodes.tolist())
+    for nodes, use in zip(paths, (5, 9, 1)):
+        uses |= dict.fromkeys(nodes, use)
+    for num_evicted, (path, left) in enumerate([(1, 2), (1, 1), (1, 0), (0, 2), (0, 1)], 1):
+        cache.evict(0, 1)
+        assert table.pool.num_free == num_evicted
+        assert cache.match(np.array(paths[path], np.int32), 9) == left
+    assert cache.match(np.array(paths[2], np.int32), 9) == 3

@@ -20,6 +20,7 @@ from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import NO_SLOT, Sequence
 from batchwright.step import NewSequence, Step, StepResult
 from batchwright.structured.spec import GrammarSpec
+from batchwright.techniques import find
 from tests.sched.symbolic import (
     SymbolicExecutor,
     expected_embedding,
@@ -31,6 +32,7 @@ BLOCK_SIZE = 4
 MAX_MODEL_LEN = 64
 VOCAB_SIZE = 7
 END_TOKEN = 3
+URGENT_LEAD = 2**62
 
 
 def family(
@@ -47,6 +49,7 @@ def family(
     logprobs: int | None = None,
     namespace: str = "",
     grammar: GrammarSpec | None = None,
+    urgent: bool = False,
 ) -> Sequence:
     """The first sequence of a request, with its siblings, as the engine makes them."""
     generates = task is Task.GENERATE
@@ -64,11 +67,12 @@ def family(
         score_start=score_start,
         pooling=pooling,
         namespace=namespace,
+        urgent=urgent,
     )
     members = [
         Sequence(
             request=request,
-            order=order * 100 + index,
+            order=order * 100 + index - (URGENT_LEAD if urgent else 0),
             sample_index=index,
             end_token_ids=(END_TOKEN,) if end else (),
             noise_key=1000 + order,
@@ -95,7 +99,17 @@ def smallest_pools(windows, families, budget) -> list[int]:
 class Harness:
     """A scheduler and a symbolic executor with a given look-ahead."""
 
-    def __init__(self, windows, num_blocks, *, budget, max_num_seqs, look_ahead=0, sharing=True):
+    def __init__(
+        self,
+        windows,
+        num_blocks,
+        *,
+        budget,
+        max_num_seqs,
+        look_ahead=0,
+        sharing=True,
+        order="fcfs",
+    ):
         self.scheduler = Scheduler(
             [KVGroup(w, n) for w, n in zip(windows, num_blocks, strict=True)],
             block_size=BLOCK_SIZE,
@@ -103,7 +117,9 @@ class Harness:
             max_num_batched_tokens=budget,
             max_model_len=MAX_MODEL_LEN,
             prefix_sharing=sharing,
+            order=getattr(find("plan.orders", order), order),
         )
+        self.order = order
         self.executor = SymbolicExecutor(
             windows,
             num_blocks,
@@ -136,10 +152,10 @@ class Harness:
 
     def add(self, first: Sequence) -> bool:
         """Add a family; False if the scheduler refuses it, which it must do exactly when due."""
-        budget = self.scheduler.max_num_batched_tokens
+        budget = self.scheduler.limits.largest_max_tokens
         fits = all(
             blocks_alone(table.window, first.max_len, budget) <= table.pool.num_blocks
-            for table in self.scheduler.tables
+            for table in self.scheduler.books.tables
         )
         try:
             self.scheduler.add(first)
@@ -161,8 +177,8 @@ class Harness:
             busy = self.outstanding or not self.scheduler.num_unfinished
             assert busy, "sequences are left but nothing can run"
             return False
-        assert 0 < step.num_tokens <= self.scheduler.max_num_batched_tokens
-        rows = [self.scheduler.slots.sequences[slot] for slot in step.slots.tolist()]
+        assert 0 < step.num_tokens <= self.scheduler.limits.max_tokens
+        rows = [self.scheduler.books.slots.sequences[slot] for slot in step.slots.tolist()]
         self._check_division(step, rows, lacking, has_preempted)
         self._note_starts(step)
         self._note_computed(step, rows)
@@ -219,9 +235,9 @@ class Harness:
         self.check()
         assert not self.unfinished() and self.scheduler.num_unfinished == 0, "never finished"
         assert Counter(self.finished) == Counter(self.members), "each ends once"
-        for table in self.scheduler.tables:
+        for table in self.scheduler.books.tables:
             assert table.pool.num_free == table.pool.num_blocks, "blocks leaked"
-        assert len(self.scheduler.tree) == 0, "prefix nodes leaked"
+        assert len(self.scheduler.books.tree) == 0, "prefix nodes leaked"
         num_outputs = sum(len(s.token_ids) - s.num_prompt_tokens for s in self.members)
         assert self.scheduler.stats.num_generated_tokens == num_outputs
         assert not self.scheduler._intake._late and not self.scheduler._in_flight
@@ -251,33 +267,39 @@ class Harness:
 
     def _check_prompts(self) -> None:
         """One running row at most is inside its prompt, so no two compute the same prefix."""
-        slots = self.scheduler.slots
+        slots = self.scheduler.books.slots
         running = slots.running
         assert (slots.num_computed[running] < slots.num_prompt[running] - 1).sum() <= 1
 
     def _check_places(self) -> None:
         """Every unfinished sequence is in exactly one place."""
         scheduler = self.scheduler
+        plan = scheduler.books.waiting._plan
         waiting = [
-            *scheduler.plan._waiting,
-            *(sequence for _, sequence in scheduler._returned),
+            *(sequence for sequence in plan._rows if sequence is not None),
+            *plan._new,
+            *(sequence for *_, sequence in scheduler.books.waiting._returned),
         ]
         places = Counter(sequence for sequence in waiting if sequence.finish_reason is None)
-        places.update(sequence for sequence in scheduler.slots.sequences if sequence is not None)
+        places.update(
+            sequence for sequence in scheduler.books.slots.sequences if sequence is not None
+        )
         for sequence in list(places):
             places.update(s for s in sequence.siblings if s.finish_reason is None)
         assert places == Counter(self.unfinished()), "a sequence was lost or doubled"
         assert scheduler.num_unfinished == len(self.unfinished())
-        running = scheduler.slots.running.tolist()
+        running = scheduler.books.slots.running.tolist()
         assert {
-            s for s in range(len(scheduler.slots.sequences)) if scheduler.slots.sequences[s]
+            s
+            for s in range(len(scheduler.books.slots.sequences))
+            if scheduler.books.slots.sequences[s]
         } == (set(running))
-        orders = scheduler.slots.order[scheduler.slots.running]
+        orders = scheduler.books.slots.order[scheduler.books.slots.running]
         assert (np.diff(orders) > 0).all(), "running slots are out of order"
-        assert all(scheduler.slots.sequences[slot].slot == slot for slot in running)
+        assert all(scheduler.books.slots.sequences[slot].slot == slot for slot in running)
 
     def _check_tree(self) -> None:
-        tree = self.scheduler.tree
+        tree = self.scheduler.books.tree
         num_waiting = np.zeros(tree.capacity, np.int64)
         num_rows = np.zeros(tree.capacity, np.int64)
         for member in self.unfinished():
@@ -290,8 +312,8 @@ class Harness:
     def _check_cache(self) -> None:
         """What is resident has a future user."""
         scheduler = self.scheduler
-        blocks = scheduler.cache._blocks
-        has_user = scheduler.tree.num_waiting[: blocks.shape[1]] > 0
+        blocks = scheduler.books.cache._blocks
+        has_user = scheduler.books.tree.num_waiting[: blocks.shape[1]] > 0
         assert has_user[(blocks != ABSENT).any(axis=0)].all(), "kept without a future user"
 
     def _check_token_counts(self) -> None:
@@ -310,7 +332,7 @@ class Harness:
 
         What has a grammar waits for the token in flight.
         """
-        slots = self.scheduler.slots
+        slots = self.scheduler.books.slots
         ends = np.minimum(slots.num_tokens, slots.compute_end)
         held = slots.constrained & (slots.num_known < slots.num_tokens)
         lacking = np.where(held, 0, ends - slots.num_computed)
@@ -320,7 +342,7 @@ class Harness:
         """Single tokens first, then job order, then new sequences; no budget is held back."""
         oldest = next(iter(lacking), None)
         assert oldest is None or oldest.slot != NO_SLOT, "the oldest sequence was preempted"
-        left = self.scheduler.max_num_batched_tokens
+        left = self.scheduler.limits.max_tokens
         expected = {}
         order = sorted(lacking, key=lambda sequence: lacking[sequence] > 1)
         for sequence in (s for s in order if s.slot != NO_SLOT):
@@ -333,13 +355,14 @@ class Harness:
                 end = min(len(sequence.token_ids), sequence.compute_end)
                 expected[sequence] = min(end - first, left)
                 left -= expected[sequence]
-                assert not has_preempted, "what was freed went to a newcomer"
+                freed_for_others = has_preempted and not sequence.request.urgent
+                assert not freed_for_others, "what was freed went to a newcomer"
         granted = dict(zip(rows, lengths))
         assert granted == {sequence: num for sequence, num in expected.items() if num}
 
     def _check_constrained(self, step: Step) -> None:
         """Draws that a grammar restricts are known, and all tokens before them are."""
-        slots = self.scheduler.slots
+        slots = self.scheduler.books.slots
         drawn = dict(enumerate(step.sample_slots.tolist()))
         expected = {i: slot for i, slot in drawn.items() if slots.constrained[slot]}
         draws = self.scheduler.constrained_draws(step)
@@ -351,14 +374,15 @@ class Harness:
         """Sequences are started in order, except that forks pass each other."""
         first_position = dict(zip(step.slots.tolist(), step.positions[step.cu_seqlens_q[:-1]]))
         for new in step.new_sequences:
-            sequence = self.scheduler.slots.sequences[new.slot]
+            sequence = self.scheduler.books.slots.sequences[new.slot]
             is_fork = new.slot not in first_position
             self._check_new(new, sequence)
             self.num_starts[sequence] += 1
             cached = sequence.num_prompt_tokens if is_fork else int(first_position[new.slot])
             self.num_cached.setdefault(sequence, cached)
             self.num_computed[sequence] = max(cached, self.num_computed.get(sequence, 0))
-            if is_fork or self._first_was_cancelled:
+            # Where rows are started from both ends their numbers only estimate the order.
+            if is_fork or self._first_was_cancelled or self.order == "density":
                 continue
             earlier = [m for m in self.unfinished() if m.order < sequence.order]
             siblings = {s for m in earlier for s in m.siblings}
@@ -381,7 +405,7 @@ class Harness:
             self.num_recomputed_tokens += max(0, min(end, most) - first)
             self.num_computed[sequence] = max(end, most)
             is_sampled = step.slots[row] in step.sample_slots
-            slot_tokens = self.scheduler.slots.num_tokens[step.slots[row]]
+            slot_tokens = self.scheduler.books.slots.num_tokens[step.slots[row]]
             assert is_sampled == (sequence.samples and end == slot_tokens - is_sampled)
             if row in scored_rows:
                 assert step.score_top >= (sequence.request.params.prompt_logprobs or 0)
@@ -421,7 +445,7 @@ class Harness:
             assert (sequence.finish_reason, sequence.stop_reason) == (FinishReason.LENGTH, None)
 
     def _count_evictions(self) -> None:
-        cache = self.scheduler.cache
+        cache = self.scheduler.books.cache
         evict = cache.evict
 
         def counted(group: int, num_blocks: int) -> None:

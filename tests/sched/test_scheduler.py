@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from batchwright.request import FinishReason, Task
 from batchwright.sequence import Sequence
 from batchwright.step import Step, StepResult
+from batchwright.techniques import names
 from tests.sched.harness import (
     BLOCK_SIZE,
     VOCAB_SIZE,
@@ -20,6 +21,8 @@ from tests.sched.harness import (
     family,
     smallest_pools,
 )
+
+ORDERS = [name for name in names("plan.orders") if name != "fcfs"]
 
 prompts = st.integers(0, 3).flatmap(
     lambda family_id: st.tuples(
@@ -38,9 +41,10 @@ rows = st.lists(st.tuples(prompts, st.integers(1, 24), st.integers(1, 4)), min_s
     look_ahead=st.integers(0, 1),
     sharing=st.booleans(),
     windows=st.sampled_from([[None], [5], [None, 5], [3, 9], [None, 4, 33]]),
+    order=st.sampled_from(names("plan.orders")),
 )
 def test_any_job_ends_with_the_right_tokens(
-    rows, budget, max_num_seqs, spare, look_ahead, sharing, windows
+    rows, budget, max_num_seqs, spare, look_ahead, sharing, windows, order
 ):
     families = [family(i, p, m, n) for i, (p, m, n) in enumerate(rows)]
     num_blocks = [n + spare for n in smallest_pools(windows, families, budget)]
@@ -51,6 +55,7 @@ def test_any_job_ends_with_the_right_tokens(
         max_num_seqs=max_num_seqs,
         look_ahead=look_ahead,
         sharing=sharing,
+        order=order,
     )
     for first in families:
         assert harness.add(first)
@@ -67,12 +72,12 @@ def random_prompt(draw: random.Random, earlier: list[list[int]]) -> list[int]:
     return earlier[-1]
 
 
-def crowded_job(seed: int, num_families: int = 14) -> Harness:
+def crowded_job(seed: int, num_families: int = 14, order: str = "fcfs") -> Harness:
     """A job in memory for little more than its largest sequence."""
     draw = random.Random(seed)
     earlier: list[list[int]] = []
     families = []
-    for order in range(num_families):
+    for place in range(num_families):
         prompt = random_prompt(draw, earlier)
         options = {"max_tokens": draw.randint(1, 24), "n": draw.choice([1, 1, 2, 4])}
         kind = draw.randrange(8)
@@ -84,11 +89,13 @@ def crowded_job(seed: int, num_families: int = 14) -> Harness:
             options = {"task": Task.EMBED, "pooling": draw.choice(["mean", "last"])}
         elif kind == 3:
             options["logprobs"] = 0
-        families.append(family(order, prompt, end=draw.random() < 0.3, **options))
+        families.append(family(place, prompt, end=draw.random() < 0.3, **options))
     windows = [[None], [6], [None, 6], [3, 9], [None, 4, 30]][seed % 5]
     budget = draw.randint(8, 24)
     pools = [num + draw.randint(0, 6) for num in smallest_pools(windows, families, budget)]
-    harness = Harness(windows, pools, budget=budget, max_num_seqs=8, look_ahead=seed // 5 % 2)
+    harness = Harness(
+        windows, pools, budget=budget, max_num_seqs=8, look_ahead=seed // 5 % 2, order=order
+    )
     for first in families:
         assert harness.add(first)
     return harness
@@ -125,7 +132,13 @@ def test_crowded_jobs_end_well_and_go_through_everything_hard() -> None:
 @pytest.mark.slow
 def test_many_crowded_jobs() -> None:
     for seed in range(1000, 2000):
-        crowded_job(seed, num_families=25).run()
+        crowded_job(seed, num_families=25, order=names("plan.orders")[seed // 10 % 5]).run()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_crowded_jobs_end_well_in_every_order(order: str) -> None:
+    for seed in range(5):
+        crowded_job(seed, order=order).run()
 
 
 def prefill_tokens(prompts: list[list[int]]) -> int:
@@ -233,7 +246,7 @@ def test_a_row_is_admitted_exactly_when_it_and_the_next_growth_fit(num_blocks, i
     ):
         assert harness.add(family(order, prompt, max_tokens, end=False))
     harness.round()
-    assert harness.scheduler.cache.num_evictable(0) == 1
+    assert harness.scheduler.books.cache.num_evictable(0) == 1
     harness.schedule()
     assert (harness.steps[-1].num_rows == 2) == is_admitted
     harness.deliver()
@@ -307,6 +320,31 @@ def test_a_refused_row_leaves_no_trace() -> None:
     harness.run()
 
 
+def test_a_row_must_fit_when_steps_are_large_again() -> None:
+    """Behind a window of 5 tokens, chunks of 16 take 7 blocks, chunks of 24 take 9."""
+    for num_blocks, fits in ((7, False), (8, False), (9, True)):
+        harness = Harness([5], [num_blocks], budget=24, max_num_seqs=2)
+        assert harness.scheduler.limits.halve()
+        assert harness.scheduler.limits.max_tokens == 16
+        assert harness.add(family(0, [1] * 40, 4, end=False)) == fits
+
+
+def test_after_a_failed_step_no_token_is_waited_for() -> None:
+    """Row 1 was preempted with its token in flight when the step fails."""
+    harness = Harness([None], [6], budget=3, max_num_seqs=2, look_ahead=1)
+    harness.add(family(0, [1], 12, end=False))
+    harness.add(family(1, [2] * 15, 1, end=False))
+    while not harness.num_late:
+        harness.schedule()
+        if len(harness.outstanding) == 2 and not harness.num_late:
+            harness.deliver()
+    assert any(member.num_in_flight for member in harness.members)
+    harness.scheduler.requeue_running()
+    assert not any(member.num_in_flight for member in harness.members)
+    assert harness.scheduler.schedule() is not None
+    harness.scheduler.check_integrity()
+
+
 class FailingExecutor:
     """Another executor whose draws for some sequences are not numbers."""
 
@@ -330,3 +368,49 @@ def test_a_failed_draw_ends_its_sequence_alone(look_ahead: int) -> None:
     harness._check_finished = lambda s: failed.append(s) if s.order == 100 else check(s)
     harness.run()
     assert [s.finish_reason for s in failed] == [FinishReason.ERROR]
+
+
+def started(harness: Harness) -> list[str]:
+    """Requests that hold a slot."""
+    return sorted(s.request.id for s in harness.scheduler.books.slots.sequences if s is not None)
+
+
+def test_an_urgent_sequence_starts_before_all_that_wait():
+    harness = Harness([None], [100], budget=8, max_num_seqs=2)
+    for order in range(6):
+        harness.add(family(order, [order, 1, 2], max_tokens=12, end=False))
+    harness.round()
+    harness.add(family(6, [6, 1], max_tokens=2, end=False, urgent=True))
+    harness.round()
+    assert started(harness) == ["r0", "r6"]  # the youngest that ran made way, the oldest never does
+    assert harness.scheduler.stats.num_preemptions == 1
+    harness.run()
+    assert harness.finished[0].request.id == "r6"
+
+
+@pytest.mark.parametrize("look_ahead", [0, 1])
+def test_a_burst_of_urgent_sequences_pushes_out_one_a_step(look_ahead):
+    harness = Harness([None], [100], budget=8, max_num_seqs=4, look_ahead=look_ahead)
+    for order in range(4):
+        harness.add(family(order, [order, 1], max_tokens=30, end=False))
+    for _ in range(3):
+        harness.round()
+    for order in range(4, 20):
+        harness.add(family(order, [order % 7, 1], max_tokens=3, end=False, urgent=True))
+    before = harness.scheduler.stats.num_preemptions
+    harness.schedule()
+    assert harness.scheduler.stats.num_preemptions == before + 1
+    harness.run()
+    assert harness.scheduler.stats.num_preemptions == 2  # half of the slots
+
+
+def test_an_urgent_sequence_that_is_cancelled_pushes_nobody_out():
+    harness = Harness([None], [100], budget=8, max_num_seqs=2)
+    for order in range(2):
+        harness.add(family(order, [order, 1], max_tokens=12, end=False))
+    harness.round()
+    first = family(2, [2, 1], urgent=True)
+    harness.add(first)
+    harness.end(first)
+    harness.run()
+    assert harness.scheduler.stats.num_preemptions == 0

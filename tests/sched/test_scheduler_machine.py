@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 
 from batchwright.request import FinishReason, Task
 from batchwright.structured.spec import json_object
+from batchwright.techniques import names
 from tests.sched.harness import MAX_MODEL_LEN, VOCAB_SIZE, Harness, blocks_alone, family
 
 windows = st.sampled_from([[None], [3], [5], [None, 6], [2, 9], [None, 4, 30]])
@@ -26,6 +27,7 @@ generate = st.fixed_dictionaries(
         "prompt_logprobs": st.integers(0, 2),
         "logprobs": st.just(0),
         "grammar": st.just(json_object()),
+        "urgent": st.just(True),
     },
 )
 score = st.fixed_dictionaries({"task": st.just(Task.SCORE)})
@@ -61,8 +63,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         look_ahead=st.integers(0, 1),
         sharing=st.sampled_from([True, True, True, False]),
+        order=st.sampled_from(names("plan.orders")),
     )
-    def start(self, windows, max_len, spare, budget, max_num_seqs, look_ahead, sharing):
+    def start(self, windows, max_len, spare, budget, max_num_seqs, look_ahead, sharing, order):
         self.harness = Harness(
             windows,
             [blocks_alone(window, max_len, budget) + spare for window in windows],
@@ -70,6 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             look_ahead=look_ahead,
             sharing=sharing,
+            order=order,
         )
 
     @rule(rows=st.lists(rows, min_size=1, max_size=4))
@@ -110,12 +114,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         unfinished = self.harness.unfinished()
         self.harness.end(unfinished[place % len(unfinished)])
 
-    @precondition(lambda self: len(self.harness.scheduler.slots.running))
+    @precondition(lambda self: len(self.harness.scheduler.books.slots.running))
     @rule(place=st.integers(0, 1000))
     def stop_running(self, place):
-        slots = self.harness.scheduler.slots
+        slots = self.harness.scheduler.books.slots
         sequence = slots.sequences[slots.running[place % len(slots.running)]]
         self.harness.end(sequence, FinishReason.STOP)
+
+    @rule(share=st.integers(1, 6))
+    def resize_steps(self, share):
+        """Memory ran out, or is there again."""
+        scheduler = self.harness.scheduler
+        limits, slots = scheduler.limits, scheduler.books.slots
+        num_slots = len(slots.sequences)
+        limits.max_tokens = max(limits.largest_max_tokens // share, 1)
+        limits.max_running = max(num_slots // share, slots.num_running, 1)
 
     @invariant()
     def books_are_right(self):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from batchwright.request import Task
-from batchwright.sched.scheduler import Scheduler
+from batchwright.sched.admission import Admission
 from batchwright.step import Step
 from tests.sched.harness import VOCAB_SIZE, Harness, family, smallest_pools
 
@@ -45,7 +45,7 @@ def job(seed: int) -> Harness:
 @pytest.mark.parametrize("seed", range(12))
 def test_steps_are_those_of_one_by_one(seed, monkeypatch):
     num_simple = 0
-    is_simple = Scheduler._is_simple
+    is_simple = Admission._is_simple
 
     def counted(self, sequence):
         nonlocal num_simple
@@ -53,10 +53,10 @@ def test_steps_are_those_of_one_by_one(seed, monkeypatch):
         num_simple += simple
         return simple
 
-    monkeypatch.setattr(Scheduler, "_is_simple", counted)
+    monkeypatch.setattr(Admission, "_is_simple", counted)
     together = job(seed).steps
     assert num_simple > 0, "nothing was started together"
-    monkeypatch.setattr(Scheduler, "_is_simple", lambda self, sequence: False)
+    monkeypatch.setattr(Admission, "_is_simple", lambda self, sequence: False)
     one_by_one = job(seed).steps
     assert len(together) == len(one_by_one)
     for ours, theirs in zip(together, one_by_one):

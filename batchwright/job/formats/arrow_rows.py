@@ -16,7 +16,6 @@ import msgspec
 from batchwright.errors import BatchwrightError, InputError, RequestError
 from batchwright.job.formats.column_map import ColumnMap
 from batchwright.job.formats.columns import Columns
-from batchwright.job.formats.row_names import RowNames
 from batchwright.job.formats.source import explained, need_package, open_binary
 from batchwright.job.rows import InputRow, RowError
 
@@ -74,7 +73,7 @@ def _rows(
 ) -> Iterator[InputRow | RowError]:
     if len(set(schema.names)) < len(schema.names):
         raise InputError(f"{path} has two columns of the same name; rename one")
-    columns = Columns(given, schema.names, RowNames("row"), path)
+    columns = Columns(given, schema.names, path)
     number = 0
     for batch in batches:
         for cells in _cells(batch):

@@ -19,11 +19,12 @@ import msgspec
 from batchwright.errors import InputError, RequestError
 from batchwright.job.formats.column_map import PROMPTS, ColumnMap
 from batchwright.job.formats.prompt_template import bad_cell
-from batchwright.job.formats.row_names import RowNames, id_text
+from batchwright.job.formats.row_names import id_text
 from batchwright.job.rows import (
     CHAT,
     COMPLETIONS,
     EMBEDDINGS,
+    UNNAMED,
     InputRow,
     RowError,
     endpoint_of_bare_row,
@@ -45,7 +46,6 @@ class Columns:
     Args:
         given: what the user says.
         names: the input's columns.
-        row_names: gives out custom_ids.
         source: what messages call the input.
         is_text: cells are text that stands for numbers and the like (CSV).
         is_sample: names are those of the first row; optional parameters may come later.
@@ -57,13 +57,11 @@ class Columns:
         self,
         given: ColumnMap,
         names: Sequence[str],
-        row_names: RowNames,
         source: str,
         *,
         is_text: bool = False,
         is_sample: bool = False,
     ) -> None:
-        self._row_names = row_names
         self._is_text = is_text
         self._template = given.template
         self._params = dict(given.columns)
@@ -93,18 +91,19 @@ class Columns:
                 extra = None
                 raise extra_problem
             custom_id = self._given_id(cells)
-            custom_id = self._row_names.take(custom_id, line)
             body = self._body(cells)
         except RequestError as error:
             error.line = line
             return RowError(line, custom_id, error, num_bytes, extra)
         endpoint = self._endpoint or endpoint_of_bare_row(body)
-        return InputRow(line, custom_id, endpoint, for_endpoint(body, endpoint), num_bytes, extra)
+        body = for_endpoint(body, endpoint)
+        memory_bytes = sum(len(cell) for cell in cells.values() if isinstance(cell, str))
+        return InputRow(line, custom_id, endpoint, body, num_bytes, extra, memory_bytes)
 
-    def _given_id(self, cells: Mapping[str, Any]) -> str | None:
+    def _given_id(self, cells: Mapping[str, Any]) -> str:
         value = cells.get(self._id_column) if self._id_column else None
         if value is None or (self._is_text and value == ""):
-            return None
+            return UNNAMED
         return id_text(self._id_column or "custom_id", value)
 
     def _body(self, cells: Mapping[str, Any]) -> dict[str, Any]:

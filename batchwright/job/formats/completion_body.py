@@ -17,21 +17,25 @@ def completion_body(
     result: Result, form: AnswerForm, token_bytes: TokenBytes, *, model: str, created: int
 ) -> dict[str, Any]:
     """See `response_body`. A prompt that was only scored is answered with an empty completion."""
-    outputs = [_nothing(form)] if result.score is not None else result.outputs
+    choices = [
+        _choice(part, output, form, token_bytes)
+        for index, part in enumerate(result.parts or [result])
+        for output in (part.outputs if part.score is None else [_nothing(index, form)])
+    ]
     return {
         "id": f"cmpl-{response_id(result.request_id)}",
         "object": "text_completion",
         "created": created,
         "model": model,
-        "choices": [_choice(result, output, form, token_bytes) for output in outputs],
+        "choices": choices,
         "usage": usage(result),
     }
 
 
-def _nothing(form: AnswerForm) -> Completion:
+def _nothing(index: int, form: AnswerForm) -> Completion:
     """What max_tokens 0 gives."""
     return Completion(
-        index=0,
+        index=index,
         text="",
         token_ids=[],
         finish_reason=FinishReason.LENGTH,

@@ -14,7 +14,6 @@ from batchwright.errors import InputError, RequestError
 from batchwright.job.formats.column_map import ColumnMap
 from batchwright.job.formats.columns import Columns
 from batchwright.job.formats.openai_batch import without_mark
-from batchwright.job.formats.row_names import RowNames
 from batchwright.job.formats.source import MAX_LINE_BYTES, Source, read_lines
 from batchwright.job.rows import InputRow, RowError
 
@@ -36,7 +35,7 @@ def read_csv(
     lines = _Lines(source)
     records = csv.reader(lines, delimiter=delimiter, strict=True)
     header = _header(records, source.name)
-    columns = Columns(given, header, RowNames(), source.name, is_text=True)
+    columns = Columns(given, header, source.name, is_text=True)
     num_rows = 0
     while True:
         lines.begin_record()
@@ -107,8 +106,10 @@ class _Lines:
 def _header(records: Iterator[list[str]], name: str) -> list[str]:
     try:
         header = next((record for record in records if record), [])
-    except (RequestError, csv.Error) as error:
+    except RequestError as error:
         raise InputError(f"{name} has no readable header: {error}") from None
+    except csv.Error as error:
+        raise InputError(f"{name} has no readable header: it {_words(error)}") from None
     if not header:
         raise InputError(f"{name} is empty (empty_file); its first line must name the columns")
     if len(header) > MAX_COLUMNS:

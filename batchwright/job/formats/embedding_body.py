@@ -13,20 +13,27 @@ from batchwright.request import Float32Array, Result
 
 def embedding_body(result: Result, form: AnswerForm, *, model: str, created: int) -> dict[str, Any]:
     """See `response_body`."""
-    assert result.embedding is not None
-    embedding = _unit(result.embedding) if form.normalize else result.embedding
-    written: str | list[float] = embedding.tolist()
-    if form.base64:
-        written = base64.b64encode(embedding.astype("<f4").tobytes()).decode("ascii")
     num_tokens = len(result.prompt_token_ids)
     return {
         "id": f"embd-{response_id(result.request_id)}",
         "object": "list",
         "created": created,
         "model": model,
-        "data": [{"object": "embedding", "index": 0, "embedding": written}],
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _written(part, form)}
+            for index, part in enumerate(result.parts or [result])
+        ],
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
+
+
+def _written(result: Result, form: AnswerForm) -> str | list[float]:
+    assert result.embedding is not None
+    embedding = _unit(result.embedding) if form.normalize else result.embedding
+    if form.base64:
+        return base64.b64encode(embedding.astype("<f4").tobytes()).decode("ascii")
+    numbers: list[float] = embedding.tolist()
+    return numbers
 
 
 def _unit(embedding: Float32Array) -> Float32Array:

@@ -1,89 +1,68 @@
-"""A set of ids that takes at most 32 bytes per id, however long they are.
+"""A set of ids in bounded memory, however many and however long they are.
 
 Only 128-bit hashes are kept, so two different ids could be taken for the same: among n ids with
-probability n^2 / 2^128 (127 bits are compared), 3e-27 for a million and 3e-21 for a billion.
+probability n^2 / 2^129, 1e-27 for a million and 1e-21 for a billion.
 
-The hashes lie in open-addressing tables. There are many small ones instead of one, so that growing
-copies little at a time and never doubles the whole.
+The hashes lie in a private SQLite table, which is in memory while it is small (about 50,000 ids)
+and then goes to a temporary file without a name, about 60 bytes an id. Ids are added many at a
+time: one statement does it, outside of the interpreter's lock.
 """
 
 from __future__ import annotations
 
-from array import array
+import sqlite3
+from collections.abc import Sequence
 from hashlib import blake2b
-from struct import unpack
 
-import numpy as np
+import msgspec
 
-_NUM_TABLES = 64
-_FIRST_SLOTS = 64
+from batchwright.errors import ResourceError
+
+_CACHE_KIB = 4096
+_PREPARE = f"""
+PRAGMA journal_mode = OFF;
+PRAGMA cache_size = -{_CACHE_KIB};
+CREATE TABLE ids (hash TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_ADD = "INSERT OR IGNORE INTO ids SELECT value, ? + key FROM json_each(?)"
+_NUMBERS = """
+SELECT json_group_array(number) FROM ids WHERE hash IN (SELECT value FROM json_each(?))
+"""
 
 
 class IdSet:
-    """Strings that were added; there is no way to list them."""
+    """Strings that were added; there is no way to list them. Threads may take turns with it."""
 
     def __init__(self) -> None:
-        # A slot is two numbers: the halves of a hash. The first is odd in slots that are taken.
-        self._tables = [_empty(_FIRST_SLOTS) for _ in range(_NUM_TABLES)]
-        self._num_used = [0] * _NUM_TABLES
+        self._sql = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._sql.executescript(_PREPARE)
+        self._num_given = 0  # each id that was given has a number
 
-    def __len__(self) -> int:
-        return sum(self._num_used)
+    def add(self, names: Sequence[str]) -> list[bool]:
+        """Add strings; returns whether each is new (of equal ones, the first).
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the tables."""
-        return sum(len(table) * table.itemsize for table in self._tables)
+        Raises:
+            ResourceError: there is no room for a temporary file.
+        """
+        hashes = msgspec.json.encode([_hash(name) for name in names]).decode()
+        first = self._num_given
+        self._num_given += len(names)
+        try:
+            if self._sql.execute(_ADD, (first, hashes)).rowcount == len(names):
+                return [True] * len(names)
+            (found,) = self._sql.execute(_NUMBERS, (hashes,)).fetchone()
+        except sqlite3.Error as error:
+            raise ResourceError(
+                f"the ids of the rows need a temporary file, about 60 bytes a row: {error}; set "
+                "TMPDIR to a directory with room for it"
+            ) from error
+        holders = set(msgspec.json.decode(found))  # numbers of those that came first
+        return [number in holders for number in range(first, self._num_given)]
 
-    def add(self, name: str) -> bool:
-        """Add a string; returns whether it is new."""
-        digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        low, high = unpack("<QQ", digest)
-        number = high % _NUM_TABLES
-        table = self._tables[number]
-        if not _insert(table, low | 1, high):
-            return False
-        self._num_used[number] += 1
-        if 8 * self._num_used[number] > 3 * len(table):  # three quarters of the slots
-            self._tables[number] = _grown(table)
-        return True
-
-
-def _empty(num_slots: int) -> array[int]:
-    return array("Q", bytes(16 * num_slots))
-
-
-def _insert(table: array[int], low: int, high: int) -> bool:
-    """Put a hash into the first free slot from its own on; False if it is there already."""
-    size = len(table)
-    slot = low % size & -2
-    while found := table[slot]:
-        if found == low and table[slot + 1] == high:
-            return False
-        slot += 2
-        if slot == size:
-            slot = 0
-    table[slot] = low
-    table[slot + 1] = high
-    return True
+    def close(self) -> None:
+        """Give the memory and the file back."""
+        self._sql.close()
 
 
-def _grown(table: array[int]) -> array[int]:
-    """A copy with half as many slots more.
-
-    In the order of their own slots, hash i goes to max(its own, the slot after that of hash i - 1):
-    a running maximum. Those that run over the end begin again at the start, one by one.
-    """
-    hashes = np.frombuffer(table, np.uint64).reshape(-1, 2)
-    hashes = hashes[hashes[:, 0] > 0]
-    larger = _empty(3 * len(table) // 4)
-    own = (hashes[:, 0] % np.uint64(len(larger)) >> np.uint64(1)).astype(np.int64)
-    order = np.argsort(own)
-    index = np.arange(len(order))
-    slots = np.maximum.accumulate(own[order] - index) + index
-    hashes, num_slots = hashes[order], len(larger) // 2
-    fits = slots < num_slots
-    np.frombuffer(larger, np.uint64).reshape(-1, 2)[slots[fits]] = hashes[fits]
-    for low, high in hashes[~fits].tolist():
-        _insert(larger, low, high)
-    return larger
+def _hash(name: str) -> str:
+    return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

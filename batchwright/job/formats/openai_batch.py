@@ -2,7 +2,7 @@
 
 Bare rows are read too: `{"id"?, "prompt" | "messages" | "prompt_token_ids" | "input" | "context",
 ...parameters}`. A byte order mark, CRLF and blank lines are tolerated. The file is read as a
-stream: memory is bounded by the longest line, and by the set of custom_ids that keeps them unique.
+stream: memory is bounded by the longest line.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import msgspec
 from batchwright.errors import InputError, RequestError
 from batchwright.job.formats.column_map import ColumnMap
 from batchwright.job.formats.columns import Columns, for_endpoint
-from batchwright.job.formats.row_names import RowNames, id_text, json_kind
+from batchwright.job.formats.row_names import id_text, json_kind
 from batchwright.job.formats.source import Source, read_lines, too_long
-from batchwright.job.rows import ENDPOINTS, InputRow, RowError, endpoint_of_bare_row
+from batchwright.job.rows import ENDPOINTS, UNNAMED, InputRow, RowError, endpoint_of_bare_row
 
 _BATCH_KEYS = {"custom_id", "method", "url", "body"}
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -33,7 +33,7 @@ def read_json_lines(source: Source, given: ColumnMap) -> Iterator[InputRow | Row
     Raises:
         InputError: not UTF-8 text at all, no rows, or the first row lacks the prompt's column.
     """
-    reader = _LineReader(source.name, given)
+    reader = LineReader(source.name, given)
     num_rows = 0
     for line, (raw, num_bytes) in enumerate(read_lines(source.stream), start=1):
         if line == 1 and raw is not None:
@@ -45,12 +45,12 @@ def read_json_lines(source: Source, given: ColumnMap) -> Iterator[InputRow | Row
         try:
             if raw is None:
                 raise too_long(num_bytes)
-            row = _decode(raw)
+            row = decode_row(raw)
         except RequestError as error:
             error.line = line
             yield RowError(line, None, error, counted)
         else:
-            yield reader.read(row, line, counted)
+            yield reader.read(row, line, counted, len(raw))
     if num_rows == 0:
         raise InputError(f"{source.name} has no rows (empty_file); it needs one JSON object a line")
 
@@ -66,34 +66,43 @@ def without_mark(raw: bytes, name: str) -> bytes:
     return raw.removeprefix(_UTF8_MARK)
 
 
-class _LineReader:
-    """From decoded lines to rows."""
+class LineReader:
+    """From decoded lines to rows.
+
+    Args:
+        name: what messages call the input.
+        given: with a mapping, each line is a table's row.
+    """
 
     def __init__(self, name: str, given: ColumnMap) -> None:
         self._name = name
         self._given = given
-        self._row_names = RowNames()
         self._columns: Columns | None = None
 
-    def read(self, row: dict[str, Any], line: int, num_bytes: int) -> InputRow | RowError:
+    def read(
+        self, row: dict[str, Any], line: int, num_bytes: int, memory_bytes: int
+    ) -> InputRow | RowError:
+        """The row of one line, which is what `decode_row` made of it."""
         if self._given.is_given:
             if self._columns is None:
-                self._columns = Columns(
-                    self._given, list(row), self._row_names, self._name, is_sample=True
-                )
+                self._columns = Columns(self._given, list(row), self._name, is_sample=True)
             return self._columns.row(line, row, num_bytes)
         custom_id: str | None = None
         try:
             custom_id = _given_id(row)
-            custom_id = self._row_names.take(custom_id, line)
             endpoint, body = _route(row, self._given.endpoint)
         except RequestError as error:
             error.line = line
             return RowError(line, custom_id, error, num_bytes)
-        return InputRow(line, custom_id, endpoint, body, num_bytes)
+        return InputRow(line, custom_id, endpoint, body, num_bytes, None, memory_bytes)
 
 
-def _decode(raw: bytes) -> dict[str, Any]:
+def decode_row(raw: bytes) -> dict[str, Any]:
+    """A line as a dict.
+
+    Raises:
+        RequestError: it is not JSON, or not an object.
+    """
     try:
         row = _decode_json(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -106,7 +115,7 @@ def _decode(raw: bytes) -> dict[str, Any]:
     return row
 
 
-def _given_id(row: dict[str, Any]) -> str | None:
+def _given_id(row: dict[str, Any]) -> str:
     """The name that a row gives. Only a bare row may lack one, or give a whole number."""
     bare = not _is_batch_line(row)
     if bare and "id" in row and "custom_id" in row:
@@ -115,7 +124,7 @@ def _given_id(row: dict[str, Any]) -> str | None:
     value = row.get(key)
     if value is None:
         if bare:
-            return None
+            return UNNAMED
         raise RequestError(
             "custom_id is missing", code="missing_required_parameter", param="custom_id"
         )

@@ -75,7 +75,7 @@ def write_projection(path: str, lines: Iterable[bytes], *, kind: str | None = No
         OutputError: it cannot be written; the file that was there is as it was.
     """
     kind = kind or output_kind(path)
-    try:
+    with _explained(path):
         _need_packages(path, kind)
         if path == STDOUT:
             for line in lines:
@@ -88,6 +88,29 @@ def write_projection(path: str, lines: Iterable[bytes], *, kind: str | None = No
                 system.put_file(part.name, remote)
         else:
             _write_file(Path(path), lines, kind)
+
+
+def remove_projection(path: str) -> None:
+    """Delete a file or an object, if it is there.
+
+    Raises:
+        OutputError: it cannot be deleted.
+    """
+    with _explained(path):
+        if not is_url(path):
+            if os.path.isfile(path):
+                os.unlink(path)
+            return
+        system, remote = file_system(path)
+        if system.isfile(remote):
+            system.rm(remote)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn what writing can raise into an OutputError that names the path."""
+    try:
+        yield
     except (OutputError, InputError) as error:
         raise OutputError(str(error)) from error
     except Exception as error:  # drivers of object stores have exceptions of their own

@@ -21,6 +21,7 @@ from batchwright.job.formats import arrow_rows
 from batchwright.job.formats.column_map import ColumnMap, parse_columns
 from batchwright.job.formats.csv_rows import read_csv
 from batchwright.job.formats.openai_batch import read_json_lines
+from batchwright.job.formats.row_names import with_names
 from batchwright.job.formats.source import STDIN, Source, is_url, open_source, text_suffix
 from batchwright.job.rows import InputRow, RowError
 
@@ -64,19 +65,19 @@ def input_size(path: str) -> int | None:
 
 def _read(path: str, given: ColumnMap) -> Iterator[InputRow | RowError]:
     if path != STDIN and not is_url(path) and os.path.isdir(path):
-        yield from arrow_rows.read_dataset(path, given)
+        yield from with_names(arrow_rows.read_dataset(path, given), "row")
     elif text_suffix(path) == ".parquet":
         if not path.lower().endswith(".parquet"):
             raise InputError(f"{path}: Parquet is compressed inside; decompress the file first")
-        yield from arrow_rows.read_parquet(path, given)
+        yield from with_names(arrow_rows.read_parquet(path, given), "row")
     else:
         delimiter = None if path == STDIN else _DELIMITERS.get(text_suffix(path))
         with open_source(path) as source:
             if delimiter is None:
                 _refuse_array(source, path)
-                yield from read_json_lines(source, given)
+                yield from with_names(read_json_lines(source, given))
             else:
-                yield from read_csv(source, given, delimiter=delimiter)
+                yield from with_names(read_csv(source, given, delimiter=delimiter))
 
 
 def _refuse_array(source: Source, path: str) -> None:

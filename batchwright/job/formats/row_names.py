@@ -2,50 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from batchwright.errors import RequestError
 from batchwright.job.formats.id_set import IdSet
+from batchwright.job.rows import UNNAMED, AnyRow, RowError, groups
 
+GROUP_ROWS = 256
 MAX_ID_CHARS = 1000
 
 
-class RowNames:
-    """Sees to it that each custom_id is given to one row.
+def with_names(rows: Iterator[AnyRow], unit: str = "line") -> Iterator[AnyRow]:
+    """See to it that each custom_id is given to one row, and that rows without one get one.
+
+    An automatic name is `line-7`, or `line-7-2` if another row is called so. A row that gives a
+    name that was used before becomes a RowError (duplicate_custom_id).
 
     Args:
-        unit: what rows are counted in; automatic names are `{unit}-N`.
+        rows: as readers make them; UNNAMED rows get a name, rows named None cannot have one.
+        unit: what rows are counted in.
     """
+    with closing(IdSet()) as seen:
+        for group in groups(rows, GROUP_ROWS):
+            yield from _named(group, seen, unit)
 
-    def __init__(self, unit: str = "line") -> None:
-        self._unit = unit
-        self._seen = IdSet()
 
-    def take(self, custom_id: str | None, number: int) -> str:
-        """The name of row `number`: the one it gives, or a free one.
+def _named(group: list[AnyRow], seen: IdSet, unit: str) -> Iterator[AnyRow]:
+    names = [f"{unit}-{row.line}" if row.custom_id == UNNAMED else row.custom_id for row in group]
+    are_new = iter(seen.add([name for name in names if name is not None]))
+    for row, name in zip(group, names, strict=True):
+        if name is None:
+            yield row
+            continue
+        is_new = next(are_new)
+        if row.custom_id == UNNAMED:
+            yield replace(row, custom_id=name if is_new else _free_name(name, seen))
+        elif is_new:
+            yield row
+        else:
+            yield RowError(row.line, name, _used(name, row.line, unit), row.num_bytes, row.extra)
 
-        An automatic name is `line-7`, or `line-7-2` if a row before is called so.
 
-        Raises:
-            RequestError: an earlier row has the name that this one gives (duplicate_custom_id).
-        """
-        if custom_id is None:
-            return self._invent(number)
-        if self._seen.add(custom_id):
-            return custom_id
-        reason = "was used by an earlier row; each row needs its own"
-        if custom_id.startswith(f"{self._unit}-"):
-            reason += f" ({self._unit}-N is also what row N is called if it gives none)"
-        raise RequestError(
-            f"custom_id {custom_id!r} {reason}", code="duplicate_custom_id", param="custom_id"
-        )
+def _free_name(name: str, seen: IdSet) -> str:
+    attempts = (f"{name}-{number}" for number in count(2))
+    return next(attempt for attempt in attempts if seen.add([attempt])[0])
 
-    def _invent(self, number: int) -> str:
-        name, attempt = f"{self._unit}-{number}", 1
-        while not self._seen.add(name):
-            attempt += 1
-            name = f"{self._unit}-{number}-{attempt}"
-        return name
+
+def _used(name: str, line: int, unit: str) -> RequestError:
+    reason = "was used by an earlier row; each row needs its own"
+    if name.startswith(f"{unit}-"):
+        reason += f" ({unit}-N is also what row N is called if it gives none)"
+    return RequestError(
+        f"custom_id {name!r} {reason}",
+        code="duplicate_custom_id",
+        param="custom_id",
+        line=line,
+    )
 
 
 def id_text(key: str, value: Any) -> str:

@@ -85,7 +85,7 @@ def open_source(path: str) -> Iterator[Source]:
 def open_binary(path: str) -> IO[bytes]:
     """Open a file or, through fsspec, an object."""
     if not is_url(path):
-        return open(path, "rb")
+        return open(path, "rb", buffering=_BUFFER_BYTES)
     stream: IO[bytes] = file_system(path)[0].open(path, "rb")
     return stream
 
@@ -98,6 +98,7 @@ def file_system(url: str) -> tuple[Any, str]:
     """
     protocol = url.partition("://")[0]
     packages = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+    packages |= {"http": "aiohttp", "https": "aiohttp"}
     try:
         import fsspec
 

@@ -8,6 +8,8 @@
  *   TORN    operation n writes half of its bytes and fails
  *   KILL    the process is killed before operation n
  *   TEAR    operation n writes half of its bytes, then the process is killed
+ *   QUOTA   n bytes can be written in all: the write that exceeds them is short, as the kernel
+ *           makes it, and those after it fail with EDQUOT; bytes are counted, not operations
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -19,7 +21,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { OFF, FAIL, FULL, TORN, KILL, TEAR };
+enum { OFF, FAIL, FULL, TORN, KILL, TEAR, QUOTA };
 
 static char prefix[4096];
 static long target;
@@ -47,6 +49,7 @@ static int is_ours(int fd) {
 
 /* Counts an operation: 0 go on, 1 fail, 2 do half and fail, 3 do half and die. */
 static int verdict(int writes) {
+    if (mode == QUOTA) return 0;
     long n = ++count;
     if (mode == FULL && n >= target) return writes || n == target;
     if (n != target) return 0;
@@ -65,8 +68,21 @@ static int verdict(int writes) {
     static __typeof__(__VA_ARGS__) real; \
     if (!real) real = (__typeof__(real))dlsym(RTLD_NEXT, name);
 
+/* How much of a write of so many bytes the quota allows; -1: nothing, and it fails. */
+static ssize_t allowance(size_t size) {
+    long left = target - atomic_fetch_add(&count, (long)size);
+    if (left <= 0 && size > 0) return -1;
+    return left < (long)size ? (ssize_t)left : (ssize_t)size;
+}
+
 #define WRITE_BODY(call_whole, call_half) \
-    int what = is_ours(fd) ? verdict(1) : 0; \
+    int ours = is_ours(fd); \
+    if (ours && mode == QUOTA) { \
+        ssize_t allowed = allowance(size); \
+        if (allowed < 0) { errno = EDQUOT; return -1; } \
+        size = (size_t)allowed; \
+    } \
+    int what = ours ? verdict(1) : 0; \
     if (what == 0) return call_whole; \
     if (what >= 2 && size > 1) { ssize_t ignored = call_half; (void)ignored; } \
     if (what == 3) raise(SIGKILL); \

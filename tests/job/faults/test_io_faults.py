@@ -59,6 +59,16 @@ def test_a_disturbed_job_goes_on_to_the_same_end(
         assert report["statuses"].get("75", 0) > report["points"] / 2  # it did hurt
 
 
+@pytest.mark.parametrize(
+    "stride", [9973, pytest.param(499, marks=pytest.mark.slow)], ids=["some", "every"]
+)
+def test_a_job_goes_on_after_its_quota_was_used_up(
+    library: Path, tmp_path: Path, stride: int
+) -> None:
+    report = disturb(library, tmp_path, "quota", stride)
+    assert report["statuses"].get("75", 0) > report["points"] / 2
+
+
 @pytest.mark.parametrize("num_kills", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_job_killed_at_any_moment_goes_on_to_the_same_end(
     library: Path, tmp_path: Path, num_kills: int

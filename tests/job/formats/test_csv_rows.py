@@ -8,12 +8,15 @@ from batchwright.errors import InputError
 from batchwright.job.formats import csv_rows, source
 from batchwright.job.formats.column_map import parse_columns
 from batchwright.job.formats.csv_rows import read_csv
+from batchwright.job.formats.row_names import with_names
 from batchwright.job.formats.source import Source
 from batchwright.job.rows import InputRow, RowError
 
 
 def read(data: bytes, delimiter: str = ",") -> list[InputRow | RowError]:
-    return list(read_csv(Source(BytesIO(data), "test"), parse_columns(), delimiter=delimiter))
+    return list(
+        with_names(read_csv(Source(BytesIO(data), "test"), parse_columns(), delimiter=delimiter))
+    )
 
 
 def prompts(rows: list[InputRow | RowError]) -> list[str]:
@@ -83,6 +86,7 @@ def test_a_cell_may_be_longer_than_the_modules_own_limit() -> None:
         (b"prompt\n", "empty_file"),
         (b"a,prompt,a\n", "2 columns called 'a'"),
         (b'"prompt\nx', "no readable header"),
+        (b"id,prompt\ra,b", "LF or CRLF line ends"),
         ("prompt\n".encode("utf-16"), "UTF-16"),
         (b"," * 20_000, "at most 10000"),
     ],

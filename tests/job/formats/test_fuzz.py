@@ -27,6 +27,7 @@ from batchwright.job.formats.output import write_projection
 from batchwright.job.formats.prompt_template import parse_template
 from batchwright.job.formats.read_input import read_input
 from batchwright.job.formats.result_line import error_line, success_line
+from batchwright.job.formats.row_names import with_names
 from batchwright.job.formats.source import Source
 from batchwright.job.rows import ENDPOINTS, InputRow, RowError
 from batchwright.job.validate import parse_row
@@ -117,7 +118,7 @@ NOISE = st.binary(max_size=60) | st.sampled_from([b"", b"\xef\xbb\xbf", b"\r", b
 
 def run_json(lines: list[Any], columns: ColumnMap) -> None:
     data = b"\n".join(line if isinstance(line, bytes) else dumped(line) for line in lines)
-    check(read_json_lines(Source(io.BytesIO(data), "in"), columns))
+    check(with_names(read_json_lines(Source(io.BytesIO(data), "in"), columns)))
 
 
 def dumped(value: Any) -> bytes:
@@ -167,7 +168,7 @@ def test_csv(effort: int) -> None:
     ) -> None:
         data = table([header, *rows], delimiter)
         data = data[:at] + noise + data[at:]
-        check(read_csv(Source(io.BytesIO(data), "in"), columns, delimiter=delimiter))
+        check(with_names(read_csv(Source(io.BytesIO(data), "in"), columns, delimiter=delimiter)))
 
     run()
 

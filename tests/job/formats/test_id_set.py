@@ -1,36 +1,44 @@
-"""The set of ids: exact on what is added, and small."""
+"""The set of ids: exact on what is added, however it comes."""
 
+import sqlite3
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchwright.job.formats import id_set
+from batchwright.errors import ResourceError
 from batchwright.job.formats.id_set import IdSet
 
+any_text = st.text(st.characters(codec=None, exclude_categories=()), max_size=3)
 
-@given(st.lists(st.text(st.characters(codec=None, exclude_categories=()), max_size=3)))
-def test_it_behaves_as_a_set(names: list[str]) -> None:
+
+@given(st.lists(st.lists(any_text, max_size=8)))
+def test_it_behaves_as_a_set(groups: list[list[str]]) -> None:
     ids, seen = IdSet(), set()
-    for name in names:
-        assert ids.add(name) == (name not in seen)
-        seen.add(name)
-    assert len(ids) == len(seen)
+    for names in groups:
+        expected = []
+        for name in names:
+            expected.append(name not in seen)
+            seen.add(name)
+        assert ids.add(names) == expected
+    ids.close()
 
 
 def test_nothing_is_forgotten_or_made_up_while_it_grows() -> None:
     ids = IdSet()
-    num_ids = 50_000
-    assert all(ids.add(f"request-{number}") for number in range(num_ids))
-    assert not any(ids.add(f"request-{number}") for number in range(num_ids))
-    assert len(ids) == num_ids
-    assert ids.num_bytes < 36 * num_ids
+    groups = [
+        [f"request-{i}" for i in range(start, start + 250)] for start in range(0, 50_000, 250)
+    ]
+    assert all(all(ids.add(names)) for names in groups)
+    assert not any(any(ids.add(names)) for names in groups)
+    assert ids.add(["request-7", "new", "new", "request-49999"]) == [False, True, False, False]
+    ids.close()
 
 
-def test_growing_keeps_hashes_that_run_over_the_end() -> None:
-    table = id_set._empty(8)
-    last = len(id_set._empty(12)) - 1  # all want the last slot of the table after it has grown
-    hashes = [(last + 24 * number, number) for number in range(6)]
-    assert all(id_set._insert(table, low | 1, high) for low, high in hashes)
-    grown = id_set._grown(table)
-    assert len(grown) == 24
-    assert not any(id_set._insert(grown, low | 1, high) for low, high in hashes)
-    assert id_set._insert(grown, hashes[0][0] | 1, 99)
+def test_no_room_for_its_file_is_a_clear_error() -> None:
+    ids = IdSet()
+    ids._sql.execute("PRAGMA max_page_count = 8")  # what a full disk comes to
+    with pytest.raises(ResourceError, match="TMPDIR") as caught:
+        ids.add([str(number) for number in range(10_000)])
+    assert isinstance(caught.value.__cause__, sqlite3.Error)
+    ids.close()

@@ -14,13 +14,14 @@ from batchwright.job.formats import source
 from batchwright.job.formats.column_map import ColumnMap
 from batchwright.job.formats.openai_batch import read_json_lines
 from batchwright.job.formats.read_input import read_input
+from batchwright.job.formats.row_names import with_names
 from batchwright.job.formats.source import Source
 from batchwright.job.rows import CHAT, COMPLETIONS, InputRow, RowError
 from tests.job.fakes import chat_row, write_lines
 
 
 def read(data: bytes) -> list[InputRow | RowError]:
-    return list(read_json_lines(Source(BytesIO(data), "test"), ColumnMap()))
+    return list(with_names(read_json_lines(Source(BytesIO(data), "test"), ColumnMap())))
 
 
 def one_error(row: Any) -> RowError:

@@ -1,0 +1,138 @@
+"""`batchwright serve`: Files, Batches and single calls over HTTP, and a page."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchwright.cli import options
+from batchwright.cli.numbers import parse_count
+
+if TYPE_CHECKING:
+    from batchwright.server.settings import ServerSettings
+
+NEEDED = {"starlette": "starlette", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="smollm2, a Hugging Face directory, or a GGUF file.")],
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where files and batches are kept.")
+    ] = Path("batchwright-data"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine's need an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Holds the key that clients need; mode 0600."),
+    ] = None,
+    max_upload: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_count, metavar="BYTES", help="Largest file taken; by default 512M."
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_count, metavar="N", help="Most tokens of a row, prompt and output."
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(parser=parse_count, metavar="N", help="Most sequences running at once."),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(parser=parse_count, metavar="N", help="Most tokens computed in one step."),
+    ] = None,
+    kv_cache_memory: Annotated[
+        int | None,
+        typer.Option(parser=parse_count, metavar="BYTES", help="Memory for keys and values: 4G."),
+    ] = None,
+    dtype: options.Dtype = options.DtypeName.auto,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
+    ] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; by default one per core.")
+    ] = None,
+) -> None:
+    """Serve OpenAI's Files and Batches API, single calls, and a page of what runs; docs/serve.md.
+
+    Batches are jobs: they are kept in DIR, run one after the other, and go on after a crash or a
+    stop when the server starts again. Single calls join the batch that runs.
+
+    The API key is read from the environment variable BATCHWRIGHT_API_KEY or from --api-key-file.
+    Ctrl-C (or SIGTERM) finishes what runs, for a minute at most; a second one ends at once.
+
+    Exit status: 0 nothing is left to do, 2 it could not start, 75 batches go on at the next start.
+    """
+    _check_packages()
+    from batchwright.config import EngineConfig
+    from batchwright.server.settings import DEFAULT_MAX_UPLOAD, ServerSettings, read_api_key
+
+    engine = {
+        "dtype": dtype.value,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "kv_cache_bytes": kv_cache_memory,
+        "num_threads": threads,
+        "seed": seed,
+    }
+    engine = {name: value for name, value in engine.items() if value is not None}
+    EngineConfig(**engine).check()  # type: ignore[arg-type]
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        data=data,
+        model_name=model,
+        api_key=read_api_key(api_key_file),
+        max_upload_bytes=max_upload or DEFAULT_MAX_UPLOAD,
+    )
+    settings.check()
+    raise typer.Exit(_serve(settings, engine))
+
+
+def _serve(settings: ServerSettings, engine: dict[str, Any]) -> int:
+    """Check, listen, load, serve; returns the exit status."""
+    from rich.console import Console
+
+    from batchwright.cli.run import _set_up_logging, load
+    from batchwright.server.parts import Parts, lock_data
+    from batchwright.server.run import listen
+    from batchwright.server.run import serve as run_server
+    from batchwright.weights.locate import locate_model
+
+    log = Console(stderr=True)
+    _set_up_logging(log)
+
+    def say(text: str) -> None:
+        log.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    locate_model(settings.model_name)
+    with listen(settings) as listener:
+        lock = lock_data(settings.data)
+        say(f"Loading {settings.model_name}")
+        parts = Parts(load(settings.model_name, engine), settings, lock)
+        port = listener.getsockname()[1]
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        say(f"Serving {settings.model_name} on http://{host}:{port} (API: http://{host}:{port}/v1)")
+        return run_server(parts, listener, say=say)
+
+
+def _check_packages() -> None:
+    from batchwright.errors import ConfigError
+
+    for module, package in NEEDED.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise ConfigError(
+                f"batchwright serve needs {package}: pip install 'batchwright[serve]'"
+            ) from None

@@ -1,0 +1,1 @@
+"""Prompts sorted by their tokens, and their trie: naive.py and numba.py (CPU) are twins."""

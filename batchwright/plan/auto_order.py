@@ -1,0 +1,175 @@
+"""AutoOrder: an order that tries the others on a sample of the rows and takes the best.
+
+Not a file of `plan/orders/`, because it remembers its choice: trying costs far more than ordering,
+so it is done when the first rows are known, and again when they have become many more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from batchwright.plan.job_tree import Int64Array, JobTree, build_job_tree
+from batchwright.plan.order import JobFacts, Order, OrderFunction, find_order
+from batchwright.request import Int32Array
+
+logger = logging.getLogger(__name__)
+
+YARDSTICK = "fcfs"
+
+UNTRIED = "prefix_dfs"
+"""For jobs too short to try anything: it computes no more than the yardstick."""
+
+MAX_SHARE_OF_RUN = 0.02
+"""Of the predicted run time, what trying may take."""
+
+SIMULATED_STEP_S = 4e-4
+"""What simulating one Step takes, roughly; counted, not measured, so that choices can be repeated.
+
+0.1 to 0.35 ms on one core of a Sapphire Rapids server (benchmarks/orders.py)."""
+
+LEAST_GAIN = 0.01
+"""Less than this share of the time is no reason to leave the order in which rows came."""
+
+FEW_ROWS = 16
+"""Below that many rows there is nothing to choose."""
+
+GUESS_ROWS = 64
+"""Rows by which it is judged how many can be tried."""
+
+RUN_LENGTH = 16
+"""Neighbours in the prefix tree that a sample keeps together."""
+
+REPEAT_GROWTH = 4
+"""The choice is made again for more than so many times the rows it was made for."""
+
+
+class Prediction(NamedTuple):
+    """How long a job takes in an order, and how many Steps were simulated to tell."""
+
+    seconds: float
+    num_steps: int
+
+
+Predict = Callable[[JobFacts, OrderFunction, float], Prediction]
+"""(sample, order, the sample's share of the job) -> what a simulation says of the whole job."""
+
+
+class Choice(NamedTuple):
+    """An order, what each candidate was predicted to take, for how many rows."""
+
+    name: str
+    seconds: dict[str, float]
+    num_rows: int
+
+    def __str__(self) -> str:
+        if self.name not in self.seconds:
+            return f"order {self.name}: {self.num_rows:,} rows are too few to try others"
+        others = ", ".join(
+            f"{name} {seconds:.1f} s"
+            for name, seconds in sorted(self.seconds.items(), key=lambda item: item[1])
+            if name != self.name
+        )
+        return (
+            f"order {self.name}: {self.seconds[self.name]:.1f} s predicted for "
+            f"{self.num_rows:,} rows ({others})"
+        )
+
+
+class AutoOrder:
+    """Orders rows as the best candidate does.
+
+    Args:
+        predict: simulates.
+        candidates: orders to try, YARDSTICK among them.
+
+    Attributes:
+        choice: the latest; None before there was one.
+    """
+
+    def __init__(self, predict: Predict, candidates: Sequence[str]) -> None:
+        assert YARDSTICK in candidates
+        self._predict, self._candidates = predict, candidates
+        self.choice: Choice | None = None
+
+    def __call__(self, job: JobFacts) -> Order:
+        num_tried = 0 if self.choice is None else self.choice.num_rows
+        if job.num_rows >= FEW_ROWS and job.num_rows > REPEAT_GROWTH * num_tried:
+            self.choice = self._choose(job)
+            logger.info("%s", self.choice)
+        return find_order(self.choice.name if self.choice else YARDSTICK)(job)
+
+    def _choose(self, job: JobFacts) -> Choice:
+        sample = self._affordable_sample(job)
+        if sample is None:
+            return Choice(UNTRIED, {}, job.num_rows)
+        seconds = self._try(sample, sample.num_rows / job.num_rows)
+        best = min(seconds, key=lambda name: (seconds[name], name))
+        if seconds[best] > (1 - LEAST_GAIN) * seconds[YARDSTICK]:
+            best = YARDSTICK
+        return Choice(best, seconds, job.num_rows)
+
+    def _try(self, sample: JobFacts, share: float) -> dict[str, float]:
+        """Predicted seconds of every candidate; orders that agree are simulated once."""
+        seconds: dict[str, float] = {}
+        tried: dict[bytes, float] = {}
+        for name in self._candidates:
+            function = find_order(name)
+            order = function(sample)
+            key = order.rows.tobytes() if order.units is None else name.encode()
+            if key not in tried:
+                tried[key] = self._predict(sample, function, share).seconds
+            seconds[name] = tried[key]
+        return seconds
+
+    def _affordable_sample(self, job: JobFacts) -> JobFacts | None:
+        """As many rows as trying all candidates may take time for, judged by a few."""
+        few = sample_of(job, GUESS_ROWS)
+        guess = self._predict(few, find_order(YARDSTICK), few.num_rows / job.num_rows)
+        cost_s = len(self._candidates) * guess.num_steps * SIMULATED_STEP_S
+        affordable = MAX_SHARE_OF_RUN * guess.seconds / cost_s
+        if affordable < 1:
+            return None
+        return sample_of(job, int(affordable * few.num_rows))
+
+
+def sample_of(job: JobFacts, num_rows: int) -> JobFacts:
+    """About so many rows, as they came: runs of rows that are neighbours in the prefix tree.
+
+    Rows drawn one by one would share less than the job does.
+    """
+    if num_rows >= job.num_rows:
+        return job
+    num_runs = max(num_rows // RUN_LENGTH, 1)
+    length = num_rows // num_runs
+    starts = np.linspace(0, job.num_rows - length, num_runs).astype(np.int64)
+    lines = (starts[:, None] + np.arange(length)).ravel()
+    rows = np.unique(job.tree.rows[lines])
+    return JobFacts(
+        num_prompt_tokens=job.num_prompt_tokens[rows],
+        num_output_tokens=job.num_output_tokens[rows],
+        make_tree=lambda: _subtree(job.tree, rows),
+        rates=job.rates,
+    )
+
+
+def shared_tokens(tree: JobTree, rows: Int64Array) -> list[Int32Array]:
+    """For each row a run of numbers as long as its path in the tree, that shares what it shares."""
+    paths = []
+    for row in rows.tolist():
+        node, nodes = int(tree.node_of_row[row]), []
+        while node > 0:
+            nodes.append(node)
+            node = int(tree.parent[node])
+        path = np.array(nodes[::-1], np.int32)
+        paths.append(np.repeat(path, (tree.depth - tree.start)[path]))
+    return paths
+
+
+def _subtree(tree: JobTree, rows: Int64Array) -> JobTree:
+    paths = shared_tokens(tree, rows)
+    offsets = np.cumsum([0, *(len(path) for path in paths)])
+    return build_job_tree(np.concatenate([np.empty(0, np.int32), *paths]), offsets)

@@ -1,0 +1,109 @@
+"""Books: all that is known about sequences, in one place, so that it can be made anew at once.
+
+What starts is decided in `admission.py`, what running sequences compute in `progress.py`. Both
+write here; whatever they do, every block reference is held by a slot or by the prefix cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from batchwright.kv.block_table import BlockTable
+from batchwright.kv.groups import KVGroup
+from batchwright.kv.prefix_cache import PrefixCache
+from batchwright.plan.order import OrderFunction
+from batchwright.plan.orders.fcfs import fcfs
+from batchwright.plan.plan import Plan
+from batchwright.plan.prefix_tree import PrefixTree
+from batchwright.sched.slots import Slots
+from batchwright.sched.step_builder import StepBuilder
+from batchwright.sched.waiting import Waiting
+from batchwright.sequence import Sequence
+
+
+class Books:
+    """Empty at first. Arguments as those of Scheduler.
+
+    Attributes:
+        slots: sequences that run.
+        waiting: sequences that do not.
+        tables: the blocks of running sequences, one table per KV group.
+        tree: the prompts of all sequences that are known.
+        cache: which of their blocks are resident.
+        builder: collects what the next Step computes and what has changed since the last.
+    """
+
+    def __init__(
+        self,
+        groups: Seq[KVGroup],
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        order: OrderFunction = fcfs,
+    ) -> None:
+        self.block_size = block_size
+        self.slots = Slots(max_num_seqs, max_model_len)
+        kv_tokens = max(group.num_blocks for group in groups) * block_size
+        self.waiting = Waiting(Plan(order, block_size=block_size, kv_tokens=kv_tokens))
+        self.tables = [
+            BlockTable(
+                group,
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+            )
+            for group in groups
+        ]
+        self.tree = PrefixTree(block_size)
+        self.cache = PrefixCache(self.tree, self.tables, self.waiting.next_use)
+        self.builder = StepBuilder(self.slots, self.tables)
+
+    def occupant(self, slot: int) -> Sequence:
+        """The sequence that runs in a slot."""
+        sequence = self.slots.sequences[slot]
+        assert sequence is not None
+        return sequence
+
+    def no_longer_waits(self, sequence: Sequence) -> None:
+        """One user less of a prompt's blocks; those without any leave the cache."""
+        unwanted = self.tree.start(sequence.nodes)
+        if len(unwanted):
+            self.cache.drop(unwanted)
+
+    def leave(self, *slots: int) -> None:
+        """Vacate slots, at least one, and drop their blocks."""
+        for slot in slots:
+            self.slots.vacate(slot)
+            self.builder.release(slot)
+        for table in self.tables:
+            table.release(*slots)
+
+    def keep_prefix(self, slot: int, start: int, end: int) -> None:
+        """Tokens [start, end) of a slot are scheduled: share the prompt blocks they complete."""
+        nodes = self.occupant(slot).nodes
+        first, last = start // self.block_size, min(end // self.block_size, len(nodes))
+        if first < last:
+            self.cache.insert(slot, nodes, first, last)
+
+    def move_to_waiting(self, slot: int, *, keep_prefix: bool) -> Sequence:
+        """A running sequence loses its slot and waits again; returns it.
+
+        Args:
+            keep_prefix: its prompt blocks stay resident as long as memory allows.
+        """
+        sequence = self.occupant(slot)
+        self.tree.wait_again(sequence.nodes)
+        if keep_prefix:
+            self.keep_prefix(slot, 0, int(self.slots.num_computed[slot]))
+        self.leave(slot)
+        self.waiting.put_back(sequence)
+        return sequence
+
+    def check_integrity(self) -> None:
+        """Conservation law: every block reference is held by a slot or by the prefix cache."""
+        for group, table in enumerate(self.tables):
+            held = np.concatenate((table.held(), self.cache.held(group)))
+            table.pool.check_integrity(held)
