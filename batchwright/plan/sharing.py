@@ -18,7 +18,6 @@ from batchwright.request import Int32Array
 
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
-BoolArray = npt.NDArray[np.bool_]
 
 CHUNK_ROWS = 65_536
 """Rows whose blocks are gathered at once: 16 MiB of them at 32 tokens a block."""
@@ -57,17 +56,17 @@ def shared_blocks(
         keys = _hashes(tokens, starts[rows] + depth * block_size, factors)
         keys ^= group.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         order = np.argsort(keys, kind="stable")  # rows of a group stay in their order
-        follows: BoolArray = np.zeros(len(rows), np.bool_)  # in `order`: the same group as the one before
+        follows = np.zeros(len(rows), np.bool_)  # in `order`: the same group as the one before
         follows[1:] = keys[order[1:]] == keys[order[:-1]]
         sorted_rows = rows[order]
         gaps = np.diff(places[sorted_rows], prepend=0)
-        is_near: BoolArray = follows if horizon is None else follows & (gaps <= horizon)
+        is_near = follows if horizon is None else follows & (gaps <= horizon)
         shared[sorted_rows[is_near]] += 1
         has_company = follows.copy()
         has_company[:-1] |= follows[1:]
         depth += 1
         goes_on = has_company & (num_blocks[sorted_rows] > depth)
-        new_group = np.cumsum(~follows)
+        new_group = np.cumsum(~follows, dtype=np.int64)
         rows, group = sorted_rows[goes_on], new_group[goes_on]
         in_order = np.argsort(rows)
         rows, group = rows[in_order], group[in_order]
