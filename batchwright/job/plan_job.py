@@ -192,7 +192,7 @@ def engine_sizes(model: OpenedModel) -> EngineSizes:
 
 
 def cost_model(model: OpenedModel) -> CostModel:
-    """What the model costs on this machine, measured now or before."""
+    """What the model costs on this machine, measured now."""
     import torch
 
     from batchwright import kernels

@@ -115,6 +115,7 @@ def find_savings(
         blocks = shared_blocks(
             tokens,
             starts[own],
+            mine.num_prompt // block_size,
             mine.num_computable // block_size,
             block_size=block_size,
             horizon=distance,
@@ -164,9 +165,7 @@ def count_work(
         num_prompt_tokens=int((mine.num_computable - cached).sum()),
         num_output_tokens=int(decoded.sum()),
         num_keys=tuple(keys),
-        num_logits=int(
-            (scored * (mine.task != TASKS.index(Task.EMBED)) + generates + decoded).sum()
-        ),
+        num_logits=int((scored + generates + decoded).sum()),
         num_draws=int((mine.num_samples * output).sum()),
     )
 

@@ -18,6 +18,7 @@ from batchwright.request import Int32Array
 
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
+BoolArray = npt.NDArray[np.bool_]
 
 CHUNK_ROWS = 65_536
 """Rows whose blocks are gathered at once: 16 MiB of them at 32 tokens a block."""
@@ -27,6 +28,7 @@ def shared_blocks(
     tokens: Int32Array,
     starts: Int64Array,
     num_blocks: Int64Array,
+    num_kept: Int64Array,
     *,
     block_size: int,
     horizon: int | None = None,
@@ -38,6 +40,8 @@ def shared_blocks(
         tokens: of all prompts.
         starts: [num_rows] where each prompt begins in `tokens`.
         num_blocks: [num_rows] whole blocks of each prompt.
+        num_kept: [num_rows] those of them that the row computes wholly, so that later rows can
+            have them; the last block of a score may lack its last token.
         horizon: how far back the other row may be; None: anywhere before.
         places: [num_rows] ascending, where rows stand in the job; by default one after the other.
     Returns:
@@ -59,8 +63,9 @@ def shared_blocks(
         follows = np.zeros(len(rows), np.bool_)  # in `order`: the same group as the one before
         follows[1:] = keys[order[1:]] == keys[order[:-1]]
         sorted_rows = rows[order]
-        gaps = np.diff(places[sorted_rows], prepend=0)
-        is_near = follows if horizon is None else follows & (gaps <= horizon)
+        source = _last_before(num_kept[sorted_rows] > depth, ~follows)
+        gaps = places[sorted_rows] - places[sorted_rows[source]]
+        is_near = source >= 0 if horizon is None else (source >= 0) & (gaps <= horizon)
         shared[sorted_rows[is_near]] += 1
         has_company = follows.copy()
         has_company[:-1] |= follows[1:]
@@ -71,6 +76,14 @@ def shared_blocks(
         in_order = np.argsort(rows)
         rows, group = rows[in_order], group[in_order]
     return shared
+
+
+def _last_before(keeps: BoolArray, begins: BoolArray) -> Int64Array:
+    """[n] for each line the last one before it, in its group, that keeps the block; -1: none."""
+    lines = np.arange(len(keeps))
+    last = np.maximum.accumulate(np.where(keeps, lines, -1))
+    before = np.concatenate(([-1], last[:-1]))
+    return np.where(before >= np.maximum.accumulate(np.where(begins, lines, 0)), before, -1)
 
 
 def _hashes(tokens: Int32Array, starts: Int64Array, factors: UInt64Array) -> UInt64Array:
