@@ -148,11 +148,10 @@ def plan_as_json(
             "done": counts.num_done,
             "bad": counts.num_bad,
             "bad_codes": dict(counts.bad),
-            "folded": plan.num_folded,
-            **plan.num_tasks,
             "longest_line": counts.longest_line,
             "longest_tokens": counts.longest_tokens,
         },
+        "prompts": {**plan.num_tasks, "folded": plan.num_folded},
         "tokens": {
             "prompt": tokens.num_prompt,
             "prompt_computed": plan.work[0].num_prompt_tokens,

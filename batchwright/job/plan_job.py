@@ -73,8 +73,8 @@ class JobPlan:
 
     Attributes:
         counts: rows by what will become of them.
-        num_tasks: rows to compute or fold, by task.
-        num_folded: rows answered by an identical one.
+        num_tasks: prompts to compute or fold, by task; a row that is a list has several.
+        num_folded: prompts answered by an identical one.
         output_share: of the allowed output tokens, that the likely end takes.
         share_is_measured: that is the share of rows that are finished.
         work: what is computed, at the three ends.
