@@ -75,7 +75,8 @@ def _token_lines(plan: JobPlan) -> Iterator[str]:
         yield _line("outputs", f"{likely:,} tokens likely, {low:,} to {high:,}")
         reason = "as finished rows did" if plan.share_is_measured else "a guess: none is finished"
         yield _line(
-            "", f"likely: {plan.output_share:.0%} of what rows allow ({reason}); high: all of it"
+            "",
+            f"likely: {plan.output_share:.0%} of what rows allow on average ({reason}); high: all of it",
         )
 
 

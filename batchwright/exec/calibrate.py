@@ -2,13 +2,12 @@
 
 Products are timed with weights made for it; attention, norms, activations and draws in steps of a
 hollow model (`hollow.py`) on the executor itself; scheduling in an engine whose model is simulated.
-Nothing is kept: a machine that is busy now is slow for the job too.
+Means, not best times, and nothing is kept: a machine that is busy now is slow for the job too.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ from torch import nn
 
 from batchwright.exec.hollow_steps import measure_rest
 from batchwright.exec.product_rates import (
-    Clock,
     cold_weights,
     distinct,
+    mean_time_s,
     product_rates,
-    quick_time_s,
 )
 from batchwright.models.layers import Linear
 from batchwright.models.row_invariance import REMEDIES, find_remedy
@@ -41,7 +39,6 @@ def calibrate(
     dtype: torch.dtype,
     attention: str,
     num_threads: int,
-    now: Clock = time.perf_counter,
 ) -> Hardware:
     """This machine's rates for a model.
 
@@ -49,33 +46,35 @@ def calibrate(
         config: the model's config.json.
         attention: name of the attention backend.
         num_threads: set for torch and the kernels beforehand.
-        now: the clock; with one thread, `time.process_time` leaves out what others take.
     """
-    layers, best = _layer_rates(shape, dtype, now)
+    layers, best = _layer_rates(shape, dtype)
     head = product_rates(
-        shape.head, _linears(shape.head, dtype), HEAD_ROWS, dtype, S_PER_POINT, LONGEST_CALL_S, now
+        shape.head,
+        _linears(shape.head, dtype),
+        HEAD_ROWS,
+        dtype,
+        S_PER_POINT,
+        LONGEST_CALL_S,
+        mean_time_s,
     )
-    rest = measure_rest(config, shape, dtype=dtype, attention=attention, now=now)
+    rest = measure_rest(config, shape, dtype=dtype, attention=attention)
     return Hardware(
         name=processor(),
         num_threads=num_threads,
         layers=layers,
         head=head,
         ceiling_flops_per_s=best,
-        memory_bytes_per_s=_bandwidth(now),
+        memory_bytes_per_s=_bandwidth(),
         **rest._asdict(),
     )
 
 
-def _layer_rates(shape: ModelShape, dtype: torch.dtype, now: Clock) -> tuple[RateCurve, float]:
+def _layer_rates(shape: ModelShape, dtype: torch.dtype) -> tuple[RateCurve, float]:
     """(the curve of all products of the layers together, the best single rate)."""
     curves: list[tuple[float, RateCurve]] = []
     for product in distinct(shape.products):
         flops = sum(p.flops_per_token for p in shape.products if _same_shape(p, product))
-        multiply = _linears(product, dtype)
-        curve = product_rates(
-            product, multiply, LAYER_ROWS, dtype, S_PER_POINT, LONGEST_CALL_S, now
-        )
+        curve = _rates(product, LAYER_ROWS, dtype)
         curves.append((flops, curve))
     rows = max((curve.rows for _, curve in curves), key=len)
     total = sum(flops for flops, _ in curves)
@@ -84,6 +83,13 @@ def _layer_rates(shape: ModelShape, dtype: torch.dtype, now: Clock) -> tuple[Rat
         for num_rows in rows
     ]
     return RateCurve(rows, tuple(rates)), max(curve.best for _, curve in curves)
+
+
+def _rates(product: Product, row_counts: Sequence[int], dtype: torch.dtype) -> RateCurve:
+    multiply = _linears(product, dtype)
+    return product_rates(
+        product, multiply, row_counts, dtype, S_PER_POINT, LONGEST_CALL_S, mean_time_s
+    )
 
 
 def _same_shape(a: Product, b: Product) -> bool:
@@ -106,7 +112,7 @@ def _linears(product: Product, dtype: torch.dtype) -> list[Linear]:
     return linears
 
 
-def _bandwidth(now: Clock) -> float:
+def _bandwidth() -> float:
     """Bytes/s of reading memory from beginning to end."""
     numbers = torch.ones(BANDWIDTH_BYTES // 4)
-    return BANDWIDTH_BYTES / quick_time_s(lambda _: numbers.sum(), S_PER_POINT, now)
+    return BANDWIDTH_BYTES / mean_time_s(lambda _: numbers.sum(), S_PER_POINT)

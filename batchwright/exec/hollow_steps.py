@@ -22,7 +22,7 @@ from batchwright.attention.backend import AttentionBackend
 from batchwright.clock import VirtualClock
 from batchwright.exec.hollow import hollow_model
 from batchwright.exec.local import LocalExecutor
-from batchwright.exec.product_rates import Clock, quick_time_s
+from batchwright.exec.product_rates import mean_time_s
 from batchwright.exec.sim import SimExecutor
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, windows_of_layers
 from batchwright.plan.cost import ModelShape, row_keys
@@ -65,7 +65,6 @@ def measure_rest(
     *,
     dtype: torch.dtype,
     attention: str,
-    now: Clock = time.perf_counter,
 ) -> Rest:
     """Time the five kinds of steps and solve for the parts.
 
@@ -92,8 +91,8 @@ def measure_rest(
     for name, rows in kinds.items():
         step = _step(rows, len(shape.attention), blocks_per_row)
         equations.append(_equation(step, shape, kv_itemsize))
-        seconds = quick_time_s(partial(_execute, executor, step), S_PER_STEP, now)
-        times_s.append(seconds + scheduling_s(MANY if name == "many" else FEW, now))
+        seconds = mean_time_s(partial(_execute, executor, step), S_PER_STEP)
+        times_s.append(seconds + scheduling_s(MANY if name == "many" else FEW))
     executor.close()
     scale = np.abs(equations).max(axis=0)
     parts = np.linalg.solve(np.array(equations) / scale, times_s) / scale
@@ -183,7 +182,7 @@ def _new_sequence(slot: int) -> NewSequence:
     return NewSequence(slot, np.zeros(NEAR - 1, np.int32), NEAR - 1, GREEDY, slot, 0, ())
 
 
-def scheduling_s(num_rows: int, now: Clock = time.perf_counter) -> float:
+def scheduling_s(num_rows: int) -> float:
     """Seconds of deciding on one step in which so many rows go on by a token each."""
     scheduler = Scheduler(
         [KVGroup(None, 2 * num_rows)],
@@ -209,12 +208,12 @@ def scheduling_s(num_rows: int, now: Clock = time.perf_counter) -> float:
     executor = SimExecutor(VirtualClock())
     times_s = []
     while scheduler.num_unfinished:
-        start_s = now()
+        start_s = time.perf_counter()
         step = scheduler.schedule()
         assert step is not None
-        scheduled_s = now()
+        scheduled_s = time.perf_counter()
         result = executor.execute(step)
-        executed_s = now()
+        executed_s = time.perf_counter()
         scheduler.update(result)
-        times_s.append(now() - executed_s + scheduled_s - start_s)
+        times_s.append(time.perf_counter() - executed_s + scheduled_s - start_s)
     return sorted(times_s)[len(times_s) // 4]

@@ -24,7 +24,7 @@ COLD_BYTES = 128 * 2**20
 MIN_CALLS, MAX_CALLS = 3, 200
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
-Clock = Callable[[], float]
+Timer = Callable[[Callable[[int], object], float], float]
 
 
 class Ceiling(NamedTuple):
@@ -65,7 +65,7 @@ def product_rates(
     dtype: torch.dtype,
     seconds_per_point: float,
     longest_call_s: float = float("inf"),
-    now: Clock = time.perf_counter,
+    timer: Timer | None = None,
 ) -> RateCurve:
     """Rates of products of one shape.
 
@@ -74,6 +74,7 @@ def product_rates(
         row_counts: ascending.
         seconds_per_point: spent on each; a product that takes longer is called MIN_CALLS times.
         longest_call_s: row counts whose products would take longer are left out.
+        timer: `quick_time_s` or `mean_time_s`.
     """
     rows: list[int] = []
     rates: list[float] = []
@@ -83,7 +84,8 @@ def product_rates(
             if rates and num_rows * flops_per_row / rates[-1] > longest_call_s:
                 break
             x = torch.rand(num_rows, product.in_features).to(dtype)
-            seconds = quick_time_s(partial(_take_turns, multiply, x), seconds_per_point, now)
+            call = partial(_take_turns, multiply, x)
+            seconds = (timer or quick_time_s)(call, seconds_per_point)
             rows.append(num_rows)
             rates.append(num_rows * flops_per_row / seconds)
     return RateCurve(tuple(rows), tuple(rates))
@@ -101,20 +103,29 @@ def cold_weights(product: Product, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.full(shape, 0.01, dtype=dtype) for _ in range(count)]
 
 
-def quick_time_s(
-    call: Callable[[int], object], seconds: float, now: Clock = time.perf_counter
-) -> float:
-    """First quartile of the times of as many calls as fit: noise only adds. One call warms up.
+def quick_time_s(call: Callable[[int], object], seconds: float) -> float:
+    """What a call takes when nothing disturbs it: the first quartile, since noise only adds.
 
     Args:
         call: is given the number of the call.
-        now: the clock.
+        seconds: spent, about; one more call warms up.
     """
+    times_s = _times_s(call, seconds)
+    return sorted(times_s)[len(times_s) // 4]
+
+
+def mean_time_s(call: Callable[[int], object], seconds: float) -> float:
+    """What a call takes on average, whatever else the machine does; as `quick_time_s`."""
+    times_s = _times_s(call, seconds)
+    return sum(times_s) / len(times_s)
+
+
+def _times_s(call: Callable[[int], object], seconds: float) -> list[float]:
     call(0)
     times_s: list[float] = []
-    end = now() + seconds
-    while len(times_s) < MIN_CALLS or (now() < end and len(times_s) < MAX_CALLS):
-        start = now()
+    end = time.perf_counter() + seconds
+    while len(times_s) < MIN_CALLS or (time.perf_counter() < end and len(times_s) < MAX_CALLS):
+        start = time.perf_counter()
         call(len(times_s) + 1)
-        times_s.append(now() - start)
-    return sorted(times_s)[len(times_s) // 4]
+        times_s.append(time.perf_counter() - start)
+    return times_s

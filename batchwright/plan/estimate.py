@@ -44,15 +44,26 @@ class OutputLengths:
 def output_lengths(columns: RowColumns, used_share: float | None) -> OutputLengths:
     """Bounds from what rows allow, and between them what finished rows used, or LIKELY_SHARE.
 
+    The likely lengths are not all of one share: some rows end early, some use all. That makes the
+    end of a job longer, when few rows run. LIKELY_SHARE spreads them evenly from nothing to all.
+
     Args:
         used_share: share of their allowed tokens that finished rows used; None if there are none.
     """
     share = LIKELY_SHARE if used_share is None else used_share
-    likely = np.rint(share * columns.most_output).astype(np.int64)
+    used = even_numbers(len(columns)) ** (1 / max(share, 1e-3) - 1)  # whose mean is `share`
+    likely = np.rint(used * columns.most_output).astype(np.int64)
     likely = np.clip(likely, columns.least_output, columns.most_output)
     return OutputLengths(
         columns.least_output, likely, columns.most_output, share, used_share is not None
     )
+
+
+def even_numbers(count: int) -> npt.NDArray[np.float64]:
+    """So many numbers between 0 and 1, in no order, that cover it evenly; always the same."""
+    golden_ratio = (1 + 5**0.5) / 2
+    numbers: npt.NDArray[np.float64] = (np.arange(count) + 0.5) * golden_ratio % 1
+    return numbers
 
 
 @dataclass(frozen=True, slots=True)

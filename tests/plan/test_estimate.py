@@ -151,13 +151,17 @@ def test_rows_beyond_the_horizon_share_nothing() -> None:
     assert tokens.num_shared_in_job == 4
 
 
-@pytest.mark.parametrize(
-    ("share", "likely"), [(None, 50), (0.1, 10), (0.001, 1)], ids=["guess", "measured", "least"]
-)
-def test_outputs_of_unknown_length(share: float | None, likely: int) -> None:
-    params = SamplingParams(max_tokens=100)
-    tokens, _ = estimate(job_rows([request(0, [1], params=params)]), share=share)
-    assert tokens.output == (1, likely, 100)
+@pytest.mark.parametrize("share", [None, 0.1, 0.9, 1.0])
+def test_outputs_of_unknown_length(share: float | None) -> None:
+    params = SamplingParams(max_tokens=200, temperature=1.0)
+    rows = job_rows([request(i, [i], params=params) for i in range(1000)])
+    low, likely, high = estimate(rows, share=share)[0].output
+    assert (low, high) == (1000, 200_000)
+    assert likely == pytest.approx(200_000 * (0.5 if share is None else share), rel=0.03)
+    lengths = output_lengths(rows.columns(), share)
+    assert lengths.is_measured == (share is not None)
+    assert lengths.likely.min() >= 1
+    assert lengths.likely.max() >= 198  # some use all that they may
 
 
 def test_min_tokens_are_the_least() -> None:
