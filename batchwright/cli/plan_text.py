@@ -74,10 +74,8 @@ def _token_lines(plan: JobPlan) -> Iterator[str]:
     if high:
         yield _line("outputs", f"{likely:,} tokens likely, {low:,} to {high:,}")
         reason = "as finished rows did" if plan.share_is_measured else "a guess: none is finished"
-        yield _line(
-            "",
-            f"likely: {plan.output_share:.0%} of what rows allow on average ({reason}); high: all of it",
-        )
+        share = f"{plan.output_share:.0%} of what rows allow on average"
+        yield _line("", f"likely: {share} ({reason}); high: all of it")
 
 
 def _memory_lines(plan: JobPlan) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 Products are timed with weights made for it; attention, norms, activations and draws in steps of a
 hollow model (`hollow.py`) on the executor itself; scheduling in an engine whose model is simulated.
-Means, not best times, and nothing is kept: a machine that is busy now is slow for the job too.
+Usual times, not the best, and nothing is kept: a machine that is busy now may stay so.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from batchwright.exec.hollow_steps import measure_rest
 from batchwright.exec.product_rates import (
     cold_weights,
     distinct,
-    mean_time_s,
     product_rates,
+    usual_time_s,
 )
 from batchwright.models.layers import Linear
 from batchwright.models.row_invariance import REMEDIES, find_remedy
@@ -55,7 +55,7 @@ def calibrate(
         dtype,
         S_PER_POINT,
         LONGEST_CALL_S,
-        mean_time_s,
+        usual_time_s,
     )
     rest = measure_rest(config, shape, dtype=dtype, attention=attention)
     return Hardware(
@@ -88,7 +88,7 @@ def _layer_rates(shape: ModelShape, dtype: torch.dtype) -> tuple[RateCurve, floa
 def _rates(product: Product, row_counts: Sequence[int], dtype: torch.dtype) -> RateCurve:
     multiply = _linears(product, dtype)
     return product_rates(
-        product, multiply, row_counts, dtype, S_PER_POINT, LONGEST_CALL_S, mean_time_s
+        product, multiply, row_counts, dtype, S_PER_POINT, LONGEST_CALL_S, usual_time_s
     )
 
 
@@ -115,4 +115,4 @@ def _linears(product: Product, dtype: torch.dtype) -> list[Linear]:
 def _bandwidth() -> float:
     """Bytes/s of reading memory from beginning to end."""
     numbers = torch.ones(BANDWIDTH_BYTES // 4)
-    return BANDWIDTH_BYTES / mean_time_s(lambda _: numbers.sum(), S_PER_POINT)
+    return BANDWIDTH_BYTES / usual_time_s(lambda _: numbers.sum(), S_PER_POINT)

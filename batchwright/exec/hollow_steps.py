@@ -22,7 +22,7 @@ from batchwright.attention.backend import AttentionBackend
 from batchwright.clock import VirtualClock
 from batchwright.exec.hollow import hollow_model
 from batchwright.exec.local import LocalExecutor
-from batchwright.exec.product_rates import mean_time_s
+from batchwright.exec.product_rates import usual_time_s
 from batchwright.exec.sim import SimExecutor
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, windows_of_layers
 from batchwright.plan.cost import ModelShape, row_keys
@@ -91,7 +91,7 @@ def measure_rest(
     for name, rows in kinds.items():
         step = _step(rows, len(shape.attention), blocks_per_row)
         equations.append(_equation(step, shape, kv_itemsize))
-        seconds = mean_time_s(partial(_execute, executor, step), S_PER_STEP)
+        seconds = usual_time_s(partial(_execute, executor, step), S_PER_STEP)
         times_s.append(seconds + scheduling_s(MANY if name == "many" else FEW))
     executor.close()
     scale = np.abs(equations).max(axis=0)

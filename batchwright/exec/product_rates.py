@@ -74,7 +74,7 @@ def product_rates(
         row_counts: ascending.
         seconds_per_point: spent on each; a product that takes longer is called MIN_CALLS times.
         longest_call_s: row counts whose products would take longer are left out.
-        timer: `quick_time_s` or `mean_time_s`.
+        timer: `quick_time_s` or `usual_time_s`.
     """
     rows: list[int] = []
     rates: list[float] = []
@@ -114,10 +114,10 @@ def quick_time_s(call: Callable[[int], object], seconds: float) -> float:
     return sorted(times_s)[len(times_s) // 4]
 
 
-def mean_time_s(call: Callable[[int], object], seconds: float) -> float:
-    """What a call takes on average, whatever else the machine does; as `quick_time_s`."""
+def usual_time_s(call: Callable[[int], object], seconds: float) -> float:
+    """What a call usually takes, the median; as `quick_time_s`."""
     times_s = _times_s(call, seconds)
-    return sum(times_s) / len(times_s)
+    return sorted(times_s)[len(times_s) // 2]
 
 
 def _times_s(call: Callable[[int], object], seconds: float) -> list[float]:

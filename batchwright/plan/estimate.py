@@ -62,8 +62,7 @@ def output_lengths(columns: RowColumns, used_share: float | None) -> OutputLengt
 def even_numbers(count: int) -> npt.NDArray[np.float64]:
     """So many numbers between 0 and 1, in no order, that cover it evenly; always the same."""
     golden_ratio = (1 + 5**0.5) / 2
-    numbers: npt.NDArray[np.float64] = (np.arange(count) + 0.5) * golden_ratio % 1
-    return numbers
+    return (np.arange(count, dtype=np.float64) + 0.5) * golden_ratio % 1
 
 
 @dataclass(frozen=True, slots=True)
