@@ -92,11 +92,15 @@ def show_plan(
     as_json: bool = False,
 ) -> int:
     """Plan and print; returns the exit status. `run --dry-run` is this too."""
+    from rich.console import Console
+
     from batchwright.cli.plan_text import plan_as_json, plan_as_text
+    from batchwright.cli.run import set_up_logging
     from batchwright.config import EngineConfig
     from batchwright.job.disk_space import free_bytes
     from batchwright.plan.prices import read_prices
 
+    set_up_logging(Console(stderr=True))
     EngineConfig(**settings).check()
     price_list = None if prices is None else read_prices(prices)
     found = _plan(arguments, model, settings)

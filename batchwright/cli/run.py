@@ -171,7 +171,7 @@ def _run(
 
     EngineConfig(**settings).check()
     log = Console(stderr=True)
-    _set_up_logging(log)
+    set_up_logging(log)
     with FileJob(arguments) as job:
         start_s = time.perf_counter()
         try:
@@ -245,7 +245,7 @@ def stop_on_signals() -> Iterator[StopControl]:
             signal.signal(number, handler)
 
 
-def _set_up_logging(console: Console) -> None:
+def set_up_logging(console: Console) -> None:
     """Show what the library has to say, above the bar on a terminal."""
     from rich.logging import RichHandler
 

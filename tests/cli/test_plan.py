@@ -358,6 +358,7 @@ def test_prices_and_json_go_with_a_dry_run(command: Command, source: Path) -> No
 
 def test_sound_rows_give_status_0(command: Command, source: Path) -> None:
     write_lines(source, [chat_row("a", max_tokens=5)])
-    status, out, _ = command("plan", source, "--model", "smollm2")
+    status, out, err = command("plan", source, "--model", "smollm2")
     assert status == 0
+    assert err == "rows name the model 'm'; smollm2 answers them\n"
     assert "rows      1 read\n" in out
