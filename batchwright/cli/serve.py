@@ -103,14 +103,14 @@ def _serve(settings: ServerSettings, engine: dict[str, Any]) -> int:
     """Check, listen, load, serve; returns the exit status."""
     from rich.console import Console
 
-    from batchwright.cli.run import _set_up_logging, load
+    from batchwright.cli.run import load, set_up_logging
     from batchwright.server.parts import Parts, lock_data
     from batchwright.server.run import listen
     from batchwright.server.run import serve as run_server
     from batchwright.weights.locate import locate_model
 
     log = Console(stderr=True)
-    _set_up_logging(log)
+    set_up_logging(log)
 
     def say(text: str) -> None:
         log.print(text, markup=False, highlight=False, soft_wrap=True)
