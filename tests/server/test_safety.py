@@ -174,6 +174,7 @@ PURPOSE = ("purpose", None, b"batch")
         ("a\x1b[31m.jsonl", "a[31m.jsonl"),
         ("", "file.jsonl"),
         ("..", ".."),
+        ("日本.jsonl", "日本.jsonl"),
         ("x" * 500, "x" * 200),
     ],
 )
@@ -212,6 +213,11 @@ def test_what_is_no_form(server: RunningServer) -> None:
     for wrong in (body[:-9], b"", b"nonsense"):
         assert server.error("POST", "/v1/files", wrong, headers)[0] == 400
     assert server.error("POST", "/v1/files", b"{}", {"Content-Type": "application/json"})[0] == 400
+    long = {"Content-Type": headers["Content-Type"] + 300 * "B"}
+    assert server.error("POST", "/v1/files", body, long)[0] == 400
+    for more in (b"X: " + 5000 * b"y" + b"\r\n", 20 * b"X: y\r\n"):
+        wrong = body.replace(b"--B\r\n", b"--B\r\n" + more)
+        assert server.error("POST", "/v1/files", wrong, headers)[0] == 400
     assert not list((server.settings.data / "files").iterdir())
 
 
