@@ -1,4 +1,4 @@
-"""Forms that bring a file to the server, in pieces of any size."""
+"""Forms that bring a file to the server, in pieces."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from batchwright.server.upload import MAX_FIELD_BYTES, MAX_PARTS, Upload
 from tests.fuzz.allocation import allocates_in_proportion, file_of
 
 MAX_FILE_BYTES = 512
+MAX_PIECES = 32
 
 
 def run(data: bytes) -> None:
-    """The first byte is the size of the pieces; up to the first line break is the content type."""
-    size, (kind, _, body) = (data[0] if data else 0) + 1, data[1:].partition(b"\n")
+    """First byte: the least size of pieces; up to the first line break: the content type."""
+    kind, _, body = data[1:].partition(b"\n")
+    size = max(data[0] if data else 1, len(body) // MAX_PIECES, 1)
     path = file_of(b"", "upload")
     path.unlink()
     with allocates_in_proportion(len(data)):
