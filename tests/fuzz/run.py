@@ -14,7 +14,11 @@ from importlib import import_module
 from pathlib import Path
 
 TARGETS = (
-    *("rows", "gguf_header", "safetensors_header", "row_template", "answer_parts"),
+    "rows",
+    "gguf_header",
+    "safetensors_header",
+    "row_template",
+    "answer_parts",
     "upload_form",
 )
 RSS_MIB, TIMEOUT_S, MAX_BYTES = 2048, 20, 16384
