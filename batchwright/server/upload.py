@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from batchwright.job.durable import write_all
 from batchwright.server.api_error import ApiError, missing
-from batchwright.server.bodies import declared_bytes, too_large
+from batchwright.server.bodies import too_large
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -57,7 +57,6 @@ class Upload:
             OSError: the disk fails.
         """
         parser = self._parser(request)
-        declared_bytes(request, self._max_bytes + FORM_BYTES)
         stream = request.stream()
         try:
             while True:
@@ -99,7 +98,10 @@ class Upload:
             "on_part_end": self._end_part,
             "on_end": self._end,
         }
-        return MultipartParser(boundary, callbacks)
+        try:
+            return MultipartParser(boundary, callbacks)
+        except FormParserError:
+            raise ApiError(400, "the form's boundary is too long", code="invalid_form") from None
 
     def _begin_part(self) -> None:
         self._num_parts += 1
@@ -109,13 +111,17 @@ class Upload:
 
     def _add_name(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
+        if len(self._header_name) > MAX_FIELD_BYTES:
+            raise too_large(len(self._header_name), MAX_FIELD_BYTES)
 
     def _add_value(self, data: bytes, start: int, end: int) -> None:
         self._header_value += data[start:end]
+        if len(self._header_value) > MAX_FIELD_BYTES:  # older parsers have no limit of their own
+            raise too_large(len(self._header_value), MAX_FIELD_BYTES)
 
     def _end_header(self) -> None:
         name = self._header_name.decode("latin-1").lower()
-        self._headers[name] = self._header_value.decode("utf-8", "replace")
+        self._headers[name] = self._header_value.decode("latin-1")  # as the parser encodes it
         self._header_name, self._header_value = b"", b""
 
     def _end_headers(self) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from batchwright.errors import RequestError
 from batchwright.job.formats.read_input import read_input
 from batchwright.job.rows import InputRow, RowError
+from batchwright.parts import Parts
 from batchwright.plan.cost import ModelShape
 from batchwright.request import (
     NO_MARKUP,
@@ -175,6 +176,11 @@ class FakeModel:
 
 
 def answer(request: Request, reason: FinishReason) -> Result:
+    if request.parts:
+        parts = Parts()
+        parts.open(request)
+        (whole,), _ = parts.take(answer(part, reason) for part in request.parts)
+        return whole
     text = str(len(request.prompt_token_ids))
     return Result(
         request_id=request.id,
