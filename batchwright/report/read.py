@@ -111,6 +111,8 @@ def find_job(path: str | Path) -> Path:
     Raises:
         ConfigError: there is no job.
     """
+    if not str(path):
+        raise ConfigError("the job's name is empty; give its output, or its directory OUT.job")
     given, beside = Path(path), job_directory_for(path)
     for directory in (given, beside):
         if directory.is_dir() and (directory / "lock").exists():

@@ -160,13 +160,14 @@ class FakeModel:
     grammars: Any = None
     name: str = "fake"
     shape: ModelShape | None = None
+    more_identity: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def token_bytes(token_id: int) -> bytes:
         return token_bytes(token_id)
 
     def identity(self) -> dict[str, Any]:
-        return {"model": self.name}
+        return {"model": self.name, **self.more_identity}
 
     def compile_s(self) -> float:
         return 0.0
