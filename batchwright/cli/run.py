@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import sys
 import time
@@ -187,9 +186,10 @@ def run(
         if metrics_port is None:
             status = _run(arguments, model, given)
         else:
+            from batchwright.job.directory import printable_name
             from batchwright.report.prometheus import MetricsPort
 
-            with MetricsPort(os.path.basename(output), metrics_port) as port:
+            with MetricsPort(printable_name(output), metrics_port) as port:
                 print(f"Metrics: {port.url}", file=sys.stderr)
                 status = _run(arguments, model, given, watch=port.on_event)
     except KeyboardInterrupt:  # before the job or after it; in between it is a request to stop

@@ -50,6 +50,11 @@ def job_directory_for(output: str | Path) -> Path:
     return Path(f"{path}{SUFFIX}")
 
 
+def printable_name(path: str) -> str:
+    """A path's last part as text that can be encoded; names of files may be any bytes."""
+    return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
+
+
 class JobDirectory:
     """A job directory, locked by this process until `close`.
 
