@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from batchwright.job.durable import write_all
 from batchwright.server.api_error import ApiError, missing
-from batchwright.server.bodies import declared_bytes, too_large
+from batchwright.server.bodies import too_large
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -59,7 +59,6 @@ class Upload:
             OSError: the disk fails.
         """
         parser = self._parser(request)
-        declared_bytes(request, self._max_bytes + FORM_BYTES)
         stream = request.stream()
         try:
             while True:

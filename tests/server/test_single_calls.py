@@ -44,6 +44,16 @@ def test_a_list_of_prompts_is_counted_through(common: RunningServer) -> None:
     assert answer.usage is not None and answer.usage.prompt_tokens == 6
 
 
+def test_a_list_may_be_as_long_as_in_a_row(common: RunningServer) -> None:
+    client = common.client()
+    answer = client.completions.create(model=MODEL, prompt=["a"] * 2048, max_tokens=1)
+    assert [choice.index for choice in answer.choices] == list(range(2048))
+    with pytest.raises(openai.BadRequestError, match="at most 2048"):
+        client.completions.create(model=MODEL, prompt=["a"] * 2049, max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="entry 1 of the list"):
+        client.completions.create(model=MODEL, prompt=["a", "\0"], max_tokens=1)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "param"),
     [
