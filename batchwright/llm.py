@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
@@ -15,23 +14,21 @@ import torch
 
 from batchwright import kernels, techniques
 from batchwright.attention.backend import AttentionBackend, block_bytes
-from batchwright.config import AUTO_ORDER, EngineConfig, ResolvedConfig
+from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.engine import Engine
 from batchwright.errors import ConfigError, RequestError
 from batchwright.exec.local import LocalExecutor
 from batchwright.exec.memory import available_memory_bytes
-from batchwright.exec.sim import LinearCost
-from batchwright.kv.groups import KVGroup, windows_of_layers
+from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model, read_config
 from batchwright.models.row_invariance import ensure_row_invariance
 from batchwright.models.shape import shape_of
-from batchwright.plan.auto_order import AutoOrder
+from batchwright.opened_model import answer_identity, engine_settings
 from batchwright.plan.cost import ModelShape
-from batchwright.plan.order import OrderFunction, find_order
-from batchwright.request import DEFAULT_MAX_TOKENS, Request, Result, SamplingParams, Task
+from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
-from batchwright.simulate import SimulatedEngine
+from batchwright.simulate import chosen_order
 from batchwright.structured.compile import GrammarCompiler
 from batchwright.text.continuation import join, prefix_token_id
 from batchwright.text.token_bytes import token_bytes
@@ -67,12 +64,8 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **settings: Any) -> None:
-        fields = {field.name for field in dataclasses.fields(EngineConfig)}
-        if unknown := sorted(settings.keys() - fields):
-            raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {sorted(fields)}")
+        config = engine_settings(settings)
         self.name = str(model)
-        config = EngineConfig(**settings)
-        config.check()
         path = locate_model(self.name)
         self.tokenizer: Tokenizer = load_tokenizer(path)
         checkpoint = open_checkpoint(path)
@@ -190,21 +183,8 @@ class LLM:
         return token_bytes(self.tokenizer.backend)
 
     def identity(self) -> dict[str, Any]:
-        """What answers depend on besides the rows: a job that goes on must have the same.
-
-        Settings of device, batch and schedule change no answer and are not in it.
-        """
-        tokenizer = hashlib.blake2b(self.tokenizer.backend.to_str().encode(), digest_size=16)
-        template = hashlib.blake2b(repr(self.tokenizer.chat_template).encode(), digest_size=16)
-        return {
-            "model": self._fingerprint,
-            "tokenizer": tokenizer.hexdigest(),
-            "chat_template": template.hexdigest(),
-            "dtype": self.config.dtype,
-            "max_model_len": self.config.max_model_len,
-            "seed": self.config.seed,
-            "default_max_tokens": DEFAULT_MAX_TOKENS,
-        }
+        """What answers depend on besides the rows: a job that goes on must have the same."""
+        return answer_identity(self._fingerprint, self.tokenizer, self.config)
 
     @property
     def shape(self) -> ModelShape | None:
@@ -239,10 +219,11 @@ def build_engine(
     torch.set_num_threads(resolved.num_threads)  # after the kernels': starting theirs resets it
     dtype = getattr(torch, resolved.dtype)
     backend = _backend(resolved)
+    kv_dtype = backend.kv_dtype(dtype)
     model = load_model(checkpoint, dtype=dtype, max_positions=resolved.max_model_len)
     ensure_row_invariance(model, resolved.max_num_batched_tokens)
     windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
-    groups = resolved.kv_groups(windows, _block_bytes(model, group_of_layer, resolved, dtype))
+    groups = resolved.kv_groups(windows, _block_bytes(model, group_of_layer, resolved, kv_dtype))
     logger.info(
         "memory for keys and values: up to %s, %.1f GB, taken as needed",
         " and ".join(
@@ -261,7 +242,7 @@ def build_engine(
         max_num_seqs=resolved.max_num_seqs,
         max_model_len=resolved.max_model_len,
         vocab_size=model_config["vocab_size"],
-        kv_dtype=dtype,
+        kv_dtype=kv_dtype,
     )
     scheduler = Scheduler(
         groups,
@@ -270,7 +251,7 @@ def build_engine(
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         max_model_len=resolved.max_model_len,
         prefix_sharing=resolved.prefix_sharing,
-        order=_order(resolved, groups),
+        order=chosen_order(resolved, groups),
     )
     engine = Engine(
         scheduler,
@@ -288,20 +269,6 @@ def build_engine(
 
 def _backend(config: ResolvedConfig) -> AttentionBackend:
     return techniques.find("attention.backends", config.attention).Backend()
-
-
-def _order(config: ResolvedConfig, groups: Sequence[KVGroup]) -> OrderFunction:
-    if config.order != AUTO_ORDER:
-        return find_order(config.order)
-    simulated = SimulatedEngine(
-        groups,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        cost=LinearCost(),
-    )
-    return AutoOrder(simulated.predict, techniques.names("plan.orders"))
 
 
 def _block_bytes(

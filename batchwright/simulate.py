@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from batchwright import techniques
 from batchwright.clock import VirtualClock
+from batchwright.config import AUTO_ORDER, ResolvedConfig
 from batchwright.exec.sim import LinearCost, SimExecutor
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
-from batchwright.plan.auto_order import Prediction, shared_tokens
-from batchwright.plan.order import JobFacts, OrderFunction
+from batchwright.plan.auto_order import AutoOrder, Prediction, shared_tokens
+from batchwright.plan.order import JobFacts, OrderFunction, find_order
 from batchwright.request import Request, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import Sequence
@@ -102,3 +104,18 @@ class SimulatedEngine:
                 )
             )
         return sequences
+
+
+def chosen_order(config: ResolvedConfig, groups: Seq[KVGroup]) -> OrderFunction:
+    """The order in which an engine with these settings starts rows."""
+    if config.order != AUTO_ORDER:
+        return find_order(config.order)
+    simulated = SimulatedEngine(
+        groups,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        cost=LinearCost(),
+    )
+    return AutoOrder(simulated.predict, techniques.names("plan.orders"))

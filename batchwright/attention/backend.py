@@ -55,6 +55,10 @@ class KVLayer(Protocol):
 class AttentionBackend(Protocol):
     """Rotates, writes KV and attends for one layer of a ragged step."""
 
+    def kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which a model of `dtype` has its keys and values kept."""
+        ...
+
     def allocate(
         self, spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> KVLayer:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from batchwright.cli.plan import plan
 from batchwright.cli.report import report
 from batchwright.cli.run import run
 from batchwright.cli.serve import serve
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut long option names off
 )
 app.command()(run)
+app.command()(plan)
 app.command()(serve)
 app.command()(validate)
 app.command()(status)

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
+
+from batchwright.cli.numbers import parse_count
+
+
+class DtypeName(StrEnum):
+    """Number format of weights and activations."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+InputPath = Annotated[
+    str | None,
+    typer.Argument(metavar="IN", help="File of requests; - is stdin (JSONL).", show_default=False),
+]
+InputOption = Annotated[
+    str | None, typer.Option("-i", "--input", metavar="IN", help="The same as IN.")
+]
+Model = Annotated[str, typer.Option(help="smollm2, a Hugging Face directory, or a GGUF file.")]
 
 Column = Annotated[
     list[str] | None,
@@ -16,3 +37,66 @@ Template = Annotated[
 Endpoint = Annotated[
     str | None, typer.Option(metavar="URL", help="Where rows go: /v1/chat/completions, ...")
 ]
+Limit = Annotated[
+    int | None, typer.Option(parser=parse_count, metavar="N", help="Only the first N rows.")
+]
+Sample = Annotated[
+    int | None,
+    typer.Option(parser=parse_count, metavar="N", help="Only N rows, chosen by their ids."),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(metavar="I/N", help="Only part I of N; rows are divided by their ids."),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(parser=parse_count, metavar="N", help="Most tokens of a row, prompt and output."),
+]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option(parser=parse_count, metavar="N", help="Most sequences running at once."),
+]
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    typer.Option(parser=parse_count, metavar="N", help="Most tokens computed in one step."),
+]
+KVCacheMemory = Annotated[
+    int | None,
+    typer.Option(parser=parse_count, metavar="BYTES", help="Memory for keys and values: 4G."),
+]
+KVTokens = Annotated[
+    int | None,
+    typer.Option(parser=parse_count, metavar="N", help="Most tokens of keys and values kept."),
+]
+Order = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="In which order rows start (fcfs); docs/orders.md."),
+]
+Dtype = Annotated[DtypeName, typer.Option(help="Number format to compute in.")]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one per core.")]
+NoPrefixSharing = Annotated[
+    bool, typer.Option("--no-prefix-sharing", help="Compute shared prefixes for each row.")
+]
+Prices = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Price list (TOML); docs/plan.md.")
+]
+
+
+def one_source(input_path: str | None, input_option: str | None) -> str:
+    """The input, which is given as an argument or with -i.
+
+    Raises:
+        typer.BadParameter: it is given twice or not at all.
+    """
+    source = input_path if input_option is None else input_option
+    if source is None or (input_path is not None and input_option is not None):
+        raise typer.BadParameter("give the input file once, as IN or with -i")
+    return source
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """The engine's settings that the user has given."""
+    return {name: value for name, value in settings.items() if value is not None}

@@ -9,13 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from batchwright.cli import options
-from batchwright.cli.numbers import parse_count, parse_duration, parse_shard
+from batchwright.cli.numbers import parse_duration, parse_shard
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,28 +30,13 @@ SOME_ROWS_FAILED = 1
 INTERRUPTED = 75  # the same command goes on where it was left
 
 
-class Dtype(StrEnum):
-    """Number format of weights and activations."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
 def run(
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="OUT", help="Result file; - is stdout.")
     ],
-    model: Annotated[str, typer.Option(help="smollm2, a Hugging Face directory, or a GGUF file.")],
-    input_path: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="IN", help="File of requests; - is stdin (JSONL).", show_default=False
-        ),
-    ] = None,
-    input_option: Annotated[
-        str | None, typer.Option("-i", "--input", metavar="IN", help="The same as IN.")
-    ] = None,
+    model: options.Model,
+    input_path: options.InputPath = None,
+    input_option: options.InputOption = None,
     error_file: Annotated[
         str | None,
         typer.Option(
@@ -71,17 +55,9 @@ def run(
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Do not run rows again that failed before.")
     ] = False,
-    limit: Annotated[
-        int | None, typer.Option(parser=parse_count, metavar="N", help="Only the first N rows.")
-    ] = None,
-    sample: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Only N rows, chosen by their ids."),
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Only part I of N; rows are divided by their ids."),
-    ] = None,
+    limit: options.Limit = None,
+    sample: options.Sample = None,
+    shard: options.Shard = None,
     deadline: Annotated[
         float | None,
         typer.Option(
@@ -94,41 +70,22 @@ def run(
             parser=parse_duration, metavar="TIME", help="A row that has run for TIME expires."
         ),
     ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_count, metavar="N", help="Most tokens of a row, prompt and output."
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Most sequences running at once."),
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Most tokens computed in one step."),
-    ] = None,
-    kv_cache_memory: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="BYTES", help="Memory for keys and values: 4G."),
-    ] = None,
-    kv_tokens: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Most tokens of keys and values kept."),
-    ] = None,
-    order: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="In which order rows start (fcfs); docs/orders.md."),
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = Dtype.auto,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
-    ] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; by default one per core.")
-    ] = None,
-    no_prefix_sharing: Annotated[
-        bool, typer.Option("--no-prefix-sharing", help="Compute shared prefixes for each row.")
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    kv_cache_memory: options.KVCacheMemory = None,
+    kv_tokens: options.KVTokens = None,
+    order: options.Order = None,
+    dtype: options.Dtype = options.DtypeName.auto,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    no_prefix_sharing: options.NoPrefixSharing = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, as batchwright plan.")
+    ] = False,
+    prices: options.Prices = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: one JSON object.")
     ] = False,
     metrics_port: Annotated[
         int | None,
@@ -149,24 +106,20 @@ def run(
     """
     from batchwright.job.preflight import JobArguments
 
-    if (input_path is None) == (input_option is None):
-        raise typer.BadParameter("give the input file once, as IN or with -i")
-    source = input_path if input_path is not None else input_option
-    assert source is not None
-    settings = {
-        "dtype": dtype.value,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "kv_cache_bytes": kv_cache_memory,
-        "kv_tokens": kv_tokens,
-        "order": order,
-        "num_threads": threads,
-        "seed": seed,
-        "prefix_sharing": not no_prefix_sharing,
-    }
+    settings = options.given(
+        dtype=dtype.value,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_bytes=kv_cache_memory,
+        kv_tokens=kv_tokens,
+        order=order,
+        num_threads=threads,
+        seed=seed,
+        prefix_sharing=not no_prefix_sharing,
+    )
     arguments = JobArguments(
-        source=source,
+        source=options.one_source(input_path, input_option),
         output=output,
         errors=error_file,
         column=column,
@@ -181,17 +134,22 @@ def run(
         deadline_s=math.inf if deadline is None else deadline,
         row_timeout_s=math.inf if row_timeout is None else row_timeout,
     )
-    given = {name: value for name, value in settings.items() if value is not None}
+    if dry_run:
+        from batchwright.cli.plan import show_plan
+
+        raise typer.Exit(show_plan(arguments, model, settings, prices=prices, as_json=as_json))
+    if prices is not None or as_json:
+        raise typer.BadParameter("--prices and --json go with --dry-run")
     try:
         if metrics_port is None:
-            status = _run(arguments, model, given)
+            status = _run(arguments, model, settings)
         else:
             from batchwright.job.directory import printable_name
             from batchwright.report.prometheus import MetricsPort
 
             with MetricsPort(printable_name(output), metrics_port) as port:
                 print(f"Metrics: {port.url}", file=sys.stderr)
-                status = _run(arguments, model, given, watch=port.on_event)
+                status = _run(arguments, model, settings, watch=port.on_event)
     except KeyboardInterrupt:  # before the job or after it; in between it is a request to stop
         goes_on = "" if output == "-" else "; the same command goes on"
         print(f"batchwright: interrupted{goes_on}", file=sys.stderr)
@@ -230,7 +188,7 @@ def _run(
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that mean the same before a model is loaded as after it."""
     names = [name for name in ("seed", "max_model_len") if name in settings]
-    if settings.get("dtype") != Dtype.auto:
+    if settings.get("dtype") != options.DtypeName.auto:
         names.append("dtype")
     return {name: settings[name] for name in names}
 

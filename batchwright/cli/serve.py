@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from batchwright.cli import options
 from batchwright.cli.numbers import parse_count
-from batchwright.cli.run import Dtype
 
 if TYPE_CHECKING:
     from batchwright.server.settings import ServerSettings
@@ -54,7 +54,7 @@ def serve(
         int | None,
         typer.Option(parser=parse_count, metavar="BYTES", help="Memory for keys and values: 4G."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = Dtype.auto,
+    dtype: options.Dtype = options.DtypeName.auto,
     seed: Annotated[
         int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
     ] = 0,

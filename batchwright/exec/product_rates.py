@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ COLD_BYTES = 128 * 2**20
 """Products take turns at so many bytes of weights: these come from memory then, as a model's do."""
 
 MIN_CALLS, MAX_CALLS = 3, 200
+
+Multiply = Callable[[torch.Tensor], torch.Tensor]
+Timer = Callable[[Callable[[int], object], float], float]
 
 
 class Ceiling(NamedTuple):
@@ -42,7 +46,9 @@ def measure_ceiling(
     """The best shape and number of rows, with the threads torch has now."""
 
     def best(product: Product) -> float:
-        return product_rates(product, CEILING_ROWS, dtype, seconds_per_point).best
+        weights = cold_weights(product, dtype)
+        multiply = [partial(F.linear, weight=weight) for weight in weights]
+        return product_rates(product, multiply, CEILING_ROWS, dtype, seconds_per_point).best
 
     return Ceiling(layers=max(map(best, distinct(shape.products))), head=best(shape.head))
 
@@ -53,30 +59,44 @@ def distinct(products: Sequence[Product]) -> list[Product]:
 
 
 def product_rates(
-    product: Product, row_counts: Sequence[int], dtype: torch.dtype, seconds_per_point: float
+    product: Product,
+    multiply: Sequence[Multiply],
+    row_counts: Sequence[int],
+    dtype: torch.dtype,
+    seconds_per_point: float,
+    longest_call_s: float = float("inf"),
+    timer: Timer | None = None,
 ) -> RateCurve:
-    """Rates of products of one shape, weights and rows random.
+    """Rates of products of one shape.
 
     Args:
+        multiply: the product with one weight each; they take turns.
         row_counts: ascending.
         seconds_per_point: spent on each; a product that takes longer is called MIN_CALLS times.
+        longest_call_s: row counts whose products would take longer are left out.
+        timer: `quick_time_s` or `usual_time_s`.
     """
-    weights = _cold_weights(product, dtype)
-    rates = []
+    rows: list[int] = []
+    rates: list[float] = []
+    flops_per_row = 2 * product.in_features * product.out_features
     with torch.inference_mode():
         for num_rows in row_counts:
+            if rates and num_rows * flops_per_row / rates[-1] > longest_call_s:
+                break
             x = torch.rand(num_rows, product.in_features).to(dtype)
-
-            def call(index: int, x: torch.Tensor = x) -> torch.Tensor:
-                return F.linear(x, weights[index % len(weights)])
-
-            seconds = quick_time_s(call, seconds_per_point)
-            rates.append(2 * num_rows * product.in_features * product.out_features / seconds)
-    return RateCurve(tuple(row_counts), tuple(rates))
+            call = partial(_take_turns, multiply, x)
+            seconds = (timer or quick_time_s)(call, seconds_per_point)
+            rows.append(num_rows)
+            rates.append(num_rows * flops_per_row / seconds)
+    return RateCurve(tuple(rows), tuple(rates))
 
 
-def _cold_weights(product: Product, dtype: torch.dtype) -> list[torch.Tensor]:
-    """As many weights as the model has, or COLD_BYTES of them. What they hold takes no time."""
+def _take_turns(multiply: Sequence[Multiply], x: torch.Tensor, turn: int) -> torch.Tensor:
+    return multiply[turn % len(multiply)](x)
+
+
+def cold_weights(product: Product, dtype: torch.dtype) -> list[torch.Tensor]:
+    """As many weights as the model has, or COLD_BYTES of them. What they hold changes no time."""
     size = product.in_features * product.out_features * dtype.itemsize
     count = max(1, min(product.num_weights, COLD_BYTES // size))
     shape = (product.out_features, product.in_features)
@@ -84,11 +104,23 @@ def _cold_weights(product: Product, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def quick_time_s(call: Callable[[int], object], seconds: float) -> float:
-    """First quartile of the times of as many calls as fit: noise only adds. One call warms up.
+    """What a call takes when nothing disturbs it: the first quartile, since noise only adds.
 
     Args:
         call: is given the number of the call.
+        seconds: spent, about; one more call warms up.
     """
+    times_s = _times_s(call, seconds)
+    return sorted(times_s)[len(times_s) // 4]
+
+
+def usual_time_s(call: Callable[[int], object], seconds: float) -> float:
+    """What a call usually takes, the median; as `quick_time_s`."""
+    times_s = _times_s(call, seconds)
+    return sorted(times_s)[len(times_s) // 2]
+
+
+def _times_s(call: Callable[[int], object], seconds: float) -> list[float]:
     call(0)
     times_s: list[float] = []
     end = time.perf_counter() + seconds
@@ -96,4 +128,4 @@ def quick_time_s(call: Callable[[int], object], seconds: float) -> float:
         start = time.perf_counter()
         call(len(times_s) + 1)
         times_s.append(time.perf_counter() - start)
-    return sorted(times_s)[len(times_s) // 4]
+    return times_s

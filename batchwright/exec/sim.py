@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +18,14 @@ from batchwright.step import NewSequence, Step, StepResult
 
 ORDINARY_TOKEN = 0
 NEVER = np.iinfo(np.int32).max
+
+
+class StepCost(Protocol):
+    """How long a Step takes: `LinearCost`, or `plan.cost.CostModel`."""
+
+    def seconds(self, step: Step) -> float:
+        """Time of one Step."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,7 @@ class SimExecutor:
     def __init__(
         self,
         clock: VirtualClock,
-        cost: LinearCost | None = None,
+        cost: StepCost | None = None,
         output_length: Callable[[NewSequence], int | None] = lambda sequence: None,
     ) -> None:
         self._clock = clock

@@ -198,12 +198,22 @@ class FinishedRows:
     """Which rows an earlier run has finished: a view of the journal for another thread.
 
     Args:
-        directory: the job's directory, its journal open in this process.
+        directory: the job's directory.
         states: the states that count as finished.
+        looks_only: the journal is not open in this process, and is not to be written.
     """
 
-    def __init__(self, directory: Path, states: Sequence[RowState] = (RowState.SUCCEEDED,)) -> None:
-        self._sql = sqlite3.connect(directory / "journal.sqlite", check_same_thread=False)
+    def __init__(
+        self,
+        directory: Path,
+        states: Sequence[RowState] = (RowState.SUCCEEDED,),
+        *,
+        looks_only: bool = False,
+    ) -> None:
+        if looks_only:
+            self._sql = read_only(directory)
+        else:
+            self._sql = sqlite3.connect(directory / "journal.sqlite", check_same_thread=False)
         self._states = tuple(states)
         marks = ", ".join("?" * len(self._states))
         self.is_empty = not self._sql.execute(
@@ -306,7 +316,9 @@ def read_only(directory: Path) -> sqlite3.Connection:
     """
     path = directory / "journal.sqlite"
     try:
-        sql = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        sql = sqlite3.connect(
+            f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False
+        )
         sql.execute("SELECT 1 FROM rows LIMIT 1").fetchone()
     except sqlite3.Error as error:
         raise OutputError(f"cannot read {path}: {error}; is {directory} a job directory?") from None

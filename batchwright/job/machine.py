@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 
 import msgspec
+
+from batchwright.processor import processor
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,17 +29,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 def this_machine() -> Machine:
     """The machine this process runs on."""
     return Machine(
-        processor=_processor(),
+        processor=processor(),
         num_cpus=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         system=f"{platform.system()} {platform.machine()}",
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from batchwright import __version__
 from batchwright.errors import ConfigError
 from batchwright.job.durable import write_private
 
@@ -19,17 +20,40 @@ Manifest = Mapping[str, Any]
 _WHAT_TO_DO = "give the same as before, name another output, or start over with --force"
 
 
+def job_manifest(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> Manifest:
+    """The manifest of a job.
+
+    Args:
+        identity: what answers depend on of the model and the engine.
+        settings: how rows become prompts: columns, templates.
+    """
+    return {"engine": __version__, **identity, **settings}
+
+
 def check_manifest(path: Path, manifest: Manifest) -> bool:
     """Compare with the manifest of an earlier run, or write the first.
 
     Returns:
         Whether there was an earlier run.
     Raises:
-        ConfigError: a field differs (all that do are named), or the file is damaged.
+        ConfigError: as `compare_manifest`.
         OutputError: it cannot be written.
     """
-    if not path.exists():
+    begun = compare_manifest(path, manifest)
+    if not begun:
         write_private(path, msgspec.json.format(msgspec.json.encode(dict(manifest)), indent=2))
+    return begun
+
+
+def compare_manifest(path: Path, manifest: Manifest) -> bool:
+    """Compare with the manifest of an earlier run, if there was one; nothing is written.
+
+    Returns:
+        Whether there was an earlier run.
+    Raises:
+        ConfigError: a field differs (all that do are named), or the file is damaged.
+    """
+    if not path.exists():
         return False
     before = _read(path)
     _compare(before, manifest, sorted({*before, *manifest}))
@@ -40,7 +64,7 @@ def check_known(path: Path, known: Manifest) -> None:
     """Compare with the manifest of an earlier run, if there is one, what is known so far.
 
     Raises:
-        ConfigError: as `check_manifest`.
+        ConfigError: as `compare_manifest`.
     """
     if path.exists():
         before = _read(path)

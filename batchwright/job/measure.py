@@ -44,6 +44,7 @@ def measure(
         error_codes=dict(summary.error_codes),
         prompt_tokens=summary.num_prompt_tokens,
         output_tokens=summary.num_output_tokens,
+        allowed_tokens_done=summary.num_allowed_tokens_done,
         generated_tokens=counts.generated_tokens,
         cached_tokens=counts.cached_tokens,
         computed_tokens=counts.computed_tokens,

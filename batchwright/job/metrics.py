@@ -77,6 +77,7 @@ class Sample(msgspec.Struct, kw_only=True, omit_defaults=True):
     # tokens
     prompt_tokens: int = 0
     output_tokens: int = 0
+    allowed_tokens_done: int = 0
     generated_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0

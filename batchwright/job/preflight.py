@@ -139,6 +139,13 @@ def check_existing(directory: JobDirectory, output: str, errors: str, *, force: 
         ours = directory.error_file or error_path_for(output)
         if errors not in (STDIO, output) and not _is_same(errors, ours) and _has_content(errors):
             raise ConfigError(f"{errors} exists and is not this job's; name another --error-file")
+    else:
+        check_not_foreign(directory.manifest_path, output, errors)
+
+
+def check_not_foreign(manifest_path: Path, output: str, errors: str) -> None:
+    """The same without a job directory at hand; nothing is written."""
+    if output == STDIO or manifest_path.exists():
         return
     for path in (output, errors):
         if _has_content(path):

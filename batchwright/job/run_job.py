@@ -19,7 +19,7 @@ from batchwright.job.events import JobEvent
 from batchwright.job.feed import CHUNK_ROWS, Feed
 from batchwright.job.journal import FinishedRows, Journal, RowState
 from batchwright.job.machine import this_machine
-from batchwright.job.manifest import check_manifest
+from batchwright.job.manifest import check_manifest, job_manifest
 from batchwright.job.metrics import MetricsLog, RunStart, Sample
 from batchwright.job.output_files import OutputFiles
 from batchwright.job.prepare import Grammars, Tokenizer
@@ -93,7 +93,7 @@ def run_job(
         ConfigError: the directory holds a job that was begun differently.
         InputError, OutputError: a file fails. Rows committed before are safe.
     """
-    manifest = {"engine": __version__, **model.identity(), **(settings or {})}
+    manifest = job_manifest(model.identity(), settings or {})
     resumed = check_manifest(directory.manifest_path, manifest)
     directory.note_error_file(paths.errors)
     journal = Journal(directory.path)

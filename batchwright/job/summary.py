@@ -108,9 +108,9 @@ class JobSummary:
         that are; rows not read yet, to be like those read. None until a row has succeeded.
         """
         rows, generated = self.estimated_rows, self.engine.num_generated_tokens
-        if rows is None or not self.num_output_tokens or not self.num_allowed_tokens_done:
+        share = used_share(self.num_output_tokens, self.num_allowed_tokens_done)
+        if rows is None or not share:
             return None
-        share = self.num_output_tokens / self.num_allowed_tokens_done
         in_engine = share * (self.num_allowed_tokens - self.num_allowed_tokens_done)
         num_new = self.num_rows_read - self.num_skipped  # rows finished before come first
         unread = share * self.num_allowed_tokens * (rows - self.num_rows_read) / num_new
@@ -119,3 +119,8 @@ class JobSummary:
         # Never less than a quarter of what was expected: long rows are the last to finish.
         tokens_left = unread + max(in_engine - done_ahead, in_engine / 4)
         return tokens_left * self.run_s / produced
+
+
+def used_share(num_output_tokens: int, num_allowed_tokens: int) -> float | None:
+    """Share of the output tokens they were allowed that finished rows used; None without any."""
+    return num_output_tokens / num_allowed_tokens if num_allowed_tokens else None

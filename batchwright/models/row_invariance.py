@@ -41,7 +41,7 @@ def ensure_row_invariance(model: CausalLM, max_rows: int) -> bool:
         weight = linears[0].weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             return False
-        remedy = _find_remedy(linears[0], max_rows)
+        remedy = find_remedy(linears[0], max_rows)
         if remedy is None:
             hopeless.append(f"{weight.shape[1]}x{weight.shape[0]}")
         elif remedy != REMEDIES[0]:
@@ -99,7 +99,8 @@ def _by_shape(model: CausalLM) -> Iterator[list[Linear]]:
 
 
 @torch.inference_mode()
-def _find_remedy(linear: Linear, max_rows: int) -> tuple[int, int | None] | None:
+def find_remedy(linear: Linear, max_rows: int) -> tuple[int, int | None] | None:
+    """The cheapest (min_rows, tile_rows) with which rows are invariant; `linear` then has them."""
     for remedy in REMEDIES:
         linear.min_rows, linear.tile_rows = remedy
         if rows_are_invariant(linear, max_rows):

@@ -154,7 +154,7 @@ class RateCurve:
 class Hardware:
     """How fast a machine does what a model needs.
 
-    The curves and the last four hold for the model they were measured with.
+    The curves and the last three hold for the model they were measured with.
 
     Attributes:
         layers, head: matrix products of the layers and of the output head.
@@ -163,7 +163,6 @@ class Hardware:
         kv_bytes_per_s: keys and values read by attention of single tokens.
         memory_bytes_per_s: plain reading.
         token_s: norms, rotations, activations and the like, of one token in all layers.
-        layer_s: fixed time of a layer.
         step_s: fixed time of a step.
         draw_s: drawing one token from its logits.
     """
@@ -177,7 +176,6 @@ class Hardware:
     kv_bytes_per_s: float
     memory_bytes_per_s: float
     token_s: float = 0.0
-    layer_s: float = 0.0
     step_s: float = 0.0
     draw_s: float = 0.0
 
@@ -216,21 +214,42 @@ class CostModel:
 
     def parts(self, step: Step) -> StepSeconds:
         """Time of a Step by where it goes."""
-        hardware, shape = self.hardware, self.shape
-        num_logits = _num_logits(step)
+        hardware = self.hardware
         return StepSeconds(
             layers=self._layers_s(step.num_tokens),
-            head=self._head_s(num_logits),
+            head=self._head_s(_num_logits(step)),
             attention=self._attention_s(step),
             other=hardware.step_s
-            + hardware.layer_s * shape.num_layers
             + hardware.token_s * step.num_tokens
             + hardware.draw_s * len(step.sample_tokens),
         )
 
+    def work_s(
+        self, num_tokens: int, num_keys: Sequence[int], num_logits: int, num_draws: int
+    ) -> float:
+        """Time of counted work if all of it ran in large steps; fixed times are left out.
+
+        Args:
+            num_tokens: through the layers.
+            num_keys: (query token, key) pairs, per KV group.
+        """
+        hardware, shape = self.hardware, self.shape
+        return (
+            num_tokens * (shape.layer_flops_per_token / hardware.layers.best + hardware.token_s)
+            + shape.attention_flops(num_keys) / hardware.attention_flops_per_s
+            + num_logits * shape.head_flops_per_token / hardware.head.best
+            + num_draws * hardware.draw_s
+        )
+
+    def step_work_s(self, step: Step) -> float:
+        """`work_s` of what a Step computes."""
+        pairs, _ = row_keys(step, self.shape.attention)
+        num_keys = [int(one.sum()) for one in pairs]
+        return self.work_s(step.num_tokens, num_keys, _num_logits(step), len(step.sample_tokens))
+
     def num_bytes(self, step: Step) -> float:
         """Memory traffic of a Step: weights, and keys and values read and written."""
-        _, read = _row_keys(step, self.shape.attention)
+        _, read = row_keys(step, self.shape.attention)
         kv = sum(
             attention.kv_elements * (int(keys.sum()) + int((slots != NO_WRITE).sum()))
             for attention, keys, slots in zip(
@@ -257,7 +276,7 @@ class CostModel:
 
     def _attention_s(self, step: Step) -> float:
         """Each row takes as long as its FLOPs or as reading its keys, whichever is longer."""
-        pairs, read = _row_keys(step, self.shape.attention)
+        pairs, read = row_keys(step, self.shape.attention)
         total = 0.0
         for attention, num_pairs, num_read in zip(self.shape.attention, pairs, read, strict=True):
             compute = num_pairs * (attention.flops_per_key / self.hardware.attention_flops_per_s)
@@ -285,7 +304,7 @@ def _num_logits(step: Step) -> int:
     return len(np.unique(step.sample_tokens)) + len(step.score_tokens)
 
 
-def _row_keys(
+def row_keys(
     step: Step, attention: Sequence[AttentionShape]
 ) -> tuple[list[Int64Array], list[Int64Array]]:
     """([num_rows] (token, key) pairs, [num_rows] different keys read) for each KV group."""

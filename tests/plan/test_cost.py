@@ -79,8 +79,8 @@ def test_seconds_of_a_step() -> None:
     assert parts.head == pytest.approx(2 * 28 / 10)
     assert parts.attention == pytest.approx((1 + 2 + 3 + 10) * 24 / 50)
     assert parts.other == 0
-    slow = replace(HARDWARE, step_s=1.0, layer_s=0.1, token_s=0.01, draw_s=0.001)
-    assert CostModel(SHAPE, slow).parts(step).other == pytest.approx(1 + 0.3 + 0.04 + 0.003)
+    slow = replace(HARDWARE, step_s=1.0, token_s=0.01, draw_s=0.001)
+    assert CostModel(SHAPE, slow).parts(step).other == pytest.approx(1 + 0.04 + 0.003)
     assert CostModel(SHAPE, HARDWARE).seconds(step) == pytest.approx(parts.total)
 
 

@@ -59,6 +59,9 @@ class _StepPlan:
 class Backend:
     """The CPU backend; see `attention/backend.py` for the contract."""
 
+    def kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
     def allocate(
         self, spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> NumbaKV:

@@ -32,6 +32,9 @@ class TorchKV:
 class Backend:
     """The reference backend; see `attention/backend.py` for the contract."""
 
+    def kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
     def allocate(
         self, spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> TorchKV:

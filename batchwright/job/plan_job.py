@@ -1,0 +1,300 @@
+"""plan_job: what a job will compute and take, before the model runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from batchwright.job.disk_space import bytes_written
+from batchwright.job.journal import FinishedRows
+from batchwright.job.plan_rows import RowCounts, read_rows
+from batchwright.job.rows import InputRow, RowError
+from batchwright.job.runner import HORIZON_ROWS
+from batchwright.job.validate import ParsedRow
+from batchwright.limits import ModelLimits
+from batchwright.plan.cost import CostModel
+from batchwright.plan.estimate import (
+    OutputLengths,
+    Savings,
+    Tokens,
+    Work,
+    count_tokens,
+    count_work,
+    find_savings,
+    output_lengths,
+)
+from batchwright.plan.job_rows import TASKS, JobRows, RowColumns
+from batchwright.plan.prices import Billed, Price
+
+if TYPE_CHECKING:
+    from batchwright.opened_model import OpenedModel
+    from batchwright.predict import EngineSizes, Prediction
+
+HOST_BYTES = 450_000_000
+"""What Python, torch and the window of rows take beside weights, keys and values (measured)."""
+
+
+SLOWEST = 1.5
+"""The high end of the time allows for a machine that is so much slower than in the moments in which
+it was measured: on one that others use, whole jobs and moments differ by as much."""
+
+
+class Range(NamedTuple):
+    """A number at the low, likely and high end of output lengths."""
+
+    low: float
+    likely: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a job takes of this machine's memory.
+
+    Attributes:
+        weight_bytes: of the model.
+        kv_bytes: at most for keys and values, taken as needed.
+        kv_tokens: tokens that fit there, per KV group.
+        rows_at_once: sequences of the likely length that run at once, if they share nothing.
+        host_bytes: all of it.
+        free_bytes: free now.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    kv_tokens: tuple[int, ...]
+    rows_at_once: int
+    host_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPlan:
+    """What planning a job found.
+
+    Attributes:
+        counts: rows by what will become of them.
+        num_tasks: prompts to compute or fold, by task; a row that is a list has several.
+        num_folded: prompts answered by an identical one.
+        output_share: of the allowed output tokens, that the likely end takes.
+        share_is_measured: that is the share of rows that are finished.
+        work: what is computed, at the three ends.
+        predictions: simulated runs at the three ends.
+        load_s: until the first step.
+        bytes_written: to the disk.
+        machine, num_threads: the processor, and how many threads of it are used.
+        plan_s: seconds that planning took.
+    """
+
+    counts: RowCounts
+    num_tasks: dict[str, int]
+    num_folded: int
+    tokens: Tokens
+    output_share: float
+    share_is_measured: bool
+    work: tuple[Work, ...]
+    predictions: tuple[Prediction, ...]
+    load_s: float
+    memory: Memory
+    bytes_written: Range
+    machine: str
+    num_threads: int
+    plan_s: float
+
+    @property
+    def run_s(self) -> Range:
+        """Seconds of running the rows."""
+        low, likely, high = (one.seconds for one in self.predictions)
+        return Range(low, likely, SLOWEST * high)
+
+    @property
+    def total_s(self) -> Range:
+        """With loading."""
+        return Range(*(self.load_s + seconds for seconds in self.run_s))
+
+    def cost(self, price: Price) -> Range:
+        """Money: duplicates are paid for as others are, and what rows share is cached."""
+        cached = self.tokens.num_shared
+        ends = zip(self.tokens.output, self.total_s, strict=True)
+        return Range(
+            *(
+                price.cost(Billed(self.tokens.num_prompt - cached, cached, output, seconds / 3600))
+                for output, seconds in ends
+            )
+        )
+
+
+def plan_job(
+    rows: Iterator[InputRow | RowError],
+    model: OpenedModel,
+    *,
+    check: Callable[[ParsedRow], None] = lambda row: None,
+    finished: FinishedRows | None = None,
+    used_share: float | None = None,
+) -> JobPlan:
+    """Read all rows, count what they will compute, and predict how long it takes.
+
+    Args:
+        check: a further check of each row, in input order; raises RequestError.
+        finished: rows that an earlier run has finished.
+        used_share: share of their allowed output tokens that those used.
+    Raises:
+        InputError, ResourceError: the input cannot be read, or its tokens have no room.
+    """
+    start_s = time.perf_counter()
+    engine, job_rows = engine_sizes(model), JobRows()
+    with job_rows.store:
+        counts = _read(rows, job_rows, model, engine, check, finished)
+        columns = job_rows.columns()
+        savings = find_savings(
+            job_rows,
+            columns,
+            block_size=engine.block_size,
+            horizon=engine.horizon,
+            sharing=engine.prefix_sharing,
+        )
+        lengths = output_lengths(columns, used_share)
+        cost = cost_model(model)
+        work, predictions = _predict(job_rows, columns, savings, lengths, engine, cost)
+    tokens = count_tokens(columns, savings, lengths)
+    return JobPlan(
+        counts=counts,
+        num_tasks={task.value: int((columns.task == i).sum()) for i, task in enumerate(TASKS)},
+        num_folded=int(savings.folded.sum()),
+        tokens=tokens,
+        output_share=lengths.share,
+        share_is_measured=lengths.is_measured,
+        work=work,
+        predictions=predictions,
+        load_s=_load_s(model),
+        memory=_memory(model, engine, columns, lengths),
+        bytes_written=Range(*(bytes_written(len(columns), output) for output in tokens.output)),
+        machine=cost.hardware.name,
+        num_threads=cost.hardware.num_threads,
+        plan_s=time.perf_counter() - start_s,
+    )
+
+
+def engine_sizes(model: OpenedModel) -> EngineSizes:
+    """The sizes of the engine that will run the model."""
+    from batchwright.predict import EngineSizes
+    from batchwright.simulate import chosen_order
+
+    config = model.config
+    return EngineSizes(
+        groups=model.groups,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        prefix_sharing=config.prefix_sharing,
+        horizon=HORIZON_ROWS,
+        order=chosen_order(config, model.groups),
+    )
+
+
+def cost_model(model: OpenedModel) -> CostModel:
+    """What the model costs on this machine, measured now."""
+    import torch
+
+    from batchwright import kernels
+    from batchwright.exec.calibrate import calibrate
+
+    config = model.config
+    kernels.set_num_threads(config.num_threads)
+    torch.set_num_threads(config.num_threads)  # after the kernels': starting theirs resets it
+    hardware = calibrate(
+        model.checkpoint.config,
+        model.shape,
+        dtype=model.dtype,
+        attention=config.attention,
+        num_threads=config.num_threads,
+    )
+    return CostModel(model.shape, hardware, model.dtype.itemsize, model.kv_dtype.itemsize)
+
+
+def _read(
+    rows: Iterator[InputRow | RowError],
+    into: JobRows,
+    model: OpenedModel,
+    engine: EngineSizes,
+    check: Callable[[ParsedRow], None],
+    finished: FinishedRows | None,
+) -> RowCounts:
+    from batchwright.structured.compile import GrammarCompiler
+
+    vocab_size = model.shape.vocab_size
+    grammars = GrammarCompiler(model.tokenizer, vocab_size)
+    try:
+        return read_rows(
+            rows,
+            into,
+            model.tokenizer,
+            ModelLimits(model.config.max_model_len, vocab_size),
+            grammars=grammars,
+            check=check,
+            finished=finished,
+            fits=lambda num_tokens: engine.most_at_once(num_tokens) > 0,
+        )
+    finally:
+        grammars.close()
+
+
+def _predict(
+    rows: JobRows,
+    columns: RowColumns,
+    savings: Savings,
+    lengths: OutputLengths,
+    engine: EngineSizes,
+    cost: CostModel,
+) -> tuple[tuple[Work, ...], tuple[Prediction, ...]]:
+    """Work and simulated runs at the three ends of output lengths."""
+    from batchwright.predict import predict
+
+    computed = np.flatnonzero(~savings.folded)
+    work, predictions = [], []
+    for output in (lengths.low, lengths.likely, lengths.high):
+        one = count_work(columns, savings, output, cost.shape)
+        work.append(one)
+        predictions.append(
+            predict(
+                rows,
+                columns,
+                output,
+                computed=computed,
+                engine=engine,
+                cost=cost,
+                total_work_s=cost.work_s(
+                    one.num_tokens, one.num_keys, one.num_logits, one.num_draws
+                ),
+            )
+        )
+    return tuple(work), tuple(predictions)
+
+
+def _load_s(model: OpenedModel) -> float:
+    from batchwright.exec.load_time import load_s
+
+    return load_s(model.checkpoint, model.weight_bytes)
+
+
+def _memory(
+    model: OpenedModel, engine: EngineSizes, columns: RowColumns, lengths: OutputLengths
+) -> Memory:
+    pairs = zip(model.shape.attention, model.groups, strict=True)
+    kv_token_bytes = model.kv_dtype.itemsize * engine.block_size
+    kv_bytes = sum(one.kv_elements * group.num_blocks * kv_token_bytes for one, group in pairs)
+    likely = columns.num_prompt + lengths.likely
+    mean = int(likely.mean()) if len(columns) else 0
+    return Memory(
+        weight_bytes=model.weight_bytes,
+        kv_bytes=kv_bytes,
+        kv_tokens=tuple(group.num_blocks * engine.block_size for group in model.groups),
+        rows_at_once=engine.rows_at_once(mean),
+        host_bytes=model.weight_bytes + kv_bytes + HOST_BYTES,
+        free_bytes=model.free_memory_bytes,
+    )

@@ -1,0 +1,135 @@
+"""A model as far as its small files tell: config, tokenizer, sizes. No weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchwright import techniques
+from batchwright.config import EngineConfig, ResolvedConfig
+from batchwright.errors import ConfigError
+from batchwright.exec.memory import available_memory_bytes
+from batchwright.kv.groups import KVGroup
+from batchwright.models.loader import read_config
+from batchwright.models.shape import read_shape
+from batchwright.plan.cost import ModelShape
+from batchwright.request import DEFAULT_MAX_TOKENS
+from batchwright.text.tokenizer import Tokenizer, load_tokenizer
+from batchwright.weights.checkpoint import Checkpoint, open_checkpoint
+from batchwright.weights.locate import locate_model
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """What can be said about running a model before it is loaded.
+
+    Attributes:
+        path: its directory or .gguf file.
+        config: the engine's settings, settled.
+        model_config: as `models.loader.read_config` returns it.
+        groups: KV groups with the pool sizes that the engine will have.
+        kv_dtype: of keys and values.
+        free_memory_bytes: when it was opened.
+    """
+
+    path: Path
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    config: ResolvedConfig
+    model_config: dict[str, Any]
+    shape: ModelShape
+    groups: list[KVGroup]
+    kv_dtype: torch.dtype
+    free_memory_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        found: torch.dtype = getattr(torch, self.config.dtype)
+        return found
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the weights take."""
+        return self.shape.num_params * self.dtype.itemsize
+
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on besides the rows; see `answer_identity`."""
+        return answer_identity(self.checkpoint.fingerprint, self.tokenizer, self.config)
+
+
+def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
+    """Open a model and settle the engine's settings.
+
+    Args:
+        model: as for `LLM`.
+        settings: fields of EngineConfig.
+    Raises:
+        ConfigError, ModelError: it cannot be run, or not with these settings.
+    """
+    engine_config = engine_settings(settings)
+    path = locate_model(model)
+    tokenizer, checkpoint = load_tokenizer(path), open_checkpoint(path)
+    model_config = read_config(checkpoint.config)
+    free_memory_bytes = available_memory_bytes()
+    config = engine_config.resolve(
+        context_length=model_config["max_position_embeddings"],
+        free_memory_bytes=free_memory_bytes,
+    )
+    shape = read_shape(checkpoint.config)
+    backend = techniques.find("attention.backends", config.attention).Backend()
+    kv_dtype: torch.dtype = backend.kv_dtype(getattr(torch, config.dtype))
+    block_elements = [one.kv_elements * config.block_size for one in shape.attention]
+    return OpenedModel(
+        path=path,
+        tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        config=config,
+        model_config=model_config,
+        shape=shape,
+        groups=config.kv_groups(
+            [one.window for one in shape.attention],
+            [elements * kv_dtype.itemsize for elements in block_elements],
+        ),
+        kv_dtype=kv_dtype,
+        free_memory_bytes=free_memory_bytes,
+    )
+
+
+def engine_settings(settings: dict[str, Any]) -> EngineConfig:
+    """The settings as an EngineConfig.
+
+    Raises:
+        ConfigError: there is no setting of a name, or a value that no model makes right.
+    """
+    fields = {field.name for field in dataclasses.fields(EngineConfig)}
+    if unknown := sorted(settings.keys() - fields):
+        raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {sorted(fields)}")
+    config = EngineConfig(**settings)
+    config.check()
+    return config
+
+
+def answer_identity(
+    fingerprint: str, tokenizer: Tokenizer, config: ResolvedConfig
+) -> dict[str, Any]:
+    """What answers depend on besides the rows: a job that goes on must have the same.
+
+    Settings of device, batch and schedule change no answer and are not in it.
+    """
+    backend = hashlib.blake2b(tokenizer.backend.to_str().encode(), digest_size=16)
+    template = hashlib.blake2b(repr(tokenizer.chat_template).encode(), digest_size=16)
+    return {
+        "model": fingerprint,
+        "tokenizer": backend.hexdigest(),
+        "chat_template": template.hexdigest(),
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "seed": config.seed,
+        "default_max_tokens": DEFAULT_MAX_TOKENS,
+    }
