@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,14 +28,6 @@ if TYPE_CHECKING:
 
 SOME_ROWS_FAILED = 1
 INTERRUPTED = 75  # the same command goes on where it was left
-
-
-class Dtype(StrEnum):
-    """Number format of weights and activations."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 def run(
@@ -94,42 +85,16 @@ def run(
             parser=parse_duration, metavar="TIME", help="A row that has run for TIME expires."
         ),
     ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_count, metavar="N", help="Most tokens of a row, prompt and output."
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Most sequences running at once."),
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Most tokens computed in one step."),
-    ] = None,
-    kv_cache_memory: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="BYTES", help="Memory for keys and values: 4G."),
-    ] = None,
-    kv_tokens: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Most tokens of keys and values kept."),
-    ] = None,
-    order: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="In which order rows start (fcfs); docs/orders.md."),
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in.")] = Dtype.auto,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
-    ] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; by default one per core.")
-    ] = None,
-    no_prefix_sharing: Annotated[
-        bool, typer.Option("--no-prefix-sharing", help="Compute shared prefixes for each row.")
-    ] = False,
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    kv_cache_memory: options.KVCacheMemory = None,
+    kv_tokens: options.KVTokens = None,
+    order: options.Order = None,
+    dtype: options.NumberFormat = options.Dtype.auto,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    no_prefix_sharing: options.NoPrefixSharing = False,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -230,7 +195,7 @@ def _run(
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that mean the same before a model is loaded as after it."""
     names = [name for name in ("seed", "max_model_len") if name in settings]
-    if settings.get("dtype") != Dtype.auto:
+    if settings.get("dtype") != options.Dtype.auto:
         names.append("dtype")
     return {name: settings[name] for name in names}
 
