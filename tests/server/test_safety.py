@@ -73,6 +73,7 @@ def test_without_the_key_nothing_is_told(start: Start) -> None:
         ("POST", f"/v1/batches/{batch.id}/cancel"),
         ("POST", CHAT),
         ("GET", "/dashboard.json"),
+        ("GET", "/metrics"),
         ("GET", f"/batches/{batch.id}/report"),
         ("POST", "/dashboard/login"),
         ("GET", "/nothing"),
