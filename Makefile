@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow torture test-lm-eval lint bench setup clean
+.PHONY: demo test test-slow torture fuzz test-lm-eval lint bench setup clean
 
 demo: $(STAMP)
 	rm -rf out/demo && mkdir -p out/demo
@@ -21,6 +21,13 @@ test-slow: $(STAMP)
 # Faults at every point: failed and torn writes, kills, truncated files, with fake and real models.
 torture: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow" tests/job/faults
+
+# Inputs made by a fuzzer that sees which code they reach, FUZZ_S seconds for each target.
+FUZZ_S ?= 120
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'atheris>=3,<4'
+	@set -e; for target in `$(BIN)/python -c 'from tests.fuzz.run import TARGETS; print(*TARGETS)'`; do \
+	$(BIN)/python -m tests.fuzz.run $$target $(FUZZ_S); done
 
 # accelerate: the harness's own model class, which ours is compared with, wants it.
 test-lm-eval: $(STAMP)

@@ -94,9 +94,12 @@ class Parts:
 
 
 def _put_together(whole: _Whole) -> Result:
-    """One result of those of all parts; choices are numbered through."""
+    """One result of those of all parts; choices are numbered through. An error stands alone."""
     request = whole.request
     parts = [whole.results[part.id] for part in request.parts]
+    error = _error(parts, request)
+    if error is not None:
+        parts = [dataclasses.replace(part, outputs=[]) for part in parts]
     outputs = list(chain.from_iterable(part.outputs for part in parts))
     numbered = iter([dataclasses.replace(o, index=index) for index, o in enumerate(outputs)])
     parts = [
@@ -106,7 +109,7 @@ def _put_together(whole: _Whole) -> Result:
         request_id=request.id,
         prompt_token_ids=list(chain.from_iterable(part.prompt_token_ids for part in parts)),
         outputs=list(chain.from_iterable(part.outputs for part in parts)),
-        error=_error(parts, request),
+        error=error,
         num_cached_tokens=sum(part.num_cached_tokens for part in parts),
         parts=parts,
     )

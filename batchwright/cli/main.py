@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -57,6 +58,9 @@ def _options(
 
 def main() -> None:
     """Entry point: an error meant for the user is one line on standard error, and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names of files may be any bytes
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except BatchwrightError as error:

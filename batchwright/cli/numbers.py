@@ -58,5 +58,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
     index, num_shards = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= index <= num_shards:
-        raise typer.BadParameter(f"{text!r} is not a shard; write it like 1/8, up to 8/8")
+        raise typer.BadParameter(
+            f"{text!r:.80} is not a shard; write it like 1/8, up to 8/8", param_hint="'--shard'"
+        )
     return index - 1, num_shards

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,13 +144,15 @@ def run(
         if metrics_port is None:
             status = _run(arguments, model, settings)
         else:
+            from batchwright.job.directory import printable_name
             from batchwright.report.prometheus import MetricsPort
 
-            with MetricsPort(os.path.basename(output), metrics_port) as port:
+            with MetricsPort(printable_name(output), metrics_port) as port:
                 print(f"Metrics: {port.url}", file=sys.stderr)
                 status = _run(arguments, model, settings, watch=port.on_event)
     except KeyboardInterrupt:  # before the job or after it; in between it is a request to stop
-        print("batchwright: interrupted; the same command goes on", file=sys.stderr)
+        goes_on = "" if output == "-" else "; the same command goes on"
+        print(f"batchwright: interrupted{goes_on}", file=sys.stderr)
         status = INTERRUPTED
     raise typer.Exit(status)
 
@@ -172,7 +173,7 @@ def _run(
     EngineConfig(**settings).check()
     log = Console(stderr=True)
     set_up_logging(log)
-    with FileJob(arguments) as job:
+    with FileJob(arguments, _known(settings)) as job:
         start_s = time.perf_counter()
         try:
             locate_model(model)  # before torch is imported; a hub id is downloaded here
@@ -182,6 +183,14 @@ def _run(
             log.print("Interrupted while loading; no row was run and nothing was written.")
             return INTERRUPTED
         return _run_job(job, llm, log, watch, load_s=time.perf_counter() - start_s)
+
+
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that mean the same before a model is loaded as after it."""
+    names = [name for name in ("seed", "max_model_len") if name in settings]
+    if settings.get("dtype") != options.DtypeName.auto:
+        names.append("dtype")
+    return {name: settings[name] for name in names}
 
 
 def _run_job(

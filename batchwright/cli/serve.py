@@ -36,31 +36,16 @@ def serve(
             parser=parse_count, metavar="BYTES", help="Largest file taken; by default 512M."
         ),
     ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            parser=parse_count, metavar="N", help="Most tokens of a row, prompt and output."
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Most sequences running at once."),
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="N", help="Most tokens computed in one step."),
-    ] = None,
-    kv_cache_memory: Annotated[
-        int | None,
-        typer.Option(parser=parse_count, metavar="BYTES", help="Memory for keys and values: 4G."),
-    ] = None,
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    kv_cache_memory: options.KVCacheMemory = None,
+    kv_tokens: options.KVTokens = None,
+    order: options.Order = None,
     dtype: options.Dtype = options.DtypeName.auto,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
-    ] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; by default one per core.")
-    ] = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    no_prefix_sharing: options.NoPrefixSharing = False,
 ) -> None:
     """Serve OpenAI's Files and Batches API, single calls, and a page of what runs; docs/serve.md.
 
@@ -82,8 +67,11 @@ def serve(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "kv_cache_bytes": kv_cache_memory,
+        "kv_tokens": kv_tokens,
+        "order": order,
         "num_threads": threads,
         "seed": seed,
+        "prefix_sharing": not no_prefix_sharing,
     }
     engine = {name: value for name, value in engine.items() if value is not None}
     EngineConfig(**engine).check()  # type: ignore[arg-type]

@@ -25,7 +25,10 @@ def print_summary(
     if summary.num_failed and errors != STDIO:
         console.print(f"Failed rows: {errors}", markup=False, highlight=False, soft_wrap=True)
     if summary.stopped:
-        console.print(_stopped_text(summary), markup=False, highlight=False, soft_wrap=True)
+        text = _stopped_text(summary)
+        if output != STDIO:
+            text += " Give the same command to go on."
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _lines(summary: JobSummary, load_s: float) -> list[tuple[str, str, str]]:
@@ -76,6 +79,5 @@ def _stopped_text(summary: JobSummary) -> str:
     rest = "" if summary.input_ended else " The rest of the input was not read."
     return (
         f"Stopped before the end: {summary.num_done:,} rows are done, "
-        f"{summary.num_cancelled:,} that were read are not.{rest} "
-        "Give the same command to go on."
+        f"{summary.num_cancelled:,} that were read are not.{rest}"
     )

@@ -6,6 +6,7 @@
     journal.sqlite  which line of results.jsonl is whose (see `journal.py`)
     metrics.jsonl   progress, one line per interval (see `metrics.py`)
     summary.json    what became of the rows, when the job ended or was stopped
+    error_file      where failures go
 
 All of it is readable by its owner only: results may be private.
 """
@@ -20,12 +21,20 @@ import time
 from pathlib import Path
 
 from batchwright.errors import ConfigError, OutputError
+from batchwright.job.durable import write_private
 from batchwright.job.formats.source import is_url
 
 SUFFIX = ".job"
 LOCK_PATIENCE_S = 0.4
 
-_FILES = ("manifest.json", "results.jsonl", "journal.sqlite", "metrics.jsonl", "summary.json")
+_FILES = (
+    "manifest.json",
+    "results.jsonl",
+    "journal.sqlite",
+    "metrics.jsonl",
+    "summary.json",
+    "error_file",
+)
 
 
 def job_directory_for(output: str | Path) -> Path:
@@ -41,8 +50,15 @@ def job_directory_for(output: str | Path) -> Path:
     return Path(f"{path}{SUFFIX}")
 
 
+def printable_name(path: str) -> str:
+    """A path's last part as text that can be encoded; names of files may be any bytes."""
+    return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
+
+
 class JobDirectory:
     """A job directory, locked by this process until `close`.
+
+    If it was made here and no job has begun in it by then, it is removed again.
 
     Args:
         path: created with mode 0700 if it is not there.
@@ -53,6 +69,14 @@ class JobDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._open()
+        while not self._is_there():  # whoever had it has removed it
+            os.close(self._lock)
+            self._open()
+        self._name_holder()
+
+    def _open(self) -> None:
+        self._is_ours = not self.path.exists()
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -69,7 +93,13 @@ class JobDirectory:
                 f"another process{f' ({holder})' if holder else ''} works on the job in "
                 f"{self.path}; wait for it, stop it, or name another output"
             ) from None
-        self._name_holder()
+
+    def _is_there(self) -> bool:
+        """Whether the lock that we hold is the one that others will find."""
+        try:
+            return os.path.samestat(os.fstat(self._lock), os.stat(self.path / "lock"))
+        except FileNotFoundError:
+            return False
 
     def _take_lock(self) -> bool:
         """Whoever looks whether the job runs holds the lock for an instant: that is no refusal."""
@@ -104,6 +134,24 @@ class JobDirectory:
         """The last summary."""
         return self.path / "summary.json"
 
+    @property
+    def error_file(self) -> str | None:
+        """Where the job that was begun here writes its failures; None: it has not noted it."""
+        try:
+            name = os.fsdecode((self.path / "error_file").read_bytes())
+        except OSError:
+            return None
+        return name if is_url(name) else os.path.normpath(os.path.join(self.path, name))
+
+    def note_error_file(self, path: str) -> None:
+        """Remember where failures go, as seen from here: a job may be moved with its files.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        name = path if is_url(path) else os.path.relpath(path, self.path)
+        write_private(self.path / "error_file", os.fsencode(name))
+
     def clear(self) -> None:
         """Forget the job: delete its files, so that it starts over.
 
@@ -119,6 +167,10 @@ class JobDirectory:
 
     def close(self) -> None:
         """Let go of the lock."""
+        if self._is_ours and os.listdir(self.path) == ["lock"]:
+            with contextlib.suppress(OSError):
+                (self.path / "lock").unlink()
+                self.path.rmdir()
         os.close(self._lock)
 
     def __enter__(self) -> JobDirectory:

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from batchwright import __version__
 from batchwright.errors import ConfigError
 from batchwright.job.directory import JobDirectory, job_directory_for
 from batchwright.job.events import JobEvent
+from batchwright.job.manifest import check_known
 from batchwright.job.model_names import ModelNames
 from batchwright.job.preflight import (
     STDIO,
@@ -79,11 +82,16 @@ def run_file(
 class FileJob:
     """A job whose files are checked and whose directory is locked, until `close`.
 
+    Args:
+        arguments: what it is about.
+        known: settings that are known before the model is, by their names in the manifest.
     Raises:
         ConfigError, InputError: the job cannot run: nothing was written.
     """
 
-    def __init__(self, arguments: JobArguments) -> None:
+    def __init__(
+        self, arguments: JobArguments, known: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self.arguments = arguments
         self.errors = arguments.errors or error_path_for(arguments.output)
         arguments.check()
@@ -94,6 +102,9 @@ class FileJob:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="batchwright-"))
             self.directory = stack.enter_context(JobDirectory(folder))
             check_existing(self.directory, arguments.output, self.errors, force=arguments.force)
+            if not arguments.force:
+                known = {"engine": __version__, **arguments.row_settings(), **known}
+                check_known(self.directory.manifest_path, known)
             self._rows, self._input_bytes = open_rows(arguments)
             self._opened = stack.pop_all()
 
@@ -109,6 +120,8 @@ class FileJob:
         if model.engine.num_unfinished:
             raise ConfigError("this model is still running other requests; let them finish first")
         arguments = self.arguments
+        if arguments.force:  # only now: what fails before costs no finished row
+            self.directory.clear()
         options = JobOptions(
             model_name=model.name,
             created=int(time.time()),

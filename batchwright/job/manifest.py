@@ -5,7 +5,7 @@ Device, batch and scheduling options are not in it: they change no answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,37 @@ def compare_manifest(path: Path, manifest: Manifest) -> bool:
     Raises:
         ConfigError: a field differs (all that do are named), or the file is damaged.
     """
-    try:
-        before = msgspec.json.decode(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return False
-    except (OSError, msgspec.DecodeError) as error:
+    before = _read(path)
+    _compare(before, manifest, sorted({*before, *manifest}))
+    return True
+
+
+def check_known(path: Path, known: Manifest) -> None:
+    """Compare with the manifest of an earlier run, if there is one, what is known so far.
+
+    Raises:
+        ConfigError: as `compare_manifest`.
+    """
+    if path.exists():
+        before = _read(path)
+        _compare(before, known, [field for field in known if field in before])
+
+
+def _read(path: Path) -> Manifest:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError, UnicodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); {_WHAT_TO_DO}") from error
+
+
+def _compare(before: Manifest, manifest: Manifest, fields: Iterable[str]) -> None:
     differences = [
         f"{field} was {before.get(field)!r:.120}, is {manifest.get(field)!r:.120}"
-        for field in sorted({*before, *manifest})
+        for field in fields
         if before.get(field) != manifest.get(field)
     ]
     if differences:
         what = "; ".join(differences)
         raise ConfigError(f"this job was begun differently: {what}; {_WHAT_TO_DO}")
-    return True

@@ -40,15 +40,23 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "return_token_ids": ((False,), "not supported yet"),
 }
 _ONLY_CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tool_choice": (("auto", "none"), "a forced tool call is not supported yet"),
-    "parallel_tool_calls": ((True,), "all calls of an answer are returned"),
+    "tool_choice": (
+        ("auto", "none"),
+        "a forced tool call is not supported yet; give auto or none, or ask for the arguments with "
+        "response_format",
+    ),
+    "parallel_tool_calls": ((True,), "all calls of an answer are returned; remove it"),
     "functions": ((), "use tools"),
     "function_call": ((), "use tools"),
     "modalities": ((["text"],), "only text is supported"),
     "audio": ((), "only text is supported"),
     "prediction": ((), "not supported"),
     "web_search_options": ((), "rows never make network requests"),
-    "reasoning_effort": ((), "pass it in chat_template_kwargs if the model's template knows it"),
+    "reasoning_effort": (
+        (),
+        "pass it in chat_template_kwargs if the model's template knows it, or remove it",
+    ),
+    "verbosity": (("medium",), "only medium, the default, is known; ask for it in the messages"),
     "documents": ((), "pass them in chat_template_kwargs if the model's template knows them"),
     "add_special_tokens": ((False,), "the chat template writes the special tokens"),
     "echo": ((False,), "it is for /v1/completions"),

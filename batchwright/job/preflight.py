@@ -131,10 +131,14 @@ def check_existing(directory: JobDirectory, output: str, errors: str, *, force: 
     """A job that was begun goes on; files that no job of ours wrote are not replaced.
 
     Raises:
-        ConfigError: the output or the error file exists and their job does not.
+        ConfigError: the output or the error file exists and is not the job's.
     """
-    if force:
-        directory.clear()
+    if output == STDIO or force:
+        return
+    if directory.manifest_path.exists():
+        ours = directory.error_file or error_path_for(output)
+        if errors not in (STDIO, output) and not _is_same(errors, ours) and _has_content(errors):
+            raise ConfigError(f"{errors} exists and is not this job's; name another --error-file")
     else:
         check_not_foreign(directory.manifest_path, output, errors)
 
@@ -148,6 +152,10 @@ def check_not_foreign(manifest_path: Path, output: str, errors: str) -> None:
             raise ConfigError(
                 f"{path} exists; name another file, or replace output and error file with --force"
             )
+
+
+def _is_same(path: str, other: str) -> bool:
+    return path == other or os.path.realpath(path) == os.path.realpath(other)
 
 
 def _has_content(path: str) -> bool:

@@ -95,6 +95,7 @@ def run_job(
     """
     manifest = job_manifest(model.identity(), settings or {})
     resumed = check_manifest(directory.manifest_path, manifest)
+    directory.note_error_file(paths.errors)
     journal = Journal(directory.path)
     metrics = MetricsLog(directory.metrics_path, now=time.perf_counter, wall=time.time)
     feed = None

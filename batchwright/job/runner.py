@@ -406,7 +406,6 @@ _EXPIRED_CODES = {"batch_expired", "row_timeout"}
 
 def _deadline_error() -> RequestError:
     return RequestError(
-        "the job's deadline passed before the row was done; give the same command with a later "
-        "deadline to go on",
+        "the job's deadline passed before the row was done; run it again with a later deadline",
         code="batch_expired",
     )

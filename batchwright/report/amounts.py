@@ -34,7 +34,10 @@ def duration(value: float) -> str:
 
 def moment(value: float) -> str:
     """Seconds since 1970 as local time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    except (OverflowError, ValueError, OSError):  # a damaged log can say anything
+        return "a time unknown"
 
 
 def memory(num_bytes: float) -> str:

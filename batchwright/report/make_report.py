@@ -110,7 +110,7 @@ def total_tokens(lasts: Sequence[Sample]) -> Tokens:
 
 def roofline(runs: Sequence[Run], machine: Machine, ceiling: Ceiling) -> Roofline | None:
     """How near the runs on this machine came to its ceiling; None if no work was counted."""
-    mine = [run for run in runs if run.start.machine == machine and run.start.shape is not None]
+    mine = [run for run in runs if run.start.machine == machine and _has_work(run)]
     computed = layers = logits = 0
     for run in mine:
         last, shape = run.last, run.start.shape
@@ -136,6 +136,12 @@ def roofline(runs: Sequence[Run], machine: Machine, ceiling: Ceiling) -> Rooflin
         fraction_of_total=least_s / times.total_s,
         num_runs=len(mine),
     )
+
+
+def _has_work(run: Run) -> bool:
+    """Whether the model's sizes are known and fit what was counted."""
+    shape, num_groups = run.start.shape, len(run.last.keys)
+    return shape is not None and num_groups in (0, len(shape.attention))
 
 
 def _run_numbers(run: Run) -> RunNumbers:

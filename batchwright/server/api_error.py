@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from typing import Any
 
 from starlette.responses import JSONResponse
 
 from batchwright.errors import RequestError
+
+logger = logging.getLogger(__name__)
 
 _STATUS_OF_CODE = {
     "model_not_found": 404,
@@ -58,6 +62,14 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole response."""
         return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def failure(error: Exception) -> ApiError:
+    """A bug of ours. The log says where and of what kind it is; its words may be a client's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+    logger.error("a request failed: %s in %s", type(error).__name__, place)
+    return ApiError(500, "the server failed; its log says where", code="internal")
 
 
 def from_request_error(error: RequestError) -> ApiError:

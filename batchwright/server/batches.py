@@ -21,6 +21,7 @@ from typing import Any
 from batchwright.errors import BatchwrightError, OutputError
 from batchwright.job.directory import JobDirectory
 from batchwright.job.journal import Journal, RowState, count_states, read_only
+from batchwright.job.metrics import Sample
 from batchwright.job.output_files import OutputFiles
 from batchwright.job.stop import StopControl
 from batchwright.server.api_error import ApiError, busy, not_found
@@ -65,6 +66,7 @@ class Batches:
         self._running: tuple[str, StopControl] | None = None
         self._is_stopping = False
         self.live: dict[str, Live] = {}
+        self.measured: dict[str, Sample] = {}  # of the batch that runs, or ran last
         self.held: dict[str, str] = {}  # why batches that are not ended do not run
         self._retry_at_s = 0.0
 

@@ -1,12 +1,9 @@
-"""Single calls: the same way as a row of a file, from its body to its answer's body.
-
-A list of inputs (embeddings) or prompts (completions) is several requests, whose answers are put
-together again; a file's row holds one.
-"""
+"""Single calls: the same way as a row of a file, from its body to its answer's body."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +16,7 @@ from batchwright.errors import RequestError, ResourceError
 from batchwright.job.answer import AnswerForm, answer_form
 from batchwright.job.formats.response_body import response_body
 from batchwright.job.prepare import prepare_rows
-from batchwright.job.rows import COMPLETIONS, EMBEDDINGS, InputRow
+from batchwright.job.rows import InputRow
 from batchwright.job.run_job import JobModel
 from batchwright.job.validate import parse_row
 from batchwright.request import FinishReason, Request, Result
@@ -32,16 +29,16 @@ from batchwright.server.shared_engine import (
     TooManyCallsError,
 )
 
-MAX_INPUTS = 256
+_OUR_NAME = re.compile(rf" \(custom_id={CALL_PREFIX}[^)]*\)")
 PREPARING_THREADS = 4  # a row's template or schema may take seconds, in its own process
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A call that the engine has: its requests and the forms of their answers."""
+    """A call that the engine has, and the form of its answer."""
 
-    calls: list[Call]
-    forms: list[AnswerForm]
+    call: Call
+    form: AnswerForm
 
 
 class Calls:
@@ -77,17 +74,17 @@ class Calls:
         self._num_preparing += 1
         try:
             loop = asyncio.get_running_loop()
-            prepared = await loop.run_in_executor(self._pool, self._prepare, endpoint, body)
-            calls = self._engine.submit([request for request, _ in prepared])
+            request, form = await loop.run_in_executor(self._pool, self._prepare, endpoint, body)
+            call = self._engine.submit(request)
         except RequestError as error:
-            raise from_request_error(error) from None
+            raise _told(error) from None
         except TooManyCallsError as error:
             raise busy(f"{error}; try again later") from None
         except ServerStoppingError as error:
             raise _stopping(error) from None
         finally:
             self._num_preparing -= 1
-        return Begun(calls, [form for _, form in prepared])
+        return Begun(call, form)
 
     async def finish(self, begun: Begun, gone: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
         """The body of a call's answer.
@@ -97,25 +94,24 @@ class Calls:
         Raises:
             ApiError: the call has failed.
         """
-        results = asyncio.ensure_future(_all_results(begun.calls))
+        result = asyncio.wrap_future(begun.call.result)
         leaving = asyncio.ensure_future(gone())
         try:
-            await asyncio.wait({results, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not results.done():
+            await asyncio.wait({result, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not result.done():
                 raise ApiError(499, "the client has gone")
-            return await asyncio.to_thread(self._write, results.result(), begun.forms)
+            return await asyncio.to_thread(self._write, result.result(), begun.form)
         except RequestError as error:
-            raise from_request_error(error) from None
+            raise _told(error) from None
         except ServerStoppingError as error:
             raise _stopping(error) from None
         except ResourceError as error:
             raise ApiError(503, str(error), code="out_of_memory") from None
         finally:
             leaving.cancel()
-            results.cancel()
-            for call in begun.calls:
-                if not call.result.done():
-                    self._engine.withdraw(call)
+            result.cancel()
+            if not begun.call.result.done():
+                self._engine.withdraw(begun.call)
 
     def close(self) -> None:
         """Let the threads end."""
@@ -131,38 +127,29 @@ class Calls:
                 param="model",
             )
 
-    def _prepare(self, endpoint: str, body: dict[str, Any]) -> list[tuple[Request, AnswerForm]]:
-        """In a thread of the pool: the requests of a call. One that is bad fails all."""
-        rows = [
-            parse_row(InputRow(1, f"{CALL_PREFIX}{uuid4().hex}", endpoint, part))
-            for part in _parts(endpoint, body)
-        ]
-        prepared = []
-        requests = prepare_rows(rows, self._model.tokenizer, self._model.grammars)
-        for row, request in zip(rows, requests, strict=True):
-            if isinstance(request, RequestError):
-                raise request
-            prepared.append((replace(request, urgent=True), answer_form(row, request)))
-        return prepared
+    def _prepare(self, endpoint: str, body: dict[str, Any]) -> tuple[Request, AnswerForm]:
+        """In a thread of the pool: the request of a call, and the form of its answer."""
+        row = parse_row(InputRow(1, f"{CALL_PREFIX}{uuid4().hex}", endpoint, body))
+        (request,) = prepare_rows([row], self._model.tokenizer, self._model.grammars)
+        if isinstance(request, RequestError):
+            raise request
+        parts = tuple(replace(part, urgent=True) for part in request.parts)
+        return replace(request, urgent=True, parts=parts), answer_form(row, request)
 
-    def _write(self, results: list[Result], forms: list[AnswerForm]) -> dict[str, Any]:
-        created = int(time.time())
-        return _join(
-            [
-                response_body(
-                    _sound(result),
-                    form,
-                    self._token_bytes,
-                    model=self._model_name,
-                    created=created,
-                )
-                for result, form in zip(results, forms, strict=True)
-            ]
+    def _write(self, result: Result, form: AnswerForm) -> dict[str, Any]:
+        return response_body(
+            _sound(result),
+            form,
+            self._token_bytes,
+            model=self._model_name,
+            created=int(time.time()),
         )
 
 
-async def _all_results(calls: list[Call]) -> list[Result]:
-    return await asyncio.gather(*(asyncio.wrap_future(call.result) for call in calls))
+def _told(error: RequestError) -> ApiError:
+    """A call's error without the name that only we know."""
+    error.message = _OUR_NAME.sub("", error.message)
+    return from_request_error(error)
 
 
 def _stopping(error: ServerStoppingError) -> ApiError:
@@ -175,39 +162,3 @@ def _sound(result: Result) -> Result:
     if any(output.finish_reason is FinishReason.CANCELLED for output in result.outputs):
         raise RequestError("the call was cancelled", code="cancelled")
     return result
-
-
-def _parts(endpoint: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """A body for each input; the given one where there is one input."""
-    name = {EMBEDDINGS: "input", COMPLETIONS: "prompt"}.get(endpoint)
-    values = body.get(name) if name is not None else None
-    if name is None or not isinstance(values, list) or len(values) < 2:
-        return [body]
-    if not all(isinstance(value, str | list) for value in values):
-        return [body]  # token ids, or nothing that makes sense
-    if len(values) > MAX_INPUTS:
-        raise RequestError(
-            f"{name} is a list of {len(values)}; at most {MAX_INPUTS} are taken", param=name
-        )
-    return [{**body, name: [value]} for value in values]
-
-
-def _join(bodies: list[dict[str, Any]]) -> dict[str, Any]:
-    """One answer of several; choices and embeddings are counted through."""
-    first = bodies[0]
-    if len(bodies) == 1:
-        return first
-    for name in ("choices", "data"):
-        if name in first:
-            items = [item for body in bodies for item in body[name]]
-            first[name] = [{**item, "index": index} for index, item in enumerate(items)]
-    first["usage"] = _sum([body["usage"] for body in bodies])
-    return first
-
-
-def _sum(usages: list[dict[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {}
-    for name, value in usages[0].items():
-        values = [usage[name] for usage in usages]
-        total[name] = _sum(values) if isinstance(value, dict) else sum(values)
-    return total

@@ -13,7 +13,7 @@ from typing import Any
 from batchwright.errors import ConfigError, InputError, OutputError, ResourceError
 from batchwright.job.answer import TokenBytes
 from batchwright.job.directory import JobDirectory
-from batchwright.job.events import JobEvent, Progressed
+from batchwright.job.events import JobEvent, Measured, Progressed
 from batchwright.job.prepare import Grammars, Tokenizer
 from batchwright.job.run_job import JobModel, JobPaths, run_job
 from batchwright.job.runner import DRAIN_S, JobOptions
@@ -215,6 +215,8 @@ class EngineThread:
 
         def on_event(event: JobEvent) -> None:
             nonlocal next_s
+            if isinstance(event, Measured):
+                self._batches.measured = {batch.id: event.sample}
             if not isinstance(event, Progressed):
                 return
             self._engine.alive()

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 import secrets
-import traceback
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batchwright.server.api_error import ApiError
-
-logger = logging.getLogger(__name__)
+from batchwright.server.api_error import ApiError, failure
 
 COOKIE = "batchwright"
 OPEN_PATHS = ("/", "/health", "/favicon.ico")  # they tell nothing about anybody's rows
@@ -79,10 +75,9 @@ class Guard:
         except ClientDisconnect:
             pass
         except Exception as error:  # noqa: BLE001 - the server goes on
-            _log(error)
+            told = failure(error)
             if not has_started:
-                failure = ApiError(500, "the server failed; its log says where", code="internal")
-                await failure.response()(scope, receive, send_guarded)
+                await told.response()(scope, receive, send_guarded)
 
     def _check_source(self, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -136,10 +131,3 @@ def _name_of(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0] + "]"
     return host.partition(":")[0].lower()
-
-
-def _log(error: Exception) -> None:
-    """Where it happened and of what kind it is; its words may be a client's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
-    logger.error("a request failed: %s in %s", type(error).__name__, place)

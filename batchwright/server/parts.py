@@ -93,6 +93,8 @@ def lock_data(data: Path) -> int:
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         data.chmod(0o700)
         lock = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise ConfigError(f"{data} is no directory; name another with --data") from None
     except OSError as error:
         raise OutputError(f"cannot use {data}: {error.strerror or error}") from error
     try:

@@ -148,7 +148,7 @@ def page(
 def _limit(text: str | None, default: int) -> int:
     if text is None:
         return default
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:9]) <= MAX_PAGE:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_PAGE:
         raise ApiError(
             400,
             f"limit must be 1 to {MAX_PAGE}, not {text!r:.20}",

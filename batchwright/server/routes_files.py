@@ -42,6 +42,8 @@ def file_routes(parts: Parts) -> list[Route]:
 
     async def content(request: Request) -> Response:
         file = found(request)
+        if not files.path(file.id).is_file():
+            raise ApiError(404, f"the bytes of {file.id} are gone", code="not_found", param="id")
         return FileResponse(
             files.path(file.id), media_type="application/octet-stream", filename=file.filename
         )

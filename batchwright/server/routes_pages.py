@@ -1,4 +1,4 @@
-"""The page, what it reads, the batches' reports, and health."""
+"""The page, what it reads, the batches' reports, metrics, and health."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from batchwright.server.api_error import not_found
+from batchwright.errors import ConfigError
+from batchwright.report.prometheus import prometheus_text
+from batchwright.server.api_error import ApiError, not_found
 from batchwright.server.dashboard import PAGE, PAGE_POLICY
 from batchwright.server.guard import COOKIE
 from batchwright.server.numbers import dashboard_numbers
@@ -47,6 +49,13 @@ def page_routes(parts: Parts, session: str) -> list[Route]:
         html = await asyncio.to_thread(report_page, parts.batches.job_path(id))
         return HTMLResponse(html, headers={"Content-Security-Policy": REPORT_POLICY})
 
+    async def metrics(_: Request) -> Response:
+        try:
+            text, kind = await asyncio.to_thread(prometheus_text, parts.batches.measured)
+        except ConfigError as error:  # a package is missing
+            raise ApiError(501, str(error), code="metrics_unavailable") from error
+        return Response(text, media_type=kind)
+
     async def health(_: Request) -> Response:
         status = parts.health
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
@@ -60,5 +69,6 @@ def page_routes(parts: Parts, session: str) -> list[Route]:
         Route("/dashboard.json", numbers, methods=["GET"]),
         Route("/dashboard/login", log_in, methods=["POST"]),
         Route("/batches/{id}/report", report, methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
     ]

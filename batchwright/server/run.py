@@ -36,6 +36,8 @@ class _Server(uvicorn.Server):
 def listen(settings: ServerSettings) -> socket.socket:
     """A socket that listens where the settings say; done before a model is loaded.
 
+    Clients that come meanwhile wait until `serve`.
+
     Raises:
         ConfigError: the address is in use or not ours.
     """
@@ -47,6 +49,7 @@ def listen(settings: ServerSettings) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # or a second server could bind it too, and fail with its model loaded
     except OSError as error:
         if listener is not None:
             listener.close()

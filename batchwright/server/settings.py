@@ -13,7 +13,7 @@ from batchwright.errors import ConfigError
 KEY_VARIABLE = "BATCHWRIGHT_API_KEY"
 MIN_KEY_CHARS = 16
 
-MAX_CALLS = 512  # single calls that wait or run
+MAX_CALLS = 4096  # single calls that wait or run; a list counts as its entries
 MAX_CALL_BYTES = 16 * 2**20  # the body of one
 MAX_BODIES_BYTES = 128 * 2**20  # of all that are being read or wait
 MAX_SMALL_BYTES = 2**16  # a body that only names things

@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -49,6 +49,11 @@ class Call:
     request: Request
     result: Future[Result] = field(default_factory=Future)
 
+    @property
+    def num_inputs(self) -> int:
+        """A list counts as its entries."""
+        return max(len(self.request.parts), 1)
+
 
 class SharedEngine:
     """See the module docstring. Satisfies `job.runner.JobEngine`.
@@ -58,7 +63,7 @@ class SharedEngine:
 
     Args:
         engine: whose owner this is from now on.
-        max_calls: single calls that wait or run at once.
+        max_calls: single calls that wait or run at once; a list counts as its entries.
         now: the clock, in seconds.
     """
 
@@ -83,26 +88,25 @@ class SharedEngine:
 
     # From any thread ---------------------------------------------------------------------------
 
-    def submit(self, requests: Sequence[Request]) -> list[Call]:
-        """Take single calls in, all of them or none.
+    def submit(self, request: Request) -> Call:
+        """Take a single call in.
 
         Raises:
-            TooManyCallsError, ServerStoppingError: none was taken.
+            TooManyCallsError, ServerStoppingError: it was not taken.
         """
+        call = Call(request)
         with self._lock:
             if self._is_closed:
                 raise ServerStoppingError("the server is stopping")
-            if self._num_open + len(requests) > self._max_calls:
+            if self._num_open + call.num_inputs > self._max_calls:
                 raise TooManyCallsError(
                     f"{self._num_open} calls are waiting or running, at most {self._max_calls} may"
                 )
-            self._num_open += len(requests)
-        calls = [Call(request) for request in requests]
-        for call in calls:
-            call.result.add_done_callback(self._one_less)
-            self._inbox.put(call)
+            self._num_open += call.num_inputs
+        call.result.add_done_callback(lambda _: self._leave(call))
+        self._inbox.put(call)
         self.arrived.set()
-        return calls
+        return call
 
     def withdraw(self, call: Call) -> None:
         """Nobody waits for this call any more."""
@@ -117,7 +121,7 @@ class SharedEngine:
 
     @property
     def num_open_calls(self) -> int:
-        """Single calls that wait or run."""
+        """Single calls that wait or run; a list counts as its entries."""
         return self._num_open
 
     @property
@@ -255,6 +259,6 @@ class SharedEngine:
             with suppress(InvalidStateError):
                 call.result.set_exception(error)
 
-    def _one_less(self, _: Future[Result]) -> None:
+    def _leave(self, call: Call) -> None:
         with self._lock:
-            self._num_open -= 1
+            self._num_open -= call.num_inputs

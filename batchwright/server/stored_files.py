@@ -14,9 +14,10 @@ from starlette.requests import Request
 
 from batchwright.job.durable import sync_directory
 from batchwright.server.api_error import ApiError, busy
+from batchwright.server.bodies import declared_bytes
 from batchwright.server.records import Records, new_id
 from batchwright.server.settings import MAX_UPLOADS, MIN_FREE_BYTES, UPLOAD_TIMEOUT_S
-from batchwright.server.upload import Upload
+from batchwright.server.upload import FORM_BYTES, Upload
 
 INPUT = "batch"
 OUTPUT = "batch_output"
@@ -91,8 +92,7 @@ class FileStore:
         """
         if self._num_uploads >= MAX_UPLOADS:
             raise busy(f"{MAX_UPLOADS} uploads are under way; try again later")
-        declared = request.headers.get("content-length", "")
-        wanted = int(declared) if declared.isdecimal() else 0
+        wanted = declared_bytes(request, self._max_bytes + FORM_BYTES) or 0
         if shutil.disk_usage(self.records.directory).free - wanted < MIN_FREE_BYTES:
             raise ApiError(507, "the server's disk is nearly full", code="insufficient_storage")
         id = new_id("file-")
@@ -145,8 +145,8 @@ class FileStore:
         if record is None:
             return None
         check(record)
+        self.records.remove(id)  # first: bytes without a record are swept away, not the reverse
         self.path(id).unlink(missing_ok=True)
-        self.records.remove(id)
         return record
 
 

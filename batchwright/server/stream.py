@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from batchwright.job.rows import CHAT
-from batchwright.server.api_error import ApiError
+from batchwright.server.api_error import ApiError, failure
 
 KEEP_ALIVE_S = 10.0
 
@@ -57,8 +57,9 @@ async def events(
             yield b": the answer is being computed\n\n"
         try:
             body = answer.result()
-        except ApiError as error:
-            yield _event(error.body)
+        except Exception as error:  # noqa: BLE001 - the status is sent, so it is told here
+            told = error if isinstance(error, ApiError) else failure(error)
+            yield _event(told.body)
             return
         for chunk in _chunks(endpoint, body, include_usage):
             yield _event(chunk)

@@ -13,13 +13,15 @@ from starlette.requests import Request
 
 from batchwright.job.durable import write_all
 from batchwright.server.api_error import ApiError, missing
-from batchwright.server.bodies import declared_bytes, too_large
+from batchwright.server.bodies import too_large
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 MAX_FIELD_BYTES = 4096
 MAX_PARTS = 16
+MAX_HEADERS = 16  # of one part
+MAX_BOUNDARY_BYTES = 70  # RFC 2046
 FORM_BYTES = 2**16  # what a form takes besides its file
 
 
@@ -42,7 +44,7 @@ class Upload:
         self.num_bytes = 0
         self._max_bytes = max_bytes
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self._headers: dict[str, str] = {}
+        self._headers: dict[str, bytes] = {}
         self._header_name, self._header_value = b"", b""
         self._field: str | None = None  # the one being read; None: the file
         self._value = b""
@@ -57,7 +59,6 @@ class Upload:
             OSError: the disk fails.
         """
         parser = self._parser(request)
-        declared_bytes(request, self._max_bytes + FORM_BYTES)
         stream = request.stream()
         try:
             while True:
@@ -89,6 +90,13 @@ class Upload:
                 "a file is uploaded as multipart/form-data with the fields purpose and file",
                 code="invalid_form",
             )
+        if len(boundary) > MAX_BOUNDARY_BYTES:
+            raise ApiError(
+                400,
+                f"the form's boundary has {len(boundary)} bytes; at most {MAX_BOUNDARY_BYTES} "
+                "are allowed",
+                code="invalid_form",
+            )
         callbacks: MultipartCallbacks = {
             "on_part_begin": self._begin_part,
             "on_header_field": self._add_name,
@@ -109,17 +117,29 @@ class Upload:
 
     def _add_name(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
+        self._check_header()
 
     def _add_value(self, data: bytes, start: int, end: int) -> None:
         self._header_value += data[start:end]
+        self._check_header()
+
+    def _check_header(self) -> None:
+        num_bytes = len(self._header_name) + len(self._header_value)
+        if num_bytes > MAX_FIELD_BYTES or len(self._headers) == MAX_HEADERS:
+            raise ApiError(
+                400,
+                f"a part of the form has more than {MAX_HEADERS} headers, or one of more than "
+                f"{MAX_FIELD_BYTES} bytes",
+                code="invalid_form",
+            )
 
     def _end_header(self) -> None:
         name = self._header_name.decode("latin-1").lower()
-        self._headers[name] = self._header_value.decode("utf-8", "replace")
+        self._headers[name] = self._header_value
         self._header_name, self._header_value = b"", b""
 
     def _end_headers(self) -> None:
-        _, options = parse_options_header(self._headers.get("content-disposition"))
+        _, options = parse_options_header(self._headers.get("content-disposition", b""))
         name = options.get(b"name", b"").decode("utf-8", "replace")
         if b"filename" not in options or name != "file":
             self._field = name

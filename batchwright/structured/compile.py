@@ -12,7 +12,7 @@ from batchwright.errors import RequestError
 from batchwright.request import SamplingParams
 from batchwright.structured.grammar_text import mask_words, open_matcher
 from batchwright.structured.matcher import Matcher
-from batchwright.structured.spec import GrammarKind, GrammarSpec
+from batchwright.structured.spec import GrammarSpec
 from batchwright.structured.vocabulary import Vocabulary, guidance_tokenizer, read_vocabulary
 from batchwright.structured.worker import RowTemplate, Worker
 from batchwright.text.tokenizer import Tokenizer
@@ -137,12 +137,11 @@ class GrammarCompiler:
 
 
 def _refused(spec: GrammarSpec, reason: str) -> RequestError:
-    is_json = spec.kind in (GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA)
     reason = " ".join(reason.replace("<non-verbose/>", "").split())
     if len(reason) > MAX_REASON_CHARS:
         reason = reason[: MAX_REASON_CHARS - 3] + "..."
     return RequestError(
         f"the {spec.kind} cannot be used: {reason}",
         code="unsupported_grammar",
-        param="response_format" if is_json else "structured_outputs",
+        param=spec.param,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -29,6 +29,7 @@ class GrammarSpec:
 
     kind: GrammarKind
     text: str = ""
+    param: str = field(default="structured_outputs", compare=False)  # of the row, for errors
 
 
 def json_object() -> GrammarSpec:

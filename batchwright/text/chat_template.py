@@ -31,14 +31,17 @@ from batchwright.text.chat_messages import Message, prepare_messages, prepare_to
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_RENDERED_CHARS = 1 << 24
 
-# What a template may raise while it runs: its own errors, and those of the values it handles.
-_RENDER_ERRORS = (
+# What a template may raise while it runs, and when it is compiled, which computes constants:
+# its own errors, and those of the values it handles.
+_TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
     AttributeError,
     LookupError,
     MemoryError,
-    RecursionError,
+    NameError,  # jinja2 writes an infinite constant as a name
+    RuntimeError,  # also RecursionError
+    SyntaxError,
     TypeError,
     ValueError,
 )
@@ -159,7 +162,7 @@ class ChatTemplate:
         parts = [{"type": "text", "text": "probe-7351"}]
         try:
             text = "".join(self._pieces([{"role": "user", "content": parts}], {}))
-        except _RENDER_ERRORS:
+        except _TEMPLATE_ERRORS:
             return False
         return "probe-7351" in text and "'type'" not in text and '"type"' not in text
 
@@ -225,7 +228,7 @@ class ChatTemplate:
                 num_chars += len(piece)
                 if num_chars > MAX_RENDERED_CHARS:
                     break
-        except _RENDER_ERRORS as error:
+        except _TEMPLATE_ERRORS as error:
             detail = str(error) or type(error).__name__
             raise RequestError(
                 f"the chat template refused the messages: {detail}", param="messages"
@@ -279,7 +282,7 @@ def compile_chat_template(source: str) -> ChatTemplate:
     try:
         template = environment.from_string(source)
         names = jinja2.meta.find_undeclared_variables(environment.parse(source))
-    except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
+    except _TEMPLATE_ERRORS as error:
         raise RequestError(f"the chat template is not valid: {error}") from error
     variables = frozenset(names) - _RESERVED - frozenset(environment.globals)
     return ChatTemplate(source, variables, template)

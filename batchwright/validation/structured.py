@@ -8,6 +8,7 @@ is found out in the worker process.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -42,7 +43,7 @@ def take_grammar(fields: dict[str, Any]) -> GrammarSpec | None:
         value = fields.pop(name, None)
         spec = None if value is None else _READERS[name](name, value)
         if spec is not None:
-            found[name] = spec
+            found[name] = spec if name == "grammar" else replace(spec, param=name)
     if len(found) > 1:
         first, second = list(found)[:2]
         checks.fail(second, f"and {first} both ask for a form of the output; give one")

@@ -33,6 +33,11 @@ def locate_model(name_or_path: str) -> Path:
     Raises:
         ModelNotFoundError: nothing there, with what to do about it.
     """
+    if not name_or_path.strip():
+        raise ModelNotFoundError(
+            "the model's name is empty; give a Hugging Face model directory, a .gguf file, a hub "
+            "id (org/name), or `smollm2`"
+        )
     if name_or_path == "smollm2":
         return _find_embedded()
     path = Path(name_or_path).expanduser()

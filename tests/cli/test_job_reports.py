@@ -1,6 +1,7 @@
 """status, report and --metrics-port around jobs whose model is faked."""
 
 import json
+import os
 import re
 import socket
 import sys
@@ -126,6 +127,31 @@ def test_no_job(call: Call, tmp_path: Path, command: str) -> None:
     assert status == 2
     assert err.startswith("batchwright: there is no job at")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_no_text(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+    engine = FakeEngine(on_step=lambda _: seen.append(urllib.request.urlopen(urls[0]).read()))
+    urls: list[str] = []
+    use_engine(monkeypatch, engine)
+    from batchwright.report.prometheus import MetricsPort
+
+    def enter(port: MetricsPort) -> MetricsPort:
+        urls.append(port.url)
+        return port
+
+    monkeypatch.setattr(MetricsPort, "__enter__", enter)
+    name = tmp_path / os.fsdecode(b"o\xff\n.jsonl")
+    source = write_lines(tmp_path / os.fsdecode(b"in\xff.jsonl"), [chat_row("a")])
+    assert call("run", source, "-o", name, "--model", "m", "--metrics-port", 0)[0] == 0
+    assert 'batch="o\ufffd\\n.jsonl"'.encode() in seen[0]
+    assert call("status", name)[0] == 0
+    assert json.loads(call("status", name, "--json")[1])["name"] == "o\ufffd\n.jsonl"
+    assert json.loads(call("report", name, "--json")[1])["name"] == "o\ufffd\n.jsonl"
+    assert call("report", name)[0] == 0
+    assert "o\ufffd" in name.with_name(os.fsdecode(b"o\xff\n.report.html")).read_text("utf-8")
 
 
 # report -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The model is opened for real; how fast the machine is and how much memory is fre
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -66,6 +67,8 @@ class Command:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
         monkeypatch.setenv("COLUMNS", "120")
+        # what a command that ran before in this process left would write to its closed stream
+        monkeypatch.setattr(logging.getLogger("batchwright"), "handlers", [])
         monkeypatch.setattr("batchwright.exec.calibrate.calibrate", lambda *_, **__: HARDWARE)
         monkeypatch.setattr("batchwright.exec.load_time.load_s", lambda *_: 3.0)
         monkeypatch.setattr("batchwright.opened_model.available_memory_bytes", lambda: 10**10)

@@ -44,6 +44,7 @@ class Command:
         self._monkeypatch, self._capfd = monkeypatch, capfd
         self.engine = FakeEngine()
         self.settings: dict[str, Any] | None = None
+        self.identity: dict[str, Any] = {}
         monkeypatch.setattr(run_command, "load", self._load)
         monkeypatch.setattr("batchwright.weights.locate.locate_model", self._locate)
 
@@ -55,7 +56,7 @@ class Command:
         self.settings = settings
         tokenizer = ByteTokenizer()
         tokenizer.backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-        return FakeModel(self.engine, tokenizer, name=model)
+        return FakeModel(self.engine, tokenizer, name=model, more_identity=self.identity)
 
     def __call__(self, *args: object) -> tuple[int, str, str]:
         self._monkeypatch.setattr(sys, "argv", ["batchwright", *map(str, args)])
@@ -179,6 +180,7 @@ Mess = Callable[[Path], list[object]]
         (lambda t: [t / "in.jsonl", "-i", t / "in.jsonl", "-o", t / "out.jsonl"], "once"),
         (lambda t: ["-o", t / "out.jsonl"], "once"),
         (lambda t: [t / "in.jsonl"], "--output"),
+        (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--shard", "0/2"], "'--shard'"),
     ],
 )
 def test_what_cannot_work_is_told_before_loading(
@@ -194,6 +196,7 @@ def test_what_cannot_work_is_told_before_loading(
     assert words in err
     assert "Traceback" not in err
     assert command.settings is None
+    assert not list(tmp_path.glob("*.job"))
     assert (tmp_path / "old.jsonl").read_text() == "precious\n"
     assert (tmp_path / "in.jsonl").read_bytes() == before
 
@@ -263,7 +266,47 @@ def test_a_missing_model_is_one_line(command: Command, tmp_path: Path) -> None:
     assert status == 2
     assert err.splitlines()[-1].startswith("batchwright: missing: there is no such file")
     assert command.settings is None
-    assert not (tmp_path / "out.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    status, _, err = command("run", source, "-o", tmp_path / "out.jsonl", "--model", "")
+    assert status == 2 and "the model's name is empty" in err
+
+
+def test_what_fails_before_the_job_runs_costs_no_finished_row(
+    command: Command, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
+    arguments = ("run", source, "-o", tmp_path / "out.jsonl", "--model")
+    command(*arguments, "m")
+    assert command(*arguments, "missing", "--force")[0] == 2
+    assert command("run", tmp_path / "no", *arguments[2:], "m", "--force")[0] == 2
+    status, out, _ = command(*arguments, "m")
+    assert status == 0 and "done before" in out
+
+
+def test_another_setting_is_told_before_loading(command: Command, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", [{"text": "a", "max_tokens": 1}])
+    arguments = ("run", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--model", "m")
+    command.identity = {"seed": 0, "max_model_len": 100, "dtype": "float32"}
+    assert command(*arguments, "--template", "A {text}")[0] == 0
+    for option in ("--seed=1", "--max-model-len=99", "--dtype=bfloat16", "--column=stop=text"):
+        command.settings = None
+        status, _, err = command(*arguments, "--template", "A {text}", option)
+        assert status == 2 and "begun differently" in err
+        assert command.settings is None
+    assert command(*arguments, "--template", "A {text}", "--max-model-len=100")[0] == 0
+
+
+def test_another_file_is_not_taken_for_the_jobs_error_file(
+    command: Command, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a", temperature="hot")])
+    (tmp_path / "mine").write_text("precious\n")
+    arguments = ("run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--error-file")
+    for name, expected in [("e1", 1), ("e1", 1), ("mine", 2), ("e2", 1), ("e1", 2), ("e2", 1)]:
+        status, _, err = command(*arguments, tmp_path / name)
+        assert status == expected
+        assert ("is not this job's" in err) == (status == 2)
+    assert (tmp_path / "mine").read_text() == "precious\n"
 
 
 def test_ctrl_c_finishes_what_runs(command: Command, tmp_path: Path) -> None:
@@ -280,7 +323,11 @@ def test_ctrl_c_finishes_what_runs(command: Command, tmp_path: Path) -> None:
     assert len(read_lines(tmp_path / "out.jsonl")) == 2
     assert "2 running rows are finished first" in err
     assert "2 rows are done, 4 that were read are not" in out
+    assert "Give the same command to go on" in out
     assert "Traceback" not in err
+    command.engine = FakeEngine(max_running=2, on_step=on_step)
+    _, _, err = command("run", source, "-o", "-", "--model", "m")
+    assert "4 that were read are not" in err and "go on" not in err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -295,7 +342,7 @@ def test_ctrl_c_while_loading(
     status, _, err = command("run", source, "-o", tmp_path / "out.jsonl", "--model", "m")
     assert status == 75
     assert "nothing was written" in err
-    assert not (tmp_path / "out.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 @pytest.mark.parametrize("error", [OutputError("the disk is full"), ResourceError("no memory")])

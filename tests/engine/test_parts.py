@@ -77,6 +77,7 @@ def test_a_part_that_breaks_steps_fails_the_request_alone() -> None:
     error = results["x"].error
     assert error is not None and error.code == "internal_error"
     assert error.message.startswith("entry 1 of the list")
+    assert not results["x"].outputs  # parts that were cancelled for it are no answer
 
 
 def test_cancelling_ends_all_parts() -> None:

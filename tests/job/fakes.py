@@ -13,6 +13,7 @@ import msgspec
 from batchwright.errors import RequestError
 from batchwright.job.formats.read_input import read_input
 from batchwright.job.rows import InputRow, RowError
+from batchwright.parts import Parts
 from batchwright.plan.cost import ModelShape
 from batchwright.request import (
     NO_MARKUP,
@@ -159,13 +160,14 @@ class FakeModel:
     grammars: Any = None
     name: str = "fake"
     shape: ModelShape | None = None
+    more_identity: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def token_bytes(token_id: int) -> bytes:
         return token_bytes(token_id)
 
     def identity(self) -> dict[str, Any]:
-        return {"model": self.name}
+        return {"model": self.name, **self.more_identity}
 
     def compile_s(self) -> float:
         return 0.0
@@ -175,6 +177,11 @@ class FakeModel:
 
 
 def answer(request: Request, reason: FinishReason) -> Result:
+    if request.parts:
+        parts = Parts()
+        parts.open(request)
+        (whole,), _ = parts.take(answer(part, reason) for part in request.parts)
+        return whole
     text = str(len(request.prompt_token_ids))
     return Result(
         request_id=request.id,

@@ -110,7 +110,8 @@ def test_looking_at_the_lock(tmp_path: Path) -> None:
 
 def test_a_job_that_starts_waits_out_somebody_who_looks(tmp_path: Path) -> None:
     folder = tmp_path / "job"
-    JobDirectory(folder).close()
+    folder.mkdir()
+    (folder / "lock").touch()
     fd = os.open(folder / "lock", os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_SH)
     looks = threading.Timer(0.05, os.close, [fd])

@@ -1,5 +1,7 @@
 """Jobs that are broken off and gone on with: each row is answered once, and for what it asks."""
 
+import fcntl
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -157,6 +159,39 @@ def test_two_processes_cannot_work_on_one_job(tmp_path: Path) -> None:
         JobDirectory(tmp_path / "out.jsonl.job")
     directory.close()
     JobDirectory(tmp_path / "out.jsonl.job").close()
+
+
+def test_a_directory_without_a_job_does_not_stay(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl.job"
+    first = JobDirectory(path)
+    lock = os.open(path / "lock", os.O_RDWR)  # as another process does that waits for it
+    first.close()
+    assert not path.exists()
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with JobDirectory(path) as other:  # the lock that is gone keeps nobody out
+        os.close(lock)
+        assert other.path.exists()
+        other.manifest_path.touch()
+    with JobDirectory(path):
+        pass
+    assert path.exists()
+
+
+def test_a_lock_that_was_removed_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.jsonl.job"
+    take = JobDirectory._take_lock
+
+    def removed_first(directory: JobDirectory) -> bool:
+        monkeypatch.undo()
+        (path / "lock").unlink()
+        path.rmdir()
+        return take(directory)
+
+    monkeypatch.setattr(JobDirectory, "_take_lock", removed_first)
+    with JobDirectory(path), pytest.raises(ConfigError, match="another process"):
+        JobDirectory(path)
 
 
 def test_a_file_in_the_place_of_the_directory(tmp_path: Path) -> None:

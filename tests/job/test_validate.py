@@ -54,6 +54,7 @@ def test_everything_at_once() -> None:
         chat_template_kwargs={"enable_thinking": False},
         tools=[{"type": "function", "function": {"name": "f"}}],
         tool_choice="auto",
+        verbosity="medium",
         parse_special=True,
         user="u",
         metadata={"a": "b"},
@@ -177,7 +178,9 @@ def test_defaults_are_those_of_the_api() -> None:
         ({"parse_special": "yes"}, "parse_special", "true or false"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs", "must be an object"),
         ({"tools": [{"type": "web"}]}, "tools[0]", '"function"'),
-        ({"tool_choice": "required"}, "tool_choice", "not supported yet"),
+        ({"tool_choice": "required"}, "tool_choice", "give auto or none"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls", "remove it"),
+        ({"verbosity": "low"}, "verbosity", "only medium"),
         ({"continue_final_message": True}, "continue_final_message", "the assistant's"),
         (
             {"continue_final_message": True, "add_generation_prompt": True},

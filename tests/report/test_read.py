@@ -7,11 +7,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batchwright.errors import ConfigError
+from batchwright.cli.status import status_lines
+from batchwright.errors import ConfigError, OutputError
 from batchwright.job.directory import JobDirectory
 from batchwright.job.journal import Journal
 from batchwright.job.metrics import RunStart, Sample
+from batchwright.report.ceiling import Ceiling
+from batchwright.report.make_report import make_report
 from batchwright.report.read import MAX_SAMPLES, JobState, Run, find_job, read_job
+from batchwright.report.status import job_status
 from tests.report.made import KILLED_RUN, WHOLE_RUN, make_job, write_metrics
 
 
@@ -78,9 +82,36 @@ def test_missing_and_damaged_files(tmp_path: Path, name: str, damage: str) -> No
         assert record.rows["succeeded"] == 2
     if name == "journal.sqlite":
         assert sum(record.rows.values()) == 0
+        assert record.state is JobState.BROKEN_OFF  # the same command mends it
     if name == "results.jsonl":
         assert record.rows["failed"] == 1
         assert set(record.error_codes) <= {"unknown"}
+
+
+def test_a_log_that_is_no_file_or_says_the_impossible(tmp_path: Path) -> None:
+    counted = Sample(t_s=1e17, keys=[1, 2, 3], time=-1e17)
+    lines = [RunStart(time=1e17), counted, b'{"a": "\xff"}\n', b'{"steps": 1e308}\n']
+    record = read_job(make_job(tmp_path, lines))
+    assert record.num_damaged_lines == 2
+    assert make_report(record, Ceiling(1e9, 1e9)).roofline is None
+    assert "unknown" in "".join(status_lines(job_status(record, 0.0), 0.0))
+    path = record.directory / "metrics.jsonl"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OutputError, match="Is a directory"):
+        read_job(record.directory)
+
+
+def test_a_directory_that_may_not_be_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    make_job(tmp_path, [])
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(ConfigError, match=r"cannot look at .*Permission denied"):
+        find_job(tmp_path / "results.jsonl")
 
 
 def test_states(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_page_shows_batches_as_they_run(page: Page, start: Start) -> None:
     client = server.client()
     page.open(server)
     until(lambda: page.text("none") == "None yet.")
-    rows = [chat_row(str(i), max_tokens=5) for i in range(200)]
+    rows = [chat_row(str(i), max_tokens=5) for i in range(2000)]
     running = begin(client, [*rows, chat_row("bad", temperature="hot"), b"nonsense"])
     waiting = begin(client, [chat_row("a")])
     failed = begin(client, [b"nonsense"])

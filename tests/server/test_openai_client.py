@@ -171,8 +171,9 @@ def test_lists_are_paged(server: RunningServer) -> None:
     assert [f.id for f in client.files.list(order="asc", limit=3)] == sorted(
         f.id for f in client.files.list()
     )
-    with pytest.raises(openai.BadRequestError, match="limit"):
-        client.batches.list(limit=0)
+    for limit in (0, 10_001, f"000000001{'9' * 5000}"):
+        with pytest.raises(openai.BadRequestError, match="limit"):
+            client.get(f"/batches?limit={limit}", cast_to=object)
     with pytest.raises(openai.BadRequestError, match="no such id"):
         client.batches.list(after="batch_x")
 
@@ -194,6 +195,11 @@ def test_deleting_files(start: Start) -> None:
             with pytest.raises(openai.NotFoundError):
                 use(file_id)
     assert not (job / "results.jsonl").exists()  # the answers are gone wherever they were
+    file = upload(client, [chat_row("a")])
+    server.parts.files.path(file.id).unlink()  # by somebody else
+    with pytest.raises(openai.NotFoundError, match="gone"):
+        client.files.content(file.id)
+    client.files.delete(file.id)
     assert not list((server.settings.data / "files").iterdir())
 
 

@@ -15,6 +15,7 @@ import pytest
 from batchwright.errors import ConfigError
 from batchwright.server import settings
 from batchwright.server.guard import Guard
+from batchwright.server.run import listen
 from batchwright.server.settings import ServerSettings, read_api_key
 from tests.job.fakes import chat_row
 from tests.server.running import MODEL, PacedEngine, RunningServer, begin, ended, until
@@ -72,6 +73,7 @@ def test_without_the_key_nothing_is_told(start: Start) -> None:
         ("POST", f"/v1/batches/{batch.id}/cancel"),
         ("POST", CHAT),
         ("GET", "/dashboard.json"),
+        ("GET", "/metrics"),
         ("GET", f"/batches/{batch.id}/report"),
         ("POST", "/dashboard/login"),
         ("GET", "/nothing"),
@@ -174,7 +176,9 @@ PURPOSE = ("purpose", None, b"batch")
         ("a\x1b[31m.jsonl", "a[31m.jsonl"),
         ("", "file.jsonl"),
         ("..", ".."),
+        ("日本.jsonl", "日本.jsonl"),
         ("x" * 500, "x" * 200),
+        ("日本\u202e.jsonl", "日本.jsonl"),
     ],
 )
 def test_a_files_name_is_only_shown(common: RunningServer, given: str, shown: str) -> None:
@@ -212,6 +216,13 @@ def test_what_is_no_form(server: RunningServer) -> None:
     for wrong in (body[:-9], b"", b"nonsense"):
         assert server.error("POST", "/v1/files", wrong, headers)[0] == 400
     assert server.error("POST", "/v1/files", b"{}", {"Content-Type": "application/json"})[0] == 400
+    long = {"Content-Type": headers["Content-Type"] + 300 * "B"}
+    assert server.error("POST", "/v1/files", body, long)[0] == 400
+    for more in (b"X: " + 5000 * b"y" + b"\r\n", 20 * b"X: y\r\n"):
+        wrong = body.replace(b"--B\r\n", b"--B\r\n" + more)
+        assert server.error("POST", "/v1/files", wrong, headers)[0] == 400
+    for kind in ("multipart/form-data", f"multipart/form-data; boundary={'B' * 1000}"):
+        assert server.error("POST", "/v1/files", b"{}", {"Content-Type": kind})[0] == 400
     assert not list((server.settings.data / "files").iterdir())
 
 
@@ -221,6 +232,8 @@ def test_a_large_upload_is_not_held_in_memory_and_chunks_are_counted(start: Star
     assert client.files.create(file=("x", b"y" * 3_000_000), purpose="batch").bytes == 3_000_000
     with pytest.raises(openai.APIStatusError, match="at most"):
         client.files.create(file=("x", b"y" * 3_000_001), purpose="batch")
+    declared = {"Content-Length": "9" * 19, "Content-Type": "multipart/form-data; boundary=B"}
+    assert server.error("POST", "/v1/files", None, declared) == (413, "request_too_large")
     answer = chunked(server.port, "/v1/files", b"y" * 65536, 100, form()[1]["Content-Type"])
     assert answer.startswith(b"HTTP/1.1 4")
 
@@ -331,6 +344,13 @@ def test_a_failure_of_ours_is_logged_without_its_words(
     assert status == 500 and b"secret" not in body
     until(lambda: "RuntimeError" in caplog.text)
     assert "secret" not in caplog.text
+
+
+def test_two_servers_do_not_share_a_port(tmp_path: Path) -> None:
+    with listen(ServerSettings(port=0, data=tmp_path, model_name=MODEL)) as first:
+        taken = first.getsockname()[1]  # though nobody serves there yet
+        with pytest.raises(ConfigError, match=f"port {taken}: Address already in use"):
+            listen(ServerSettings(port=taken, data=tmp_path, model_name=MODEL))
 
 
 def test_two_servers_do_not_share_a_directory(start: Start) -> None:

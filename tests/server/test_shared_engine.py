@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def shared(engine: FakeEngine | None = None, **options: Any) -> SharedEngine:
 def test_results_go_to_whom_they_belong() -> None:
     engine = shared()
     engine.add(request("row"))
-    (call,) = engine.submit([request("call-1", num_prompt=5)])
+    call = engine.submit(request("call-1", num_prompt=5))
     assert engine.num_unfinished == 2 and engine.num_open_calls == 1
     assert [result.request_id for result in engine.step()] == ["row"]
     assert call.result.result(0).outputs[0].text == "5"
@@ -41,18 +42,25 @@ def test_results_go_to_whom_they_belong() -> None:
 def test_a_job_sees_its_own_rows_waiting() -> None:
     engine = shared(FakeEngine(max_running=1))
     engine.add(request("row", 9))
-    engine.submit([request("call-1"), request("call-2")])
+    for id in ("call-1", "call-2"):
+        engine.submit(request(id))
     engine.add(request("row 2"))
     engine.step()
     assert engine.waiting_ids() == ["row 2"]
 
 
-def test_calls_are_taken_all_or_none() -> None:
+def test_a_list_counts_as_its_entries() -> None:
     engine = shared()
-    engine.submit([request("call-1")])
+    engine.submit(request("call-1"))
+    parts = (request("call-2 a"), request("call-2 b"))
     with pytest.raises(TooManyCallsError):
-        engine.submit([request("call-2"), request("call-3")])
-    engine.submit([request("call-2")])
+        engine.submit(replace(request("call-2"), parts=parts))
+    engine.submit(request("call-2"))
+    engine.step()
+    engine.submit(replace(request("call-3"), parts=parts))
+    assert engine.num_open_calls == 2
+    engine.step()
+    assert engine.num_open_calls == 0
 
 
 def test_what_a_job_leaves_is_ended_and_not_the_next_ones() -> None:
@@ -60,7 +68,7 @@ def test_what_a_job_leaves_is_ended_and_not_the_next_ones() -> None:
     engine = shared(fake)
     for id in "abc":
         engine.add(request(id, 9))
-    (call,) = engine.submit([request("call-1", 3)])
+    call = engine.submit(request("call-1", 3))
     engine.step()
     engine.abandon()
     assert fake.num_unfinished == 1 and not call.result.done()
@@ -72,7 +80,7 @@ def test_what_a_job_leaves_is_ended_and_not_the_next_ones() -> None:
 def test_a_call_withdrawn_before_it_starts_or_while_it_runs() -> None:
     fake = FakeEngine()
     engine = shared(fake)
-    early, late = engine.submit([request("call-1", 9), request("call-2", 9)])
+    early, late = (engine.submit(request(id, 9)) for id in ("call-1", "call-2"))
     engine.withdraw(early)
     engine.step()
     assert list(fake.running) == ["call-2"]
@@ -91,7 +99,7 @@ def test_a_step_that_fails_fails_the_calls_and_raises() -> None:
     fake = FakeEngine(on_step=on_step)
     engine = shared(fake)
     engine.add(request("row", 4))
-    (call,) = engine.submit([request("call-1", 4)])
+    call = engine.submit(request("call-1", 4))
     engine.step()
     with pytest.raises(ValueError, match="a bug"):
         engine.step()
@@ -102,13 +110,13 @@ def test_a_step_that_fails_fails_the_calls_and_raises() -> None:
 
 def test_closing_tells_who_waits() -> None:
     engine = shared()
-    waiting, running = engine.submit([request("call-1", 9)]), engine.submit([request("call-2", 9)])
+    waiting, running = (engine.submit(request(id, 9)) for id in ("call-1", "call-2"))
     engine.step()
     engine.close()
-    for (call,) in (waiting, running):
+    for call in (waiting, running):
         assert isinstance(call.result.exception(0), ServerStoppingError)
     with pytest.raises(ServerStoppingError):
-        engine.submit([request("call-3")])
+        engine.submit(request("call-3"))
 
 
 def test_being_stuck_is_told_by_the_time_since_the_last_sign() -> None:

@@ -44,6 +44,16 @@ def test_a_list_of_prompts_is_counted_through(common: RunningServer) -> None:
     assert answer.usage is not None and answer.usage.prompt_tokens == 6
 
 
+def test_a_list_may_be_as_long_as_in_a_row(common: RunningServer) -> None:
+    client = common.client()
+    answer = client.completions.create(model=MODEL, prompt=["a"] * 2048, max_tokens=1)
+    assert [choice.index for choice in answer.choices] == list(range(2048))
+    with pytest.raises(openai.BadRequestError, match="at most 2048"):
+        client.completions.create(model=MODEL, prompt=["a"] * 2049, max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match="entry 1 of the list"):
+        client.completions.create(model=MODEL, prompt=["a", "\0"], max_tokens=1)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "param"),
     [
@@ -253,3 +263,15 @@ def test_calls_have_ids_that_no_row_has(common: RunningServer) -> None:
     assert shared_engine.CALL_PREFIX == "call-"
     first, second = chat(common.client()), chat(common.client())
     assert first.id != second.id  # so their randomness differs too
+
+
+def test_metrics_are_those_of_the_batch_that_runs_or_ran_last(server: RunningServer) -> None:
+    status, headers, text = server.ask("GET", "/metrics")
+    assert status == 200 and headers["content-type"].startswith("text/plain")
+    assert b"batchwright_rows_total{" not in text
+    client = server.client()
+    for names in ("a", "bc"):
+        batch = ended(client, begin(client, [chat_row(name) for name in names]))
+        text = server.ask("GET", "/metrics")[2]
+        line = f'batchwright_rows_total{{batch="{batch.id}",state="succeeded"}} {len(names)}.0'
+        assert line.encode() in text and text.count(b'state="succeeded"') == 1

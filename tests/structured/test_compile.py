@@ -19,6 +19,7 @@ from batchwright.structured.compile import GrammarCompiler
 from batchwright.structured.spec import GrammarSpec
 from batchwright.text.backend import TokenizerParts
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
+from batchwright.validation.params import validate_params
 from tests.structured.conftest import VOCAB_SIZE
 from tests.structured.walk import allowed, random_output
 
@@ -129,8 +130,25 @@ def test_refused(spec: GrammarSpec, reason: str, compiler: GrammarCompiler) -> N
         compiler.compile(spec)
     assert reason in caught.value.message
     assert caught.value.code == "unsupported_grammar"
-    assert caught.value.param in ("response_format", "structured_outputs")
     assert len(caught.value.message) < 350
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"structured_outputs": {"json": {"not": {}}}},
+        {"guided_json": {"not": {}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+    ],
+)
+def test_a_refusal_names_the_rows_own_parameter(
+    given: dict[str, Any], compiler: GrammarCompiler
+) -> None:
+    params = validate_params(**given)
+    assert params.grammar is not None
+    with pytest.raises(RequestError) as caught:
+        compiler.compile(params.grammar)
+    assert caught.value.param == next(iter(given))
 
 
 def test_grammars_and_refusals_are_kept(

@@ -356,6 +356,9 @@ def test_sandbox_holds(expression: str) -> None:
         ("{{ 1 / 0 }}", "zero"),
         ("{{ [].pop() }}", "pop"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ 1e999 if messages else 1 }}", "inf"),
+        ("{{ cycler() }}", "at least one item"),
+        ("{{ 1" + 5000 * "0" + " }}", "4300 digits"),
     ],
 )
 def test_template_failures_are_row_errors(source: str, message: str) -> None:
