@@ -287,6 +287,7 @@ class Engine:
             self._scheduler.restart([])
         self._open.clear()
         self._isolation.clear()
+        self._scheduler.admit_only(None)
         self._parts = Parts()
         self._resource_error, self._is_torn = None, False
 

@@ -383,6 +383,19 @@ def test_rows_added_while_suspects_are_tried_wait_and_run(undisturbed):
     assert_same(finish(engine, results), undisturbed, but={"r2"})
 
 
+def test_suspects_of_one_run_do_not_hold_up_the_next(undisturbed, caplog):
+    """The first run ends with suspects that were tried last."""
+    engine, executor = new_engine()
+    executor.fault = fail_with("r1")
+    job = mixed_job()[:3]
+    assert [r.request_id for r in engine.run(job) if r.error is not None] == ["r1"]
+    executor.fault = fail_calls()
+    caplog.clear()
+    results = {r.request_id: r for r in engine.run(job)}
+    assert_same(results, {request.id: undisturbed[request.id] for request in job})
+    assert not caplog.records
+
+
 def test_the_comparison_can_fail(undisturbed):
     job = [row("r0", [1, 2, 3], 5), *mixed_job()[1:]]
     with pytest.raises(AssertionError):

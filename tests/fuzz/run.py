@@ -43,8 +43,8 @@ def main(target: str, extent: str) -> None:
     words = corpus.with_suffix(".dict")
     words.write_text("".join(f'"{quoted(word)}"\n' for word in module.WORDS))
     options = [
-        *(f"-max_total_time={extent}", f"-max_len={MAX_BYTES}", f"-dict={words}"),
-        *(f"-rss_limit_mb={RSS_MIB}", f"-timeout={TIMEOUT_S}", "-print_final_stats=1"),
+        *(f"-max_total_time={extent}", f"-timeout={TIMEOUT_S}", f"-rss_limit_mb={RSS_MIB}"),
+        *(f"-max_len={MAX_BYTES}", "-len_control=10", f"-dict={words}", "-print_final_stats=1"),
         f"-artifact_prefix={corpus}-",
     ]
     atheris.Setup([sys.argv[0], *options, str(corpus)], module.run)

@@ -169,10 +169,13 @@ def test_rows_that_fail_only_beside_each_other(command: Command, expected: dict[
     assert command.num_faults
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_lack_of_memory_blames_nobody(
-    command: Command, expected: dict[str, Any], times: int
+    command: Command, expected: dict[str, Any], llm: LLM, times: int
 ) -> None:
+    limits = llm.engine._scheduler.limits
+    limits.max_running, limits.max_tokens = 6, 64  # a test before this one may have lowered them
+
     def fault(step: Step, ids: list[str]) -> None:
         if command.num_faults < times:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
