@@ -223,7 +223,8 @@ def build_engine(
     model = load_model(checkpoint, dtype=dtype, max_positions=resolved.max_model_len)
     ensure_row_invariance(model, resolved.max_num_batched_tokens)
     windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
-    groups = resolved.kv_groups(windows, _block_bytes(model, group_of_layer, resolved, kv_dtype))
+    sizes = _block_bytes(model, group_of_layer, resolved, kv_dtype)
+    groups = resolved.kv_groups(windows, sizes)
     logger.info(
         "memory for keys and values: up to %s, %.1f GB, taken as needed",
         " and ".join(
@@ -231,7 +232,7 @@ def build_engine(
             + (f" (window {group.window})" if group.window else "")
             for group in groups
         ),
-        resolved.kv_cache_bytes / 1e9,
+        sum(group.num_blocks * size for group, size in zip(groups, sizes, strict=True)) / 1e9,
     )
     executor = LocalExecutor(
         model,

@@ -49,7 +49,7 @@ def _lines(summary: JobSummary, load_s: float) -> list[tuple[str, str, str]]:
         note = "ended by max_tokens or the context, not by the model"
         lines.append(("cut by length", f"{summary.num_length_limited:,}", note))
     if engine.num_folded:
-        note = "answered by the computation of an identical row"
+        note = "rows, or entries of lists, answered by an identical one's computation"
         lines.append(("duplicates", f"{engine.num_folded:,}", note))
     num_input = engine.num_computed_tokens + engine.num_cached_tokens
     cached = f"{engine.num_cached_tokens / num_input:.0%} of all" if num_input else ""

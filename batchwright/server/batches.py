@@ -95,6 +95,10 @@ class Batches:
         """The job directory of a batch."""
         return self.records.directory / f"{id}.job"
 
+    def has_report(self, id: str) -> bool:
+        """Whether there is a batch with this id that has begun to run."""
+        return self.records.get(id) is not None and (self.job_path(id) / "metrics.jsonl").exists()
+
     # From HTTP -----------------------------------------------------------------------------------
 
     def create(self, batch: Batch) -> Batch:

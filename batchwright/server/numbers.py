@@ -1,4 +1,4 @@
-"""What the server tells about itself in numbers: for the page and for whoever collects metrics."""
+"""What the server tells about itself in numbers, for the page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 from batchwright.server.batch_record import Batch
 from batchwright.server.parts import Parts
-from batchwright.server.report_page import has_report
 
 MAX_SHOWN = 100
 
@@ -61,5 +60,5 @@ def _batch(parts: Parts, batch: Batch) -> dict[str, Any]:
         "is_running": parts.batches.running_id == batch.id,
         "is_held": batch.id in parts.batches.held,
         "error_codes": codes,
-        "has_report": has_report(parts.batches.job_path(batch.id)),
+        "has_report": parts.batches.has_report(batch.id),
     }

@@ -8,14 +8,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from batchwright.errors import ConfigError
+from batchwright.errors import BatchwrightError, ConfigError
+from batchwright.report import report_page
 from batchwright.report.prometheus import prometheus_text
 from batchwright.server.api_error import ApiError, not_found
 from batchwright.server.dashboard import PAGE, PAGE_POLICY
 from batchwright.server.guard import COOKIE
 from batchwright.server.numbers import dashboard_numbers
 from batchwright.server.parts import Parts
-from batchwright.server.report_page import report_page
 
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; "
@@ -44,9 +44,12 @@ def page_routes(parts: Parts, session: str) -> list[Route]:
 
     async def report(request: Request) -> Response:
         id = request.path_params["id"]
-        if parts.batches.records.get(id) is None:
-            raise not_found("batch", id)
-        html = await asyncio.to_thread(report_page, parts.batches.job_path(id))
+        if not parts.batches.has_report(id):
+            raise not_found("report of batch", id)
+        try:
+            html = await asyncio.to_thread(report_page, parts.batches.job_path(id))
+        except BatchwrightError as error:
+            raise ApiError(501, str(error), code="report_unavailable") from error
         return HTMLResponse(html, headers={"Content-Security-Policy": REPORT_POLICY})
 
     async def metrics(_: Request) -> Response:
