@@ -167,8 +167,8 @@ class JobDirectory:
 
     def close(self) -> None:
         """Let go of the lock."""
-        if self._is_ours and os.listdir(self.path) == ["lock"]:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # somebody may have removed it already
+            if self._is_ours and os.listdir(self.path) == ["lock"]:
                 (self.path / "lock").unlink()
                 self.path.rmdir()
         os.close(self._lock)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -175,6 +176,9 @@ def test_a_directory_without_a_job_does_not_stay(tmp_path: Path) -> None:
     with JobDirectory(path):
         pass
     assert path.exists()
+    shutil.rmtree(path)
+    with JobDirectory(path):
+        shutil.rmtree(path)  # by somebody else, while it is in use
 
 
 def test_a_lock_that_was_removed_meanwhile_is_taken_anew(
