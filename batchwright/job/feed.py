@@ -135,8 +135,11 @@ class Feed:
         return item
 
     def close(self) -> None:
-        """Stop reading. A thread that waits for its input ends with the process."""
+        """Stop reading. At the end of the input everything is closed when this returns; a thread
+        that still waits for its input ends with the process."""
         self._closed.set()
+        if self.ended:  # it has nothing left to do but to close the journal
+            self._thread.join()
 
     # In the thread ----------------------------------------------------------------------------
 
