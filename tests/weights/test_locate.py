@@ -50,7 +50,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["", "nowhere", "/no/such/model", "a/b/c", "../x/y", "-o/x"])
 def test_nothing_there(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelNotFoundError, match=r"no such file or directory|no config"):
+    with pytest.raises(ModelNotFoundError, match=r"no such file or directory|name is empty"):
         locate_model(name)
 
 
