@@ -77,17 +77,19 @@ class Plan:
 
     def next_admission(self) -> Sequence | None:
         """The row to start next, which leaves the plan; None when there is none for now."""
-        if self._is_due():
-            self._make_order()
-        while (pick := self._scan.pick(self._memory_in_use())) is not None:
+        while True:  # a cancelled row, which is skipped, may be the last before new ones
+            if self._is_due():
+                self._make_order()
+            pick = self._scan.pick(self._memory_in_use())
+            if pick is None:
+                return None
             sequence, self._rows[pick.row] = self._rows[pick.row], None
             self._num_started += 1
             assert sequence is not None
-            if sequence.finish_reason is None:  # cancelled rows are skipped when they come up
+            if sequence.finish_reason is None:
                 if isinstance(self._scan, DualScan):
                     self._unfinished.append((sequence, pick))
                 return sequence
-        return None
 
     def next_use(self, nodes: Int32Array) -> Int64Array:
         """[num_nodes] int64, about how many rows start before the next that uses each node."""

@@ -86,6 +86,18 @@ def test_cancelled_rows_do_not_start(order: str) -> None:
     assert {id(row) for row in drain(plan)} == {id(row) for row in left}
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_that_come_after_cancelled_ones_start(order: str) -> None:
+    rows = [waiting_row(i, [i]) for i in range(4)]
+    plan = plan_of(order, rows[:3])
+    first = plan.next_admission()
+    assert first is not None
+    for row in rows[:3]:
+        row.finish_reason = FinishReason.CANCELLED
+    plan.append(rows[3])
+    assert plan.next_admission() is rows[3]
+
+
 def test_places_in_the_job_follow_the_order() -> None:
     """They decide what is preempted; the numbers that the rows came with are kept."""
     rows = [waiting_row(0, [1, 2]), waiting_row(1, [5], n=3), waiting_row(2, [1, 3], n=2)]
