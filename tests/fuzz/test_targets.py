@@ -23,6 +23,8 @@ def damaged(data: bytes, random: Random) -> bytes:
     return bytes(out)
 
 
+# A deadline that is over while a finalizer runs is told as a warning, and comes again.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("target", TARGETS)
 def test_seeds_and_damaged_seeds(target: str) -> None:
     module, random = import_module(f"tests.fuzz.{target}"), Random(2)
