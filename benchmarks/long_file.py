@@ -5,7 +5,7 @@ whole job runs, from file to file, with the real tokenizer and a simulated model
 holds a few hundred rows. Printed: prompt tokens computed against the least that must be, the time
 the model would have taken, the time that passed, and the most memory.
 
-    python -m benchmarks.long_file --rows 50k --documents 500
+    python -m benchmarks.long_file --rows 50k --documents 5k
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
     """Run each case in a process of its own and print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=parse_count, default=50_000)
-    parser.add_argument("--documents", type=parse_count, default=500)
+    parser.add_argument("--documents", type=parse_count, default=5_000)
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case is not None:
