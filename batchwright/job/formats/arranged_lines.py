@@ -35,8 +35,9 @@ from batchwright.plan.order import JobFacts, Order, OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import Int32Array
 
-FIRST_ROWS = 4096
-"""Lines that come as they stand in the file: as many as the engine has at once."""
+FIRST_ROWS = 1024
+"""Lines that come as they stand in the file, for the engine to run while the others are looked at.
+What these share with later rows may have to be computed twice, so they are few."""
 
 SECTION_ROWS = 1_000_000
 SECTION_PIECES = 64_000_000  # 256 MB
