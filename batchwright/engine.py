@@ -20,6 +20,7 @@ from batchwright.open_requests import OpenRequests
 from batchwright.outputs import RunningRequest, Stream, failed
 from batchwright.parts import Parts
 from batchwright.plan.cost import ModelShape
+from batchwright.plan.order import OrderFunction
 from batchwright.recovery import Isolation, describe
 from batchwright.request import Request, Result, Task
 from batchwright.sampling.noise import noise_key
@@ -107,6 +108,11 @@ class Engine:
     def vocab_size(self) -> int:
         """Token ids are below it."""
         return self._limits.vocab_size
+
+    @property
+    def order(self) -> OrderFunction:
+        """In which order requests are started."""
+        return self._scheduler.order
 
     @property
     def stats(self) -> SchedulerStats:

@@ -113,6 +113,7 @@ def show_plan(
 def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobPlan:
     """Check what can be checked, open the model, whose weights stay where they are, and plan."""
     from batchwright.job.directory import job_directory_for
+    from batchwright.job.formats.arranged_lines import Arrangement
     from batchwright.job.model_names import ModelNames
     from batchwright.job.plan_job import plan_job
     from batchwright.job.preflight import (
@@ -121,6 +122,7 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
         error_path_for,
         open_rows,
     )
+    from batchwright.simulate import chosen_order
     from batchwright.weights.locate import locate_model
 
     arguments.check()
@@ -129,9 +131,11 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
     directory = job_directory_for(arguments.output)
     if not arguments.force:
         check_not_foreign(directory / MANIFEST, arguments.output, errors)
-    rows, _ = open_rows(arguments)
+    arrangement = Arrangement()
+    rows, _ = open_rows(arguments, arrangement)
     locate_model(model)  # before torch is imported
     opened = open_model(model, settings)
+    arrangement.order = chosen_order(opened.config, opened.groups)
     finished = share = None
     if not arguments.force and _is_begun(directory, arguments, opened):
         finished, share = _what_is_done(directory, keep_failed=arguments.keep_failed)

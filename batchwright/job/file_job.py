@@ -22,6 +22,7 @@ from batchwright import __version__
 from batchwright.errors import ConfigError
 from batchwright.job.directory import JobDirectory, job_directory_for
 from batchwright.job.events import JobEvent
+from batchwright.job.formats.arranged_lines import Arrangement
 from batchwright.job.manifest import check_known
 from batchwright.job.model_names import ModelNames
 from batchwright.job.preflight import (
@@ -105,7 +106,8 @@ class FileJob:
             if not arguments.force:
                 known = {"engine": __version__, **arguments.row_settings(), **known}
                 check_known(self.directory.manifest_path, known)
-            self._rows, self._input_bytes = open_rows(arguments)
+            self._arrangement = Arrangement()
+            self._rows, self._input_bytes = open_rows(arguments, self._arrangement)
             self._opened = stack.pop_all()
 
     def run(
@@ -120,6 +122,7 @@ class FileJob:
         if model.engine.num_unfinished:
             raise ConfigError("this model is still running other requests; let them finish first")
         arguments = self.arguments
+        self._arrangement.order = model.order
         if arguments.force:  # only now: what fails before costs no finished row
             self.directory.clear()
         options = JobOptions(

@@ -29,6 +29,7 @@ from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
 from batchwright.job.validate import ParsedRow
 from batchwright.plan.cost import ModelShape
+from batchwright.plan.order import OrderFunction
 
 
 class JobModel(Protocol):
@@ -46,6 +47,10 @@ class JobModel(Protocol):
     def grammars(self) -> Grammars | None: ...
     @property
     def shape(self) -> ModelShape | None: ...
+    @property
+    def order(self) -> OrderFunction:
+        """In which order the engine starts rows."""
+
     def identity(self) -> Mapping[str, Any]:
         """What answers depend on, for the manifest."""
 

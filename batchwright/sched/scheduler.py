@@ -45,6 +45,7 @@ class Scheduler:
         order: in which order rows start, a function of `plan/orders`.
 
     Attributes:
+        order: as given.
         limits: slots and token budget in use; memory may run short.
         stats: counts since the start.
         books: what is known about sequences.
@@ -67,7 +68,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
         self._prefix_sharing = prefix_sharing
-        self._order = order
+        self.order = order
         self.block_size = block_size
         self.limits = StepLimits(max_num_seqs, max_num_batched_tokens)
         self.stats = SchedulerStats()
@@ -80,7 +81,7 @@ class Scheduler:
             block_size=self.block_size,
             max_num_seqs=self._max_num_seqs,
             max_model_len=self._max_model_len,
-            order=self._order,
+            order=self.order,
         )
         self.num_unfinished = 0
         self._in_flight: deque[InFlight] = deque()

@@ -15,6 +15,8 @@ from batchwright.job.formats.read_input import read_input
 from batchwright.job.rows import InputRow, RowError
 from batchwright.parts import Parts
 from batchwright.plan.cost import ModelShape
+from batchwright.plan.order import OrderFunction
+from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import (
     NO_MARKUP,
     Completion,
@@ -160,6 +162,7 @@ class FakeModel:
     grammars: Any = None
     name: str = "fake"
     shape: ModelShape | None = None
+    order: OrderFunction = fcfs
     more_identity: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
