@@ -194,6 +194,17 @@ def test_report_replaces_no_file_of_the_job(
         assert call("report", tmp_path / "results.jsonl", "-o", other, *options)[0] == 0
 
 
+def test_report_from_within_the_directory(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_job(tmp_path, WHOLE_RUN, num_succeeded=9)
+    monkeypatch.chdir(directory)
+    assert call("status", ".")[1].startswith("results.jsonl: finished")
+    page = tmp_path / "results.report.html"
+    assert call("report", ".")[:2] == (0, f"Report: {page}\n")
+    assert page.exists()
+
+
 def test_report_as_json(call: Call, tmp_path: Path) -> None:
     make_job(tmp_path, [*KILLED_RUN, *WHOLE_RUN], num_succeeded=9)
     status, out, _ = call("report", tmp_path / "results.jsonl", "--json")
