@@ -83,12 +83,20 @@ def run_one(folder: Path) -> dict:
     )
 
     class Model:
+        name, shape = "simulated", None
+
         def __init__(self) -> None:
             self.engine, self.tokenizer, self.grammars = engine, tokenizer, None
             self.token_bytes = token_bytes(tokenizer.backend)
 
         def identity(self) -> dict:
             return {"model": "simulated"}
+
+        def settings(self) -> dict:
+            return {"max_num_seqs": 256, "max_num_batched_tokens": 8192, "max_model_len": 2048}
+
+        def compile_s(self) -> float:
+            return 0.0
 
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     with JobDirectory(folder / "out.jsonl.job") as directory:
