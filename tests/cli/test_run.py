@@ -207,6 +207,15 @@ def test_failed_rows_that_are_kept_count_as_failed(command: Command, tmp_path: P
     assert [command(*arguments)[0] for _ in range(2)] == [1, 1]
 
 
+def test_expired_rows_are_told_apart_from_failed_ones(command: Command, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [chat_row("a"), chat_row("b", temperature="hot")])
+    arguments = ("--model", "m", "--deadline", "0.000001")
+    status, out, _ = command("run", source, "-o", tmp_path / "out.jsonl", *arguments)
+    assert status == 1
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert {"failed 1 invalid_request: 1", "expired 1 batch_expired: 1"} <= set(lines)
+
+
 def test_a_closed_standard_output_does_not_promise_to_go_on(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,7 @@ class ByteTokenizer:
     def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[int]]:
         if messages[0]["role"] == "nobody":
             raise RequestError("the chat template does not know the role 'nobody'")
-        text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
+        text = "".join(f"<{m['role']}>{m.get('content')}\n" for m in messages)
         if options.get("add_generation_prompt", True):
             text += "<assistant>"
         return text, self.encode_batch([text])[0]
