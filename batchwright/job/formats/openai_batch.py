@@ -8,6 +8,7 @@ stream: memory is bounded by the longest line.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -48,9 +49,12 @@ def read_json_lines(source: Source, given: ColumnMap) -> Iterator[InputRow | Row
             row = decode_row(raw)
         except RequestError as error:
             error.line = line
-            yield RowError(line, None, error, counted)
+            out: InputRow | RowError = RowError(line, None, error, counted)
         else:
-            yield reader.read(row, line, counted, len(raw))
+            out = reader.read(row, line, counted, len(raw))
+        if source.would_wait is not None and source.would_wait():
+            out = replace(out, pause_follows=True)
+        yield out
     if num_rows == 0:
         raise InputError(f"{source.name} has no rows (empty_file); it needs one JSON object a line")
 
