@@ -8,6 +8,7 @@ stream: memory is bounded by the longest line.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -42,9 +43,12 @@ def read_json_lines(
     num_rows = 0
     for line in lines or numbered_lines(source.stream):
         row = reader.row_of(line, source.progress)
-        if row is not None:
-            num_rows += 1
-            yield row
+        if row is None:
+            continue
+        num_rows += 1
+        if source.would_wait is not None and source.would_wait():
+            row = replace(row, pause_follows=True)
+        yield row
     if num_rows == 0:
         raise InputError(f"{source.name} has no rows (empty_file); it needs one JSON object a line")
 

@@ -46,7 +46,10 @@ def _named(group: list[AnyRow], seen: IdSet, unit: str) -> Iterator[AnyRow]:
         elif is_new:
             yield row
         else:
-            yield RowError(row.line, name, _used(name, row.line, unit), row.num_bytes, row.extra)
+            error = _used(name, row.line, unit)
+            yield RowError(
+                row.line, name, error, row.num_bytes, row.extra, pause_follows=row.pause_follows
+            )
 
 
 def automatic_name(row: AnyRow, unit: str = "line") -> str:
