@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
+from batchwright.job.formats.pipe import PipeLines
 from batchwright.job.formats.source import read_lines
 
 
@@ -22,7 +23,7 @@ class Line(NamedTuple):
     num_bytes: int
 
 
-def numbered_lines(stream: IO[bytes]) -> Iterator[Line]:
+def numbered_lines(stream: IO[bytes] | PipeLines) -> Iterator[Line]:
     """All lines, as they come."""
     for number, (raw, num_bytes) in enumerate(read_lines(stream), start=1):
         yield Line(number, raw, num_bytes)
