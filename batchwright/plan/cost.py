@@ -212,6 +212,23 @@ class CostModel:
         """Time of a Step; what `SimExecutor` asks."""
         return self.parts(step).total
 
+    def equal_seconds(self, positions: Int32Array, num_steps: int) -> float:
+        """Time of Steps of one token a row, at `positions` [num_rows] in the first of them."""
+        num_rows, hardware = len(positions), self.hardware
+        each_s = self._layers_s(num_rows) + self._head_s(num_rows) + hardware.step_s
+        each_s += num_rows * (hardware.token_s + hardware.draw_s)
+        total_s = num_steps * each_s
+        for attention in self.shape.attention:
+            window = attention.window
+            seen = num_keys(positions + np.int32(num_steps), window) - num_keys(positions, window)
+            total_s += int(seen.sum()) * self._key_s(attention)
+        return total_s
+
+    def _key_s(self, attention: AttentionShape) -> float:
+        """Time of one token's attention to one key: its FLOPs or its reading."""
+        compute_s = attention.flops_per_key / self.hardware.attention_flops_per_s
+        return max(compute_s, attention.kv_elements * self.kv_bytes / self.hardware.kv_bytes_per_s)
+
     def parts(self, step: Step) -> StepSeconds:
         """Time of a Step by where it goes."""
         hardware = self.hardware
