@@ -258,12 +258,6 @@ class CostModel:
             + num_draws * hardware.draw_s
         )
 
-    def step_work_s(self, step: Step) -> float:
-        """`work_s` of what a Step computes."""
-        pairs, _ = row_keys(step, self.shape.attention)
-        num_keys = [int(one.sum()) for one in pairs]
-        return self.work_s(step.num_tokens, num_keys, _num_logits(step), len(step.sample_tokens))
-
     def num_bytes(self, step: Step) -> float:
         """Memory traffic of a Step: weights, and keys and values read and written."""
         _, read = row_keys(step, self.shape.attention)

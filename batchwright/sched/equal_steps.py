@@ -10,7 +10,7 @@ Only the ids of new blocks may be dealt out to rows in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ class EqualResults(NamedTuple):
     """What the first `num_steps` of EqualSteps drew.
 
     Attributes:
-        ordinary_ids: [num_rows] int32, what each row drew in all of them but the last; it ends none.
+        ordinary_ids: [num_rows] int32, drawn in all of them but the last; ends no row.
         token_ids: [num_rows] int32, drawn in the last.
     """
 
@@ -96,8 +96,9 @@ class Foresight:
             need = _growth(table, slots, starts, num_steps)
             if need > table.pool.num_free:
                 books.cache.evict(group, need - table.pool.num_free)
-            table.grow(slots, starts, ends)
-            table.release_behind_window(slots, ends - np.int32(1))
+            for first, last in _parts(num_steps, table):
+                table.grow(slots, starts + first, starts + last)
+                table.release_behind_window(slots, starts + last - np.int32(1))
             table.take_changes()  # who skips Steps keeps no block tables
         self._stats.work.add_rows(
             starts,
@@ -143,6 +144,13 @@ class Foresight:
         )
         budget = self._limits.max_tokens - len(slots)
         return self._admission.stays_closed(budget, may_ask_plan=not evicts_first)
+
+
+def _parts(num_steps: int, table: BlockTable) -> Iterator[tuple[np.int32, np.int32]]:
+    """Steps [first, last) that are taken together: a window gives blocks back in between."""
+    length = num_steps if table.window is None else table.block_size
+    for first in range(0, num_steps, length):
+        yield np.int32(first), np.int32(min(first + length, num_steps))
 
 
 def _growth(table: BlockTable, slots: Int32Array, starts: Int32Array, num_steps: int) -> int:
