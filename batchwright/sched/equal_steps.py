@@ -80,11 +80,10 @@ class Foresight:
         is_fed = (state.num_tokens[slots] == positions + 1) & (positions >= state.num_prompt[slots])
         if not is_fed.all() or state.watched[slots].any() or books.waiting.is_urgent:
             return None
-        num_steps = int((state.max_len[slots] - state.num_tokens[slots]).min())
-        num_steps = self._with_room(slots, positions, num_steps)
-        if not num_steps or not self._nobody_starts(slots, positions):
+        if not self._with_room(slots, positions, 1) or not self._nobody_starts(slots, positions):
             return None
-        return EqualSteps(slots, positions, num_steps)
+        num_steps = int((state.max_len[slots] - state.num_tokens[slots]).min())
+        return EqualSteps(slots, positions, self._with_room(slots, positions, num_steps))
 
     def take(self, steps: EqualSteps, results: EqualResults) -> Update:
         """Books as if some of these Steps had been made and their results taken in."""
@@ -93,9 +92,9 @@ class Foresight:
         assert 0 < num_steps <= steps.num_steps
         ends = starts + np.int32(num_steps)
         for group, table in enumerate(books.tables):
-            need = _growth(table, slots, starts, num_steps)
-            if need > table.pool.num_free:
-                books.cache.evict(group, need - table.pool.num_free)
+            if self._may_lack(table, slots, num_steps):
+                need = _growth(table, slots, starts, num_steps)
+                books.cache.evict(group, max(need - table.pool.num_free, 0))
             for first, last in _parts(num_steps, table):
                 table.grow(slots, starts + first, starts + last)
                 table.release_behind_window(slots, starts + last - np.int32(1))
@@ -119,6 +118,8 @@ class Foresight:
     def _with_room(self, slots: Int32Array, starts: Int32Array, num_steps: int) -> int:
         """For how many Steps, up to `num_steps`, blocks suffice without preemption."""
         for group, table in enumerate(self._books.tables):
+            if not self._may_lack(table, slots, num_steps):
+                continue
             room = table.pool.num_free
             if self._can_evict:
                 room += self._books.cache.num_evictable(group)
@@ -128,6 +129,11 @@ class Foresight:
 
             num_steps = _most(num_steps, fits)
         return num_steps
+
+    def _may_lack(self, table: BlockTable, slots: Int32Array, num_steps: int) -> bool:
+        """False: there are as many free blocks as any rows take in so many Steps."""
+        touched = (num_steps + table.block_size - 2) // table.block_size + 1  # by one row, at most
+        return len(slots) * touched > table.pool.num_free
 
     @property
     def _can_evict(self) -> bool:
@@ -140,7 +146,9 @@ class Foresight:
     def _nobody_starts(self, slots: Int32Array, starts: Int32Array) -> bool:
         """Whether nothing can be admitted, neither now nor while only these rows grow."""
         evicts_first = any(
-            _growth(table, slots, starts, 1) > table.pool.num_free for table in self._books.tables
+            self._may_lack(table, slots, 1)
+            and _growth(table, slots, starts, 1) > table.pool.num_free
+            for table in self._books.tables
         )
         budget = self._limits.max_tokens - len(slots)
         return self._admission.stays_closed(budget, may_ask_plan=not evicts_first)

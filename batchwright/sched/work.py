@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from batchwright.plan.cost import ModelShape, num_keys
+from batchwright.plan.cost import ModelShape, num_distinct, num_keys
 from batchwright.request import Int32Array
 from batchwright.step import Step
 
@@ -69,7 +69,7 @@ class Work:
         """
         firsts, lasts = step.cu_seqlens_q[:-1], step.cu_seqlens_q[1:] - 1
         starts, ends = step.positions[firsts], step.positions[lasts] + 1
-        self.num_logits += len(np.unique(step.sample_tokens))
+        self.num_logits += num_distinct(step.sample_tokens)
         self.num_scored += len(step.score_tokens)
         self.add_rows(starts, ends, num_prompt[step.slots], computed_once[step.slots], windows)
 
