@@ -107,9 +107,19 @@ def _work_s(cost: CostModel, moment: Moment) -> float:
 
 
 def families(
-    rows: JobRows, columns: RowColumns, output: Int64Array, chosen: Int64Array
+    rows: JobRows,
+    columns: RowColumns,
+    output: Int64Array,
+    chosen: Int64Array,
+    *,
+    end_token_ids: tuple[int, ...] = (),
 ) -> Iterator[Sequence]:
-    """The first sequence of each row, with its siblings."""
+    """The first sequence of each row, with its siblings; their noise keys are the row's number.
+
+    Args:
+        output: [num_rows] output tokens that each sequence may have, and has if nothing ends it.
+        chosen: [num_chosen] the rows.
+    """
     tokens, offsets = rows.store.tokens(), rows.store.offsets
     for row in chosen.tolist():
         task = TASKS[columns.task[row]]
@@ -128,18 +138,23 @@ def families(
             score_start=first_needed + 1,
             pooling="last" if first_needed else "mean",
         )
-        family = [_sequence(request, row, index, num_output) for index in range(num_samples)]
+        family = [
+            _sequence(request, row, index, num_output, end_token_ids)
+            for index in range(num_samples)
+        ]
         family[0].siblings = family[1:]
         yield family[0]
 
 
-def _sequence(request: Request, order: int, sample_index: int, num_output: int) -> Sequence:
+def _sequence(
+    request: Request, row: int, sample_index: int, num_output: int, end_token_ids: tuple[int, ...]
+) -> Sequence:
     return Sequence(
         request=request,
-        order=order,
+        order=row,
         sample_index=sample_index,
-        end_token_ids=(),
-        noise_key=0,
+        end_token_ids=end_token_ids,
+        noise_key=row,
         max_len=len(request.prompt_token_ids) + num_output,
         token_ids=request.prompt_token_ids,
     )

@@ -101,6 +101,7 @@ class Simulation:
     Args:
         families: the first sequence of each row, with its siblings.
         output_length: see `SimExecutor`.
+        watch: told after every round.
 
     Attributes:
         num_rounds: Steps made, those charged at once counted as one.
@@ -114,12 +115,13 @@ class Simulation:
         engine: EngineSizes,
         cost: StepCost,
         output_length: Callable[[NewSequence], int | None] = lambda sequence: None,
+        watch: Callable[[Simulation], None] = lambda simulation: None,
     ) -> None:
         self.clock = VirtualClock()
         self.scheduler = engine.scheduler()
         self.num_rounds = self.max_running = 0
         self.started = self.now()
-        self._families = families
+        self._families, self._watch = families, watch
         self._horizon = engine.horizon or math.inf
         self._executor = SimExecutor(self.clock, cost, output_length)
         self._unfinished: Counter[str] = Counter()
@@ -151,6 +153,7 @@ class Simulation:
             self.max_running = max(self.max_running, scheduler.books.slots.num_running)
             update = scheduler.update(self._executor.execute(step))
         self.num_rounds += 1
+        self._watch(self)
         for sequence in update.finished:
             self._finish(sequence.request.id)
         return True

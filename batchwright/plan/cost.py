@@ -241,19 +241,33 @@ class CostModel:
     def equal_seconds(self, positions: Int32Array, num_steps: int) -> float:
         """Time of Steps of one token a row, at `positions` [num_rows] in the first of them."""
         num_rows, hardware = len(positions), self.hardware
-        each_s = self._layers_s(num_rows) + self._head_s(num_rows) + hardware.step_s
-        each_s += num_rows * (hardware.token_s + hardware.draw_s)
-        total_s = num_steps * each_s
+        products_s = self._layers_s(num_rows) + self._head_s(num_rows)
+        other_s = hardware.step_s + num_rows * (hardware.token_s + hardware.draw_s)
+        compute_s, memory_s = np.full(num_steps, products_s), np.zeros(num_steps)
         for attention in self.shape.attention:
-            window = attention.window
-            seen = num_keys(positions + np.int32(num_steps), window) - num_keys(positions, window)
-            total_s += int(seen.sum()) * self._key_s(attention)
-        return total_s
+            keys = keys_by_step(positions, num_steps, attention.window)
+            compute, load = self._key_s(attention)
+            if load > compute:
+                memory_s += load * keys
+            else:
+                compute_s += compute * keys
+        hidden_s = hardware.overlap * np.minimum(compute_s, memory_s)
+        return num_steps * other_s + float((compute_s + memory_s - hidden_s).sum())
 
-    def _key_s(self, attention: AttentionShape) -> float:
-        """Time of one token's attention to one key: its FLOPs or its reading."""
+    def equal_bytes(self, positions: Int32Array, num_steps: int) -> float:
+        """`num_bytes` of the Steps of `equal_seconds`."""
+        num_rows = len(positions)
+        kv = 0
+        for attention in self.shape.attention:
+            keys = int(keys_by_step(positions, num_steps, attention.window).sum())
+            kv += attention.kv_elements * (keys + num_rows * num_steps)
+        weights = self.shape.weight_elements_read(num_rows) + self.shape.head.num_elements
+        return num_steps * weights * self.weight_bytes + kv * self.kv_bytes
+
+    def _key_s(self, attention: AttentionShape) -> tuple[float, float]:
+        """Time of one token's attention to one key: its FLOPs, and its reading."""
         compute_s = attention.flops_per_key / self.hardware.attention_flops_per_s
-        return max(compute_s, attention.kv_elements * self.kv_bytes / self.hardware.kv_bytes_per_s)
+        return compute_s, attention.kv_elements * self.kv_bytes / self.hardware.kv_bytes_per_s
 
     def parts(self, step: Step) -> StepSeconds:
         """Time of a Step by where it goes."""
@@ -323,8 +337,8 @@ class CostModel:
         pairs, read = row_keys(step, self.shape.attention)
         compute_s = memory_s = 0.0
         for attention, num_pairs, num_read in zip(self.shape.attention, pairs, read, strict=True):
-            compute = num_pairs * (attention.flops_per_key / self.hardware.attention_flops_per_s)
-            load = num_read * (attention.kv_elements * self.kv_bytes / self.hardware.kv_bytes_per_s)
+            compute_key_s, load_key_s = self._key_s(attention)
+            compute, load = num_pairs * compute_key_s, num_read * load_key_s
             waits = load > compute
             compute_s += float(compute[~waits].sum())
             memory_s += float(load[waits].sum())
@@ -343,6 +357,18 @@ def num_keys(num_tokens: Int32Array | Int64Array, window: int | None) -> Int64Ar
         return count * (count + 1) // 2
     inside = np.minimum(count, window)
     return inside * (inside + 1) // 2 + (count - inside) * window
+
+
+def keys_by_step(positions: Int32Array, num_steps: int, window: int | None) -> Int64Array:
+    """[num_steps] keys seen by rows of one token, at `positions` [num_rows] in the first Step."""
+    if window is None:
+        first = int(positions.sum(dtype=np.int64)) + len(positions)
+        return first + len(positions) * np.arange(num_steps, dtype=np.int64)
+    # A row sees one key more in every Step until its window is full.
+    missing = np.sort(np.clip(window - 1 - positions, 0, num_steps))  # Steps that see one more
+    seen = np.minimum(positions + 1, window).sum(dtype=np.int64)
+    growing = len(positions) - np.searchsorted(missing, np.arange(num_steps - 1), "right")
+    return np.concatenate(([seen], seen + np.cumsum(growing))).astype(np.int64)
 
 
 def _num_logits(step: Step) -> int:

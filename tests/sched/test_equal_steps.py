@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -164,6 +164,14 @@ HARDWARE = Hardware(
 )
 
 
+OVERLAPPED = replace(HARDWARE, overlap=0.6, kv_bytes_per_s=5e3, tile_rows=2)
+COSTS = {
+    "linear": lambda windows: LinearCost(1.0, 0.1, 0.01),
+    "one after another": lambda windows: CostModel(shape(windows), HARDWARE),
+    "overlapped": lambda windows: CostModel(shape(windows), OVERLAPPED),
+}
+
+
 def both(
     rows: list[Row],
     windows: tuple[int | None, ...] = (None,),
@@ -211,10 +219,10 @@ def jobs(draw) -> list[Row]:
     max_num_seqs=st.integers(2, 8),
     order=st.sampled_from(names("plan.orders")),
     horizon=st.sampled_from([3, 6, 10**6]),
-    linear=st.booleans(),
+    cost=st.sampled_from(["linear", "one after another", "overlapped"]),
 )
 def test_steps_at_once_are_steps_one_by_one(
-    rows, windows, num_blocks, max_num_seqs, order, horizon, linear
+    rows, windows, num_blocks, max_num_seqs, order, horizon, cost
 ) -> None:
     both(
         rows,
@@ -223,7 +231,7 @@ def test_steps_at_once_are_steps_one_by_one(
         max_num_seqs=max_num_seqs,
         order=order,
         horizon=horizon,
-        cost=LinearCost(1.0, 0.1, 0.01) if linear else None,
+        cost=COSTS[cost](windows),
     )
 
 
