@@ -94,49 +94,52 @@ def run_orders(
     *,
     engine: EngineSizes,
     cost: CostModel,
+    chosen: Int64Array | None = None,
 ) -> list[OrderRun]:
     """Simulate a job once in each order; the engine's own is left aside.
 
     Args:
         output: [num_rows] true output tokens of each sequence, which no order knows.
+        chosen: ascending, the rows that are computed; None: all.
     """
-    unique = unique_prompt_tokens(rows, engine.block_size)
-    return [
-        _run(name, rows, columns, output, replace(engine, order=order), cost, unique)
-        for name, order in orders
-    ]
+    chosen = np.arange(len(columns)) if chosen is None else chosen
+    job = _Job(rows, columns, output, chosen)
+    job.num_unique_tokens = unique_prompt_tokens(rows, chosen, engine.block_size)
+    return [_run(name, job, replace(engine, order=order), cost) for name, order in orders]
 
 
-def unique_prompt_tokens(rows: JobRows, block_size: int) -> int:
+@dataclass(slots=True)
+class _Job:
+    rows: JobRows
+    columns: RowColumns
+    output: Int64Array
+    chosen: Int64Array
+    num_unique_tokens: int = 0
+
+
+def unique_prompt_tokens(rows: JobRows, chosen: Int64Array, block_size: int) -> int:
     """Prompt tokens to compute if every distinct block is computed once.
 
     A prompt that ends with a shared block computes its last token again, for its logits.
     """
-    offsets = rows.store.offsets
-    lengths = np.diff(offsets)
-    if not len(lengths):
+    if not len(chosen):
         return 0
-    tree = build_job_tree(rows.store.tokens(), offsets).in_blocks(block_size)
+    tokens, offsets = rows.store.tokens(), rows.store.offsets
+    if len(chosen) < len(rows):
+        tokens = np.concatenate([tokens[offsets[row] : offsets[row + 1]] for row in chosen])
+        offsets = np.concatenate(([0], np.cumsum(np.diff(offsets)[chosen])))
+    lengths = np.diff(offsets)
+    tree = build_job_tree(tokens, offsets).in_blocks(block_size)
     tails = int((lengths % block_size).sum())
     whole = np.bincount(tree.node_of_row[lengths % block_size == 0], minlength=tree.num_nodes)
     again = int(np.maximum(whole - 1, 0).sum())  # one of those that end here computes the block
     return tree.num_distinct_tokens() + tails + again
 
 
-def _run(
-    name: str,
-    rows: JobRows,
-    columns: RowColumns,
-    output: Int64Array,
-    engine: EngineSizes,
-    cost: CostModel,
-    unique_tokens: int,
-) -> OrderRun:
-    watcher = _Watcher(cost)
+def _run(name: str, job: _Job, engine: EngineSizes, cost: CostModel) -> OrderRun:
+    watcher, columns, output = _Watcher(cost), job.columns, job.output
     run = Simulation(
-        families(
-            rows, columns, columns.most_output, np.arange(len(columns)), end_token_ids=(END_TOKEN,)
-        ),
+        families(job.rows, columns, columns.most_output, job.chosen, end_token_ids=(END_TOKEN,)),
         engine,
         watcher,
         lambda new: int(output[new.noise_key]),
@@ -153,7 +156,7 @@ def _run(
         tokens_per_s=num_tokens / max(seconds, 1e-9),
         output_tokens_per_s=num_output / max(seconds, 1e-9),
         prefill_tokens=stats.work.num_prompt_tokens,
-        unique_tokens=unique_tokens,
+        unique_tokens=job.num_unique_tokens,
         recomputed_tokens=stats.num_recomputed_tokens,
         steps=stats.num_steps,
         rounds=run.num_rounds,

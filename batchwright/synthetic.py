@@ -115,39 +115,56 @@ class Workload:
     output: Int64Array
 
 
-NAMED: dict[str, tuple[str, tuple[Part, ...]]] = {
-    "chat": (
-        "short questions under one system prompt, answers of some hundred tokens",
+class Named(NamedTuple):
+    """A workload that has a name.
+
+    Attributes:
+        about: what its rows are like.
+        num_rows: unless another number is asked for.
+    """
+
+    about: str
+    parts: tuple[Part, ...]
+    num_rows: int
+
+
+NAMED = {
+    "chat": Named(
+        "questions under one system prompt of 192 tokens, answers of some hundred tokens",
         (Part(parse_lengths("200~0.8"), parse_lengths("300~0.7"), (Level(1, 192),)),),
+        2000,
     ),
-    "documents": (
-        "16 questions to each of many documents of 2,000 tokens, short answers",
+    "documents": Named(
+        "16 questions to each of 400 documents of 2,000 tokens, answers of 100",
         (Part(parse_lengths("200"), parse_lengths("100"), (Level(400, 2000),)),),
+        6400,
     ),
-    "reasoning": (
+    "reasoning": Named(
         "short prompts, outputs of thousands of tokens, some very long",
         (Part(parse_lengths("200~0.5"), parse_lengths("2000~0.8")),),
+        1000,
     ),
-    "mixed": (
-        "half reads shared documents and says little, half writes long with short prompts",
+    "mixed": Named(
+        "half read shared documents and say little, half write long after short prompts",
         (
-            Part(parse_lengths("300"), parse_lengths("50~0.5"), (Level(200, 1500),), share=0.5),
+            Part(parse_lengths("300"), parse_lengths("50~0.5"), (Level(125, 1500),), share=0.5),
             Part(parse_lengths("150~0.5"), parse_lengths("800~0.8"), share=0.5),
         ),
+        4000,
     ),
 }
-"""Workloads by name: what they are like, and their parts."""
+"""Workloads by name."""
 
 
-def named_workload(name: str) -> tuple[Part, ...]:
-    """The parts of a workload of NAMED.
+def named_workload(name: str) -> Named:
+    """A workload of NAMED.
 
     Raises:
         ConfigError: there is none of that name.
     """
     if name not in NAMED:
         raise ConfigError(f"workload is {name!r:.60}, must be one of {', '.join(NAMED)}")
-    return NAMED[name][1]
+    return NAMED[name]
 
 
 def make_workload(

@@ -65,9 +65,13 @@ def draw_figures(report: Report) -> dict[str, str]:
     if report.roofline is not None:
         pictures["ceiling"] = (1.4, _draw_ceiling, "Time spent and the least possible")
     return {
-        name: draw_picture(name, height, partial(draw, report=report), title)
+        name: draw_picture(name, height, partial(_draw, draw, report), title)
         for name, (height, draw, title) in pictures.items()
     }
+
+
+def _draw(draw: Callable[[Figure, Report], None], report: Report, figure: Figure) -> None:
+    draw(figure, report)
 
 
 def draw_picture(name: str, height: float, draw: Callable[[Figure], None], title: str) -> str:
