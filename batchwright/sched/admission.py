@@ -152,8 +152,8 @@ class Admission:
             books.cache.adopt(slot, sequence.nodes[:num_matched], limit)
         progress.book_start(sequence, num_cached=int(books.slots.num_computed[slot]))
         books.builder.add_new(slot)
-        slots, wanted = progress.divide(np.array([slot], np.int32))
-        grants = np.minimum(wanted, np.int32(budget))
+        wanted = min(len(sequence.token_ids), sequence.compute_end) - books.slots.num_computed[slot]
+        slots, grants = np.array([slot], np.int32), np.array([min(wanted, budget)], np.int32)
         if not progress.make_room(slots, grants):  # siblings' copies may have taken the rest
             grants = grants[:0]
             slots = slots[:0]
