@@ -175,6 +175,8 @@ class Hardware:
         step_s: fixed time of a step.
         draw_s: drawing one token from its logits.
         tile_rows: rows of a product are rounded up to a multiple of this.
+        busy: seconds by the clock for one of the machine's own, as others used it when it was
+            measured; no part of a step's time here.
         overlap: share of the shorter of compute and reading keys that the longer one hides, 0 to 1.
     """
 
@@ -191,6 +193,7 @@ class Hardware:
     draw_s: float = 0.0
     tile_rows: int = 1
     overlap: float = 0.0
+    busy: float = 1.0
 
 
 class AttentionSeconds(NamedTuple):
