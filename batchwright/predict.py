@@ -21,6 +21,7 @@ from batchwright.plan.cost import CostModel
 from batchwright.plan.job_rows import TASKS, Int64Array, JobRows, RowColumns
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
+from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Request, SamplingParams, Task
 from batchwright.sched.intake import SchedulerStats
 from batchwright.sched.scheduler import Scheduler
@@ -161,7 +162,7 @@ class _Run:
         self.max_running, self.peak_kv_fraction = 0, 0.0
         self._families = families
         self._horizon = engine.horizon
-        self._cost = cost
+        self._cost, self._costs = cost, StepCosts(cost, engine.block_size)
         self._executor = SimExecutor(self.clock, self)
         self._unfinished: Counter[str] = Counter()
         self._ended = False
@@ -169,7 +170,7 @@ class _Run:
     def seconds(self, step: Step) -> float:
         """What the executor charges for a step."""
         self.work_s += self._cost.step_work_s(step)
-        return self._cost.seconds(step)
+        return self._costs.seconds(step)
 
     def run(self) -> None:
         """Until all rows are done."""

@@ -196,6 +196,18 @@ class Hardware:
     busy: float = 1.0
 
 
+class SharedReads(NamedTuple):
+    """Keys in blocks that more than one row uses, in one KV group; see `plan/shared_keys.py`.
+
+    Attributes:
+        num_reads: keys, counted for each row that reads them.
+        num_loads: keys, counted as often as attention loads them.
+    """
+
+    num_reads: int
+    num_loads: int
+
+
 class AttentionSeconds(NamedTuple):
     """Attention by what it waits for: its FLOPs, or its keys and values."""
 
@@ -230,22 +242,29 @@ class CostModel:
 
     Attributes:
         weight_bytes, kv_bytes: of one element of the weights, and of keys and values.
+        rows_per_load: tokens that use keys while these are loaded once, of rows that share them
+            (Hydragen, arXiv:2402.05099); 1: attention loads every row's keys for itself.
     """
 
     shape: ModelShape
     hardware: Hardware
     weight_bytes: int = 4
     kv_bytes: int = 4
+    rows_per_load: int = 1
 
-    def seconds(self, step: Step) -> float:
-        """Time of a Step; what `SimExecutor` asks."""
-        return self.parts(step).total
+    def seconds(self, step: Step, shared: Sequence[SharedReads] = ()) -> float:
+        """Time of a Step; what `SimExecutor` asks. For `shared` see `parts`."""
+        return self.parts(step, shared).total
 
-    def parts(self, step: Step) -> StepSeconds:
-        """Time of a Step by where it goes."""
+    def parts(self, step: Step, shared: Sequence[SharedReads] = ()) -> StepSeconds:
+        """Time of a Step by where it goes.
+
+        Args:
+            shared: what rows share, by KV group, which a Step does not say; `StepCosts` follows it.
+        """
         hardware = self.hardware
         layers, head = self._layers_s(step.num_tokens), self._head_s(_num_logits(step))
-        attention = self._attention_s(step)
+        attention = self._attention_s(step, shared)
         return StepSeconds(
             layers=layers,
             head=head,
@@ -310,16 +329,30 @@ class CostModel:
         tile = self.hardware.tile_rows
         return num_rows if tile == 1 else ceil(num_rows / tile) * tile
 
-    def _attention_s(self, step: Step) -> AttentionSeconds:
-        """Each row takes as long as its FLOPs or as reading its keys, whichever is longer."""
+    def _attention_s(self, step: Step, shared: Sequence[SharedReads]) -> AttentionSeconds:
+        """Each row takes as long as its FLOPs or as reading its keys, whichever is longer.
+
+        Keys that several of the rows that wait for them share are loaded once for `rows_per_load`
+        of them, and take as long as this or as the FLOPs of all.
+        """
         pairs, read = row_keys(step, self.shape.attention)
         compute_s = memory_s = 0.0
-        for attention, num_pairs, num_read in zip(self.shape.attention, pairs, read, strict=True):
-            compute = num_pairs * (attention.flops_per_key / self.hardware.attention_flops_per_s)
-            load = num_read * (attention.kv_elements * self.kv_bytes / self.hardware.kv_bytes_per_s)
+        for group, attention in enumerate(self.shape.attention):
+            flops_s = attention.flops_per_key / self.hardware.attention_flops_per_s
+            load_s = attention.kv_elements * self.kv_bytes / self.hardware.kv_bytes_per_s
+            compute, load = pairs[group] * flops_s, read[group] * load_s
             waits = load > compute
             compute_s += float(compute[~waits].sum())
             memory_s += float(load[waits].sum())
+            if not shared or not shared[group].num_reads:
+                continue
+            num_reads = min(shared[group].num_reads, int(read[group][waits].sum()))
+            num_loads = shared[group].num_loads * num_reads / shared[group].num_reads
+            memory_s -= num_reads * load_s
+            if num_reads * flops_s > num_loads * load_s:
+                compute_s += num_reads * flops_s
+            else:
+                memory_s += num_loads * load_s
         return AttentionSeconds(compute_s, memory_s)
 
 
