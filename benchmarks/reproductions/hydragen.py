@@ -114,10 +114,10 @@ def main() -> None:
         "hydragen",
         lines,
         [
-            f"8 x A100-40G by data sheet; products at {hardware.layers.best / 8e12:.0f} TFLOP/s each",
-            f"calibrated: {1e3 * hardware.step_s:.1f} ms a step beside products and attention (what "
-            "8 devices send each other is in it), keys read at "
-            f"{hardware.kv_bytes_per_s / NUM_DEVICES / 1e12:.2f} TB/s a device, the same for Hydragen",
+            f"8 x A100-40G by data sheet, products at {hardware.layers.best / 8e12:.0f} TFLOP/s",
+            f"calibrated: {1e3 * hardware.step_s:.1f} ms a step beside products and attention "
+            "(what 8 devices send each other is in it); keys read at "
+            f"{hardware.kv_bytes_per_s / 8e12:.2f} TB/s a device, the same for Hydragen",
             "keys of a shared block are loaded once a step and their FLOPs charged in full",
             "rate while decoding: time for 128 new tokens less time for 1",
             "kernels one after another (omega = 0)",

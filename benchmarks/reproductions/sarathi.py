@@ -107,11 +107,10 @@ def main() -> None:
         "sarathi",
         lines,
         [
-            "products by four published step times, rounded up to tiles of 128 rows; rows below 128 "
+            "products by four published step times, rounded up to tiles of 128 rows; fewer rows "
             "take as long as 128, so a decode-only step is charged 55 ms",
-            "the baseline is the paper's: requests one batch after another; Orca's best case gains too",
-            "a prompt of P tokens in one step runs at the rate of 384 tokens (108 TFLOP/s) from there "
-            "on; the paper's whole prompts may be faster still",
+            "the baseline runs one batch of requests after another, as the paper's does",
+            "a whole prompt runs at the rate of 384 tokens (108 TFLOP/s); theirs may be faster",
             "the budget of 256 holds the decodes too: a chunk is 256 less the rows that decode",
             f"{NUM_ROWS} equal rows, synthetic; all P:D have P + D = {LENGTH}",
         ],
