@@ -32,7 +32,8 @@ from batchwright.plan.prices import Billed, Price
 
 if TYPE_CHECKING:
     from batchwright.opened_model import OpenedModel
-    from batchwright.predict import EngineSizes, Prediction
+    from batchwright.predict import Prediction
+    from batchwright.simulate import EngineSizes
 
 HOST_BYTES = 450_000_000
 """What Python, torch and the window of rows take beside weights, keys and values (measured)."""
@@ -154,7 +155,7 @@ def plan_job(
             job_rows,
             columns,
             block_size=engine.block_size,
-            horizon=engine.horizon,
+            horizon=HORIZON_ROWS,
             sharing=engine.prefix_sharing,
         )
         lengths = output_lengths(columns, used_share)
@@ -181,8 +182,8 @@ def plan_job(
 
 def engine_sizes(model: OpenedModel) -> EngineSizes:
     """The sizes of the engine that will run the model."""
-    from batchwright.predict import EngineSizes
-    from batchwright.simulate import chosen_order
+    from batchwright.order_trial import chosen_order
+    from batchwright.simulate import EngineSizes
 
     config = model.config
     return EngineSizes(
@@ -201,7 +202,7 @@ def cost_model(model: OpenedModel) -> CostModel:
     """What the model costs on this machine, measured now."""
     import torch
 
-    from batchwright import kernels
+    from batchwright import kernels, techniques
     from batchwright.exec.calibrate import calibrate
 
     config = model.config
@@ -214,7 +215,15 @@ def cost_model(model: OpenedModel) -> CostModel:
         attention=config.attention,
         num_threads=config.num_threads,
     )
-    return CostModel(model.shape, hardware, model.dtype.itemsize, model.kv_dtype.itemsize)
+    backend = techniques.find("attention.backends", config.attention).Backend()
+    heads = model.shape.attention[0]
+    return CostModel(
+        model.shape,
+        hardware,
+        model.dtype.itemsize,
+        model.kv_dtype.itemsize,
+        backend.rows_per_load(heads.num_q_heads, heads.num_kv_heads),
+    )
 
 
 def _read(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from batchwright.errors import ConfigError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # matplotlib draws in these colours; each is then replaced by the CSS variable of its name.
-_COLOURS = {
+COLOURS = {
     name: f"#0{index:x}0b0c"
     for index, name in enumerate((*PARTS, "ink", "faint", "grid", "saved", "again"))
 }
@@ -28,22 +29,22 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "batchwright",
     "font.size": 10,
-    "text.color": _COLOURS["ink"],
-    "axes.edgecolor": _COLOURS["grid"],
-    "axes.labelcolor": _COLOURS["faint"],
-    "axes.titlecolor": _COLOURS["ink"],
+    "text.color": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["grid"],
+    "axes.labelcolor": COLOURS["faint"],
+    "axes.titlecolor": COLOURS["ink"],
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _COLOURS["grid"],
+    "grid.color": COLOURS["grid"],
     "grid.linewidth": 0.6,
-    "xtick.color": _COLOURS["grid"],
-    "ytick.color": _COLOURS["grid"],
-    "xtick.labelcolor": _COLOURS["faint"],
-    "ytick.labelcolor": _COLOURS["faint"],
+    "xtick.color": COLOURS["grid"],
+    "ytick.color": COLOURS["grid"],
+    "xtick.labelcolor": COLOURS["faint"],
+    "ytick.labelcolor": COLOURS["faint"],
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
@@ -55,13 +56,6 @@ def draw_figures(report: Report) -> dict[str, str]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError(
-            "a report's pictures need matplotlib: pip install 'batchwright[report]' (or --json, "
-            "which needs nothing)"
-        ) from None
     pictures: dict[str, tuple[float, Callable[[Figure, Report], None], str]] = {
         "time": (1.0, _draw_time, "Where the time went"),
         "over_time": (7.0, _draw_over_time, "The job over time"),
@@ -70,23 +64,40 @@ def draw_figures(report: Report) -> dict[str, str]:
     }
     if report.roofline is not None:
         pictures["ceiling"] = (1.4, _draw_ceiling, "Time spent and the least possible")
-    with matplotlib.rc_context(_STYLE):
-        return {
-            name: _svg(name, report, height, draw, title)
-            for name, (height, draw, title) in pictures.items()
-        }
+    return {
+        name: draw_picture(name, height, partial(_draw, draw, report), title)
+        for name, (height, draw, title) in pictures.items()
+    }
 
 
-def _svg(
-    name: str, report: Report, height: float, draw: Callable[[Figure, Report], None], title: str
-) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+def _draw(draw: Callable[[Figure, Report], None], report: Report, figure: Figure) -> None:
     draw(figure, report)
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", metadata=nothing)
+
+
+def draw_picture(name: str, height: float, draw: Callable[[Figure], None], title: str) -> str:
+    """One SVG element for a page.
+
+    Args:
+        name: no other picture of the page has it.
+        height: in inches; pictures are 9 wide before they are scaled to the page.
+        title: for those who cannot see it.
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "pictures need matplotlib: pip install 'batchwright[report]' (or --json, which needs "
+            "nothing)"
+        ) from None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        draw(figure)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=nothing)
     return _for_page(file.getvalue(), name, title)
 
 
@@ -100,7 +111,7 @@ def _for_page(svg: str, name: str, title: str) -> str:
     svg = re.sub(r"\bid=\"", f'id="{name}-', svg)
     svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg)
     svg = svg.replace("url(#", f"url(#{name}-")
-    for colour, code in _COLOURS.items():
+    for colour, code in COLOURS.items():
         svg = svg.replace(code, f"var(--{colour})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
@@ -110,7 +121,7 @@ def _draw_time(figure: Figure, report: Report) -> None:
     total, left = report.times.total_s or 1.0, 0.0
     for part in PARTS:
         share = getattr(report.times, f"{part}_s") / total
-        axes.barh(0, share, left=left, color=_COLOURS[part], height=0.9)
+        axes.barh(0, share, left=left, color=COLOURS[part], height=0.9)
         if share >= 0.07:
             label = f"{part}\n{share:.0%}"
             axes.text(left + share / 2, 0, label, ha="center", va="center", color="white")
@@ -146,7 +157,7 @@ def _draw_over_time(figure: Figure, report: Report) -> None:
 
 
 def _steps(axes: Axes, edges: list[float], values: Iterable[float], colour: str) -> None:
-    axes.stairs(list(values), edges, fill=True, color=_COLOURS[colour])
+    axes.stairs(list(values), edges, fill=True, color=COLOURS[colour])
 
 
 def _draw_parts(axes: Axes, edges: list[float], report: Report) -> None:
@@ -158,7 +169,7 @@ def _draw_parts(axes: Axes, edges: list[float], report: Report) -> None:
             for start, interval in zip(below, report.intervals, strict=True)
         ]
         axes.stairs(
-            above, edges, baseline=below, fill=True, color=_COLOURS[part], linewidth=0, label=part
+            above, edges, baseline=below, fill=True, color=COLOURS[part], linewidth=0, label=part
         )
         below = above
     axes.set_ylim(0, 100)
@@ -171,15 +182,15 @@ def _draw_rows(axes: Axes, edges: list[float], report: Report) -> None:
     axes.set_title("Sequences running")
     most = report.settings.get("max_num_seqs")
     if isinstance(most, int) and max(running) > most / 2:
-        axes.axhline(most, color=_COLOURS["faint"], linewidth=1, linestyle="--")
+        axes.axhline(most, color=COLOURS["faint"], linewidth=1, linestyle="--")
 
 
 def _mark_runs_and_tails(axes: Axes, report: Report) -> None:
     for start_s, end_s in report.tails:
-        axes.axvspan(start_s, end_s, color=_COLOURS["tail"], alpha=0.18, linewidth=0)
+        axes.axvspan(start_s, end_s, color=COLOURS["tail"], alpha=0.18, linewidth=0)
     for before, after in zip(report.intervals, report.intervals[1:], strict=False):
         if before.run != after.run:
-            axes.axvline(after.start_s, color=_COLOURS["ink"], linewidth=1, linestyle=":")
+            axes.axvline(after.start_s, color=COLOURS["ink"], linewidth=1, linestyle=":")
 
 
 def _draw_lengths(figure: Figure, report: Report) -> None:
@@ -193,7 +204,7 @@ def _draw_lengths(figure: Figure, report: Report) -> None:
     ):
         first = next((bits for bits, count in enumerate(counts) if count), 0)
         shown = counts[first:]
-        axes.bar(range(len(shown)), shown, color=_COLOURS[colour], width=0.92)
+        axes.bar(range(len(shown)), shown, color=COLOURS[colour], width=0.92)
         labels = [_bucket(first + index) for index in range(len(shown))]
         axes.set_xticks(range(len(shown)), labels, fontsize=8)
         axes.grid(visible=False, axis="x")
@@ -233,7 +244,7 @@ def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], form: Callable[[fl
     """Horizontal bars from top to bottom, each with its value beside it."""
     names = [name for name, _, _ in bars]
     values: list[Any] = [value for _, value, _ in bars]
-    drawn = axes.barh(names, values, color=[_COLOURS[c] for _, _, c in bars], height=0.75)
+    drawn = axes.barh(names, values, color=[COLOURS[c] for _, _, c in bars], height=0.75)
     axes.bar_label(drawn, [form(value) for value in values], padding=4)
     axes.set_xlim(0, 1.15 * (max(values) or 1))
     axes.invert_yaxis()

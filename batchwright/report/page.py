@@ -32,13 +32,18 @@ def render_page(report: Report) -> str:
     Raises:
         ConfigError: matplotlib is not installed.
     """
+    figures = {name: Markup(svg) for name, svg in draw_figures(report).items()}
+    return fill_page("page.html", report=report, figures=figures, parts=PART_MEANINGS)
+
+
+def fill_page(template: str, **values: Any) -> str:
+    """A page from a template of this folder, with the style that all have."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters.update(_FILTERS)
-    source = files("batchwright.report").joinpath("page.html").read_text(encoding="utf-8")
-    figures = {name: Markup(svg) for name, svg in draw_figures(report).items()}
-    return environment.from_string(source).render(
-        report=report, figures=figures, parts=PART_MEANINGS
-    )
+    folder = files("batchwright.report")
+    source = folder.joinpath(template).read_text(encoding="utf-8")
+    style = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))
+    return environment.from_string(source).render(style=style, **values)
 
 
 _FILTERS: Mapping[str, Callable[[Any], str]] = {
