@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -10,10 +12,12 @@ import numpy as np
 from batchwright import techniques
 from batchwright.clock import VirtualClock
 from batchwright.config import AUTO_ORDER, ResolvedConfig
-from batchwright.exec.sim import LinearCost, SimExecutor
+from batchwright.exec.sim import LinearCost, SimExecutor, StepCost
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
-from batchwright.plan.auto_order import AutoOrder, Prediction, shared_tokens
-from batchwright.plan.order import JobFacts, OrderFunction, find_order
+from batchwright.plan.auto_order import AutoOrder, Measured, Prediction, shared_tokens
+from batchwright.plan.cost import CostModel, ModelShape
+from batchwright.plan.order import JobFacts, OrderFunction, find_order, rates_of
+from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Request, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import Sequence
@@ -32,10 +36,10 @@ class SimulatedEngine:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    cost: LinearCost
+    cost: LinearCost | CostModel
 
     def predict(self, job: JobFacts, order: OrderFunction, share: float = 1.0) -> Prediction:
-        """Time of a job whose outputs are as long as expected.
+        """Time of a job whose outputs are as long as expected, on a machine as busy as it was.
 
         Args:
             share: of the job's rows, that these are; the time is that of all.
@@ -46,12 +50,18 @@ class SimulatedEngine:
         for sequence in sequences:
             scheduler.add(sequence)
         clock = VirtualClock()
-        executor = SimExecutor(clock, self.cost)
+        executor = SimExecutor(clock, self._costs())
         while scheduler.num_unfinished:
             step = scheduler.schedule()
             assert step is not None
             scheduler.update(executor.execute(step))
-        return Prediction(clock.now() / share, scheduler.stats.num_steps)
+        busy = self.cost.hardware.busy if isinstance(self.cost, CostModel) else 1.0
+        return Prediction(busy * clock.now() / share, scheduler.stats.num_steps)
+
+    def _costs(self) -> StepCost:
+        if isinstance(self.cost, CostModel):
+            return StepCosts(self.cost, self.block_size)
+        return self.cost
 
     def _crowd(self, job: JobFacts) -> float:
         """Rows that run at once, by slots or by memory."""
@@ -106,16 +116,38 @@ class SimulatedEngine:
         return sequences
 
 
-def chosen_order(config: ResolvedConfig, groups: Seq[KVGroup]) -> OrderFunction:
-    """The order in which an engine with these settings starts rows."""
+def chosen_order(
+    config: ResolvedConfig,
+    groups: Seq[KVGroup],
+    shape: ModelShape,
+    measure: Callable[[], CostModel],
+) -> OrderFunction:
+    """The order in which an engine with these settings starts rows.
+
+    Args:
+        shape: the model's.
+        measure: what the model costs on this machine; asked at most once, if that pays.
+    """
     if config.order != AUTO_ORDER:
         return find_order(config.order)
-    simulated = SimulatedEngine(
-        groups,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        cost=LinearCost(),
+    from batchwright.exec.machine_cost import calibration_s, least_token_s
+
+    def measured() -> Measured:
+        start_s = time.perf_counter()
+        cost = measure()
+        simulated = SimulatedEngine(
+            groups,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            cost=cost,
+        )
+        return Measured(simulated.predict, rates_of(cost), time.perf_counter() - start_s)
+
+    return AutoOrder(
+        measured,
+        techniques.names("plan.orders"),
+        measure_s=calibration_s(shape, config.num_threads),
+        token_s=least_token_s(shape, config.num_threads),
     )
-    return AutoOrder(simulated.predict, techniques.names("plan.orders"))

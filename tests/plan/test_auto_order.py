@@ -13,13 +13,15 @@ from batchwright.plan.auto_order import (
     MAX_SHARE_OF_RUN,
     SIMULATED_STEP_S,
     UNTRIED,
+    YARDSTICK,
     AutoOrder,
+    Measured,
     Prediction,
     sample_of,
     shared_tokens,
 )
 from batchwright.plan.job_tree import build_job_tree
-from batchwright.plan.order import JobFacts, find_order
+from batchwright.plan.order import JobFacts, Rates, find_order
 from batchwright.simulate import SimulatedEngine
 from batchwright.techniques import names
 from tests.plan.simulated import BLOCK_SIZE, rows, simulate
@@ -27,6 +29,7 @@ from tests.plan.tries import job_of
 
 ORDERS = names("plan.orders")
 STEP_S, TOKEN_S = 0.01, 0.01
+RATES = Rates(TOKEN_S, 0.0, 1e-4, rows_per_load=4)
 
 
 def tree_prompts(num_systems: int = 12) -> list[list[int]]:
@@ -52,10 +55,18 @@ def engine(num_blocks: int, max_num_seqs: int = 8) -> SimulatedEngine:
 
 
 class Counting:
-    """Passes predictions on and counts the Steps simulated."""
+    """Passes predictions on and counts the Steps simulated, and how often it was measured."""
 
-    def __init__(self, simulated: SimulatedEngine) -> None:
+    def __init__(self, simulated: SimulatedEngine, measure_s: float = 0.0) -> None:
         self.simulated, self.num_steps, self.num_calls = simulated, 0, 0
+        self.measure_s, self.num_measured = measure_s, 0
+
+    def measure(self) -> Measured:
+        self.num_measured += 1
+        return Measured(self, RATES, self.measure_s)
+
+    def auto(self, token_s: float = TOKEN_S) -> AutoOrder:
+        return AutoOrder(self.measure, ORDERS, measure_s=self.measure_s, token_s=token_s)
 
     def __call__(self, job, order, share) -> Prediction:
         prediction = self.simulated.predict(job, order, share)
@@ -67,7 +78,7 @@ class Counting:
 def test_where_memory_is_short_and_prefixes_are_shared_it_leaves_arrival() -> None:
     job = job_of(tree_prompts(), 8, block_size=BLOCK_SIZE)
     predict = Counting(engine(num_blocks=60))
-    auto = AutoOrder(predict, ORDERS)
+    auto = predict.auto()
     order = auto(job)
     assert auto.choice is not None and auto.choice.name != "fcfs"
     assert auto.choice.seconds[auto.choice.name] < 0.7 * auto.choice.seconds["fcfs"]
@@ -80,29 +91,60 @@ def test_where_memory_is_short_and_prefixes_are_shared_it_leaves_arrival() -> No
 
 def test_where_nothing_is_won_rows_run_as_they_come() -> None:
     prompts = [[row + 10] * (5 + row % 9) for row in range(200)]
-    auto = AutoOrder(Counting(engine(num_blocks=4000)), ORDERS)
+    auto = Counting(engine(num_blocks=4000)).auto()
     assert auto(job_of(prompts, 6)).rows.tolist() == list(range(200))
     assert auto.choice is not None and auto.choice.name == "fcfs"
 
 
 def test_it_tries_when_the_rows_have_become_many_more_and_not_before() -> None:
     predict = Counting(engine(num_blocks=4000))
-    auto = AutoOrder(predict, ORDERS)
+    auto = predict.auto()
     prompts = [[row + 10] * 9 for row in range(1000)]
     calls = []
     for num_rows in (5, 100, 300, 390, 500, 1000):
         auto(job_of(prompts[:num_rows], 6))
         calls.append(predict.num_calls)
     assert calls[0] == 0 < calls[1] == calls[2] == calls[3] < calls[4] == calls[5]
+    assert predict.num_measured == 1
 
 
-def test_a_short_job_is_not_worth_trying() -> None:
-    quick = engine(num_blocks=4000)
-    auto = AutoOrder(Counting(quick), ORDERS)
-    auto._predict = lambda job, order, share: Prediction(0.1, 500)
-    auto(job_of([[row + 10] * 9 for row in range(50)], 6))
+def test_a_job_that_measuring_would_slow_down_is_not_measured() -> None:
+    """24 x 76 tokens share all but 5 each: 2 % of the time of the least that is computed."""
+    shared, alone = tree_prompts(1), [[row + 10] * 9 for row in range(24)]
+    for prompts, expected in ((shared, UNTRIED), (alone, YARDSTICK)):
+        job = job_of(prompts, 8, block_size=1)
+        tokens = job.tree.num_distinct_tokens() + 24 * 8
+        predict = Counting(engine(num_blocks=4000), MAX_SHARE_OF_RUN * TOKEN_S * tokens * 1.01)
+        auto = predict.auto()
+        auto(job)
+        assert predict.num_measured == predict.num_calls == 0
+        assert auto.choice is not None and auto.choice.name == expected
+        assert "too little work" in str(auto.choice)
+        predict.measure_s *= 0.98
+        predict.auto()(job)
+        assert predict.num_measured == 1
+
+
+def test_when_measuring_took_all_the_time_nothing_is_tried() -> None:
+    """It took longer than it should have; the rest is a guess on few rows."""
+    predict = Counting(engine(num_blocks=60))
+    auto = predict.auto()
+    predict.measure_s = 1e6
+    auto(job_of(tree_prompts(), 8, block_size=BLOCK_SIZE))
+    assert predict.num_measured == predict.num_calls == 1
     assert auto.choice is not None and auto.choice.name == UNTRIED
-    assert "too few" in str(auto.choice)
+
+
+def test_measured_rates_reach_the_order() -> None:
+    seen = []
+
+    def spy(job, order, share):
+        seen.append(job.rates)
+        return Prediction(1e6, 10)
+
+    auto = AutoOrder(lambda: Measured(spy, RATES, 0.0), ORDERS, measure_s=0.0, token_s=1.0)
+    auto(job_of(tree_prompts(), 8))
+    assert seen and set(seen) == {RATES}
 
 
 @pytest.mark.parametrize("order", ORDERS)
