@@ -68,14 +68,12 @@ def lines(requests: Sequence[WorkRequest]) -> Iterator[dict[str, Any]]:
     """Rows for `run_file`; seeds keep equal ones from being folded."""
     for index, request in enumerate(requests):
         yield {
-            "custom_id": f"r{index}",
-            "body": {
-                "prompt": request.prompt_token_ids,
-                "max_tokens": request.num_output_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "seed": index,
-            },
+            "id": f"r{index}",
+            "prompt_token_ids": request.prompt_token_ids,
+            "max_tokens": request.num_output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "seed": index,
         }
 
 
