@@ -33,6 +33,9 @@ SIMULATED_STEP_S = 4e-4
 
 0.1 to 0.35 ms on one core of a Sapphire Rapids server (benchmarks/orders.py)."""
 
+MOST_STEPS = 20_000
+"""Steps simulated in all, about: however long the job is, some seconds are enough to choose."""
+
 LEAST_GAIN = 0.01
 """Less than this share of the time is no reason to leave the order in which rows came."""
 
@@ -174,11 +177,12 @@ class AutoOrder:
         few = sample_of(job, GUESS_ROWS)
         predict = self._measured.predict
         guess = predict(few, find_order(YARDSTICK), few.num_rows / job.num_rows)
-        cost_s = len(self._candidates) * guess.num_steps * SIMULATED_STEP_S
-        affordable = (MAX_SHARE_OF_RUN * guess.seconds - spent_s) / cost_s
+        num_steps = len(self._candidates) * guess.num_steps
+        affordable = (MAX_SHARE_OF_RUN * guess.seconds - spent_s) / (num_steps * SIMULATED_STEP_S)
         if affordable < 1:
             return None
-        return sample_of(job, int(affordable * few.num_rows))
+        most = max(MOST_STEPS / num_steps, 1)
+        return sample_of(job, int(min(affordable, most) * few.num_rows))
 
 
 def _least_tokens(job: JobFacts) -> float:

@@ -11,6 +11,7 @@ from batchwright.exec.sim import LinearCost
 from batchwright.kv.groups import KVGroup
 from batchwright.plan.auto_order import (
     MAX_SHARE_OF_RUN,
+    MOST_STEPS,
     SIMULATED_STEP_S,
     UNTRIED,
     YARDSTICK,
@@ -133,6 +134,21 @@ def test_when_measuring_took_all_the_time_nothing_is_tried() -> None:
     auto(job_of(tree_prompts(), 8, block_size=BLOCK_SIZE))
     assert predict.num_measured == predict.num_calls == 1
     assert auto.choice is not None and auto.choice.name == UNTRIED
+
+
+def test_a_long_job_is_not_tried_for_longer_than_a_choice_needs() -> None:
+    """An hour a row: 2 % of the run would pay for simulating all of it."""
+    slow = SimulatedEngine(
+        [KVGroup(None, 4000)],
+        block_size=BLOCK_SIZE,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        max_model_len=256,
+        cost=LinearCost(3600.0, 0.0, 0.0),
+    )
+    predict = Counting(slow)
+    predict.auto()(job_of([[row + 10] * 9 for row in range(3000)], 100))
+    assert MOST_STEPS / 4 < predict.num_steps < 1.5 * MOST_STEPS  # equal orders run once
 
 
 def test_measured_rates_reach_the_order() -> None:
