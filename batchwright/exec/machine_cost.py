@@ -10,7 +10,7 @@ import torch
 from batchwright import kernels, techniques
 from batchwright.attention.backend import AttentionBackend
 from batchwright.config import ResolvedConfig
-from batchwright.exec.calibrate import calibrate
+from batchwright.exec import calibrate
 from batchwright.exec.layer_slice import NUM_LAYERS
 from batchwright.plan.cost import CostModel, ModelShape
 
@@ -35,7 +35,7 @@ def machine_cost(
     kernels.set_num_threads(config.num_threads)
     torch.set_num_threads(config.num_threads)  # after the kernels': starting theirs resets it
     dtype: torch.dtype = getattr(torch, config.dtype)
-    hardware = calibrate(
+    hardware = calibrate.calibrate(
         model_config,
         shape,
         dtype=dtype,
