@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from batchwright.config import EngineConfig
 from batchwright.exec.sim import LinearCost
 from batchwright.kv.groups import KVGroup
 from batchwright.plan.auto_order import (
@@ -21,11 +23,13 @@ from batchwright.plan.auto_order import (
     sample_of,
     shared_tokens,
 )
+from batchwright.plan.cost import CostModel, Product
 from batchwright.plan.job_tree import build_job_tree
 from batchwright.plan.order import JobFacts, Rates, find_order
-from batchwright.simulate import SimulatedEngine
+from batchwright.simulate import SimulatedEngine, chosen_order
 from batchwright.techniques import names
 from tests.plan.simulated import BLOCK_SIZE, rows, simulate
+from tests.plan.test_cost import HARDWARE, SHAPE
 from tests.plan.tries import job_of
 
 ORDERS = names("plan.orders")
@@ -161,6 +165,30 @@ def test_measured_rates_reach_the_order() -> None:
     auto = AutoOrder(lambda: Measured(spy, RATES, 0.0), ORDERS, measure_s=0.0, token_s=1.0)
     auto(job_of(tree_prompts(), 8))
     assert seen and set(seen) == {RATES}
+
+
+def test_an_engine_measures_when_that_pays_and_once() -> None:
+    """10 s a token at least, of a model of 1,000 layers, of which 4 are measured."""
+    shape = replace(SHAPE, num_layers=1000, products=(Product(10**6, 10**6),))
+    config = EngineConfig(order="auto", num_threads=2, max_num_seqs=8).resolve(
+        context_length=256, free_memory_bytes=10**9
+    )
+    calls = []
+
+    def measure() -> CostModel:
+        calls.append(1)
+        return CostModel(shape, replace(HARDWARE, busy=2.0), rows_per_load=4)
+
+    order = chosen_order(config, [KVGroup(None, 4000)], shape, measure)
+    for num_rows, expected in ((20, 0), (300, 1), (1300, 1)):
+        job = job_of([[row + 10] * 9 for row in range(num_rows)], 6)
+        assert sorted(order(job).rows.tolist()) == list(range(num_rows))
+        assert len(calls) == expected
+    assert isinstance(order, AutoOrder) and order.choice is not None
+    assert order.choice.seconds["fcfs"] > 2 * 1300 * 14 * 2e12 / 100, "twice as long as quiet"
+    assert chosen_order(
+        replace(config, order="groups"), [KVGroup(None, 9)], shape, measure
+    ) is find_order("groups")
 
 
 @pytest.mark.parametrize("order", ORDERS)
