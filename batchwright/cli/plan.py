@@ -122,7 +122,6 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
         error_path_for,
         open_rows,
     )
-    from batchwright.simulate import chosen_order
     from batchwright.weights.locate import locate_model
 
     arguments.check()
@@ -135,13 +134,19 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
     rows, _ = open_rows(arguments, arrangement)
     locate_model(model)  # before torch is imported
     opened = open_model(model, settings)
-    arrangement.order = chosen_order(opened.config, opened.groups)
     finished = share = None
     if not arguments.force and _is_begun(directory, arguments, opened):
         finished, share = _what_is_done(directory, keep_failed=arguments.keep_failed)
     names = ModelNames(model)
     rows = names.watch(rows)
-    return plan_job(rows, opened, check=names.check, finished=finished, used_share=share)
+    return plan_job(
+        rows,
+        opened,
+        arrangement=arrangement,
+        check=names.check,
+        finished=finished,
+        used_share=share,
+    )
 
 
 def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
