@@ -2,14 +2,22 @@
 
 A `ModelShape` says what a model multiplies, reads and keeps; a `Hardware` how fast a machine does
 that; `CostModel` puts the two together and is what `exec/sim.py` charges to a virtual clock.
-Shapes are counted from a model's modules (`models/shape.py`), hardware is measured
-(`exec/calibrate.py`). Products, attention and the rest run one after the other: times are added.
+Shapes are counted from a model's modules (`models/shape.py`) or known by name (`model_shapes.py`);
+hardware is measured (`exec/calibrate.py`) or taken from a data sheet (`hardware.py`).
+
+    step = fixed + max(c, m) + (1 - overlap) min(c, m)
+
+where c is what computes (products, attention of prompts) and m what waits for keys and values
+(attention of single tokens). An executor that runs one kernel after the other has overlap 0: times
+are added. Source of the form: BlendServe (arXiv:2411.16102).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -134,7 +142,7 @@ class RateCurve:
         flops_per_s: at each.
     """
 
-    rows: tuple[int, ...]
+    rows: tuple[float, ...]
     flops_per_s: tuple[float, ...]
 
     def seconds(self, num_rows: float, flops_per_row: float) -> float:
@@ -157,6 +165,7 @@ class Hardware:
     The curves and the last three hold for the model they were measured with.
 
     Attributes:
+        num_threads: of a processor; of a GPU profile, the devices that share the model.
         layers, head: matrix products of the layers and of the output head.
         ceiling_flops_per_s: the best product of the layers at any number of rows.
         attention_flops_per_s: attention of many query tokens to the same keys.
@@ -165,6 +174,8 @@ class Hardware:
         token_s: norms, rotations, activations and the like, of one token in all layers.
         step_s: fixed time of a step.
         draw_s: drawing one token from its logits.
+        tile_rows: rows of a product are rounded up to a multiple of this.
+        overlap: share of the shorter of compute and reading keys that the longer one hides, 0 to 1.
     """
 
     name: str
@@ -178,21 +189,36 @@ class Hardware:
     token_s: float = 0.0
     step_s: float = 0.0
     draw_s: float = 0.0
+    tile_rows: int = 1
+    overlap: float = 0.0
+
+
+class AttentionSeconds(NamedTuple):
+    """Attention by what it waits for: its FLOPs, or its keys and values."""
+
+    compute: float
+    memory: float
 
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """Where the time of a Step goes."""
+    """Where the time of a Step goes.
+
+    Attributes:
+        layers, head, attention, other: each for itself.
+        hidden: what attention and the rest take at the same time.
+    """
 
     layers: float
     head: float
     attention: float
     other: float
+    hidden: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.layers + self.head + self.attention + self.other
+        return self.layers + self.head + self.attention + self.other - self.hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,13 +241,16 @@ class CostModel:
     def parts(self, step: Step) -> StepSeconds:
         """Time of a Step by where it goes."""
         hardware = self.hardware
+        layers, head = self._layers_s(step.num_tokens), self._head_s(_num_logits(step))
+        attention = self._attention_s(step)
         return StepSeconds(
-            layers=self._layers_s(step.num_tokens),
-            head=self._head_s(_num_logits(step)),
-            attention=self._attention_s(step),
+            layers=layers,
+            head=head,
+            attention=sum(attention),
             other=hardware.step_s
             + hardware.token_s * step.num_tokens
             + hardware.draw_s * len(step.sample_tokens),
+            hidden=hardware.overlap * min(layers + head + attention.compute, attention.memory),
         )
 
     def work_s(
@@ -266,23 +295,29 @@ class CostModel:
             num_used = product.num_used(num_tokens)
             num_rows = num_tokens * product.share * product.num_weights / num_used
             flops = 2 * product.in_features * product.out_features
-            total += num_used * self.hardware.layers.seconds(num_rows, flops)
+            total += num_used * self.hardware.layers.seconds(self._tiled(num_rows), flops)
         return total
 
     def _head_s(self, num_logits: int) -> float:
         if not num_logits:
             return 0.0
-        return self.hardware.head.seconds(num_logits, self.shape.head_flops_per_token)
+        return self.hardware.head.seconds(self._tiled(num_logits), self.shape.head_flops_per_token)
 
-    def _attention_s(self, step: Step) -> float:
+    def _tiled(self, num_rows: float) -> float:
+        tile = self.hardware.tile_rows
+        return num_rows if tile == 1 else ceil(num_rows / tile) * tile
+
+    def _attention_s(self, step: Step) -> AttentionSeconds:
         """Each row takes as long as its FLOPs or as reading its keys, whichever is longer."""
         pairs, read = row_keys(step, self.shape.attention)
-        total = 0.0
+        compute_s = memory_s = 0.0
         for attention, num_pairs, num_read in zip(self.shape.attention, pairs, read, strict=True):
             compute = num_pairs * (attention.flops_per_key / self.hardware.attention_flops_per_s)
-            load_s_per_key = attention.kv_elements * self.kv_bytes / self.hardware.kv_bytes_per_s
-            total += float(np.maximum(compute, num_read * load_s_per_key).sum())
-        return total
+            load = num_read * (attention.kv_elements * self.kv_bytes / self.hardware.kv_bytes_per_s)
+            waits = load > compute
+            compute_s += float(compute[~waits].sum())
+            memory_s += float(load[waits].sum())
+        return AttentionSeconds(compute_s, memory_s)
 
 
 def num_keys(num_tokens: Int32Array | Int64Array, window: int | None) -> Int64Array:

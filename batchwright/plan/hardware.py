@@ -1,0 +1,162 @@
+"""Hardware of GPUs from data sheets, for simulation. Nothing here was measured by this project.
+
+A product takes as long as its FLOPs or as reading its weights, whichever is longer, so its curve of
+rates has one point: the rows at which both take the same time. Peaks are the makers'; the shares of
+them that kernels reach follow from BlendServe's Table 1 (arXiv:2411.16102: Llama-3-8B on an A100,
+products in 205 to 223 TFLOP/s, 1.73 TB/s in attention of single tokens) and are assumed to be the
+same on the other devices. Several devices share a model by dividing every product and head
+(tensor parallel); what they send to each other is not charged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchwright.errors import ConfigError
+from batchwright.plan.cost import Hardware, ModelShape, RateCurve
+
+PRODUCT_SHARE = 218 / 312
+"""Of the peak FLOP/s, that products and attention of prompts reach."""
+
+MEMORY_SHARE = 1.73 / 2.039
+"""Of the memory bandwidth, that reading weights, keys and values reaches."""
+
+STEP_S = 1e-3
+"""Launches, scheduling and drawing that a step does not hide. Assumed."""
+
+TILE_ROWS = 128
+"""Rows of one tile of a product."""
+
+USABLE_SHARE = 0.9
+"""Of the memory, that weights, keys and values may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile:
+    """A device by its data sheet; FLOP/s are dense.
+
+    Attributes:
+        bf16_flops_per_s: of 2-byte numbers; smaller weights are multiplied as these.
+        fp32_flops_per_s: of 4-byte numbers.
+        memory_bytes_per_s, memory_bytes: of the device's own memory.
+    """
+
+    name: str
+    bf16_flops_per_s: float
+    fp32_flops_per_s: float
+    memory_bytes_per_s: float
+    memory_bytes: float
+    product_share: float = PRODUCT_SHARE
+    memory_share: float = MEMORY_SHARE
+    step_s: float = STEP_S
+    tile_rows: int = TILE_ROWS
+
+
+DEVICES = {
+    profile.name: profile
+    for profile in (
+        DeviceProfile(
+            name="A100-80G",
+            bf16_flops_per_s=312e12,
+            fp32_flops_per_s=19.5e12,
+            memory_bytes_per_s=2.039e12,
+            memory_bytes=80e9,
+        ),
+        DeviceProfile(
+            name="H100",
+            bf16_flops_per_s=989e12,
+            fp32_flops_per_s=67e12,
+            memory_bytes_per_s=3.35e12,
+            memory_bytes=80e9,
+        ),
+        DeviceProfile(
+            name="H200",
+            bf16_flops_per_s=989e12,
+            fp32_flops_per_s=67e12,
+            memory_bytes_per_s=4.8e12,
+            memory_bytes=141e9,
+        ),
+        DeviceProfile(
+            name="L40S",
+            bf16_flops_per_s=362e12,
+            fp32_flops_per_s=91.6e12,
+            memory_bytes_per_s=0.864e12,
+            memory_bytes=48e9,
+        ),
+    )
+}
+"""H100 and A100 are the SXM modules."""
+
+
+def find_device(name: str) -> DeviceProfile:
+    """A profile by name, in upper or lower case.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for profile in DEVICES.values():
+        if profile.name.lower() == name.lower():
+            return profile
+    raise ConfigError(f"device is {name!r:.60}, must be one of {', '.join(DEVICES)}")
+
+
+def device_hardware(
+    profile: DeviceProfile,
+    shape: ModelShape,
+    weight_bytes: float,
+    *,
+    num_devices: int = 1,
+    overlap: float = 0.0,
+) -> Hardware:
+    """The rates of a device, or of several that share a model, for that model.
+
+    Args:
+        weight_bytes: of one element of the weights.
+        num_devices: every rate is multiplied by it.
+        overlap: see `Hardware`.
+    Raises:
+        ConfigError: the weights do not fit, or an argument is out of range.
+    """
+    if not 0 <= overlap <= 1:
+        raise ConfigError(f"overlap is {overlap}, must be between 0 and 1")
+    kv_memory_bytes(profile, shape, weight_bytes, num_devices=num_devices)
+    peak = profile.bf16_flops_per_s if weight_bytes <= 2 else profile.fp32_flops_per_s
+    flops_per_s = num_devices * peak * profile.product_share
+    bytes_per_s = num_devices * profile.memory_bytes_per_s * profile.memory_share
+    # n rows with w-byte weights: 2 n FLOPs an element, against w bytes.
+    balance_rows = flops_per_s * weight_bytes / (2 * bytes_per_s)
+    curve = RateCurve((balance_rows,), (flops_per_s,))
+    return Hardware(
+        name=profile.name if num_devices == 1 else f"{num_devices} x {profile.name}",
+        num_threads=num_devices,
+        layers=curve,
+        head=curve,
+        ceiling_flops_per_s=num_devices * peak,
+        attention_flops_per_s=flops_per_s,
+        kv_bytes_per_s=bytes_per_s,
+        memory_bytes_per_s=num_devices * profile.memory_bytes_per_s,
+        step_s=profile.step_s,
+        tile_rows=profile.tile_rows,
+        overlap=overlap,
+    )
+
+
+def kv_memory_bytes(
+    profile: DeviceProfile, shape: ModelShape, weight_bytes: float, *, num_devices: int = 1
+) -> float:
+    """Memory left for keys and values.
+
+    Raises:
+        ConfigError: the weights do not fit, or there is no device.
+    """
+    if num_devices < 1:
+        raise ConfigError(f"num_devices is {num_devices}, must be at least 1")
+    weights = shape.num_params * weight_bytes
+    free = num_devices * profile.memory_bytes * USABLE_SHARE - weights
+    if free <= 0:
+        raise ConfigError(
+            f"the weights take {weights / 1e9:.1f} GB, {num_devices} x {profile.name} has "
+            f"{num_devices * profile.memory_bytes * USABLE_SHARE / 1e9:.1f} GB for them and for "
+            "keys and values; use more devices or a smaller model"
+        )
+    return free
