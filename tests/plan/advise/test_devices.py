@@ -15,7 +15,7 @@ from tests.plan.test_cost import SHAPE
 
 
 def amdahl(work_s: float, drain_s: float, fits_on: int = 1):
-    """Seconds of a job whose replicas have `fits_on` devices at least, and which drains at the end."""
+    """Seconds of a job that drains at the end; replicas have `fits_on` devices at least."""
 
     def seconds(layout: Layout) -> float | None:
         if layout.replica_size < fits_on:

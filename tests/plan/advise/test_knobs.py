@@ -1,4 +1,4 @@
-"""The search over settings: the best of what was evaluated, the same each time, near the best of all."""
+"""The search over settings: the best of what was evaluated, always the same, near the best."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_runners_up_gain_something_and_differ() -> None:
     assert runners_up(trials[:1], math.inf, 9) == []
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_regret_on_the_real_scheduler(seed: int) -> None:
     """On simulated jobs the search is within 3 % of the best of the whole grid."""
     random = np.random.default_rng(seed)

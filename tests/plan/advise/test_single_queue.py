@@ -87,5 +87,5 @@ def test_the_limit_pays_for_its_wait() -> None:
 
 def test_more_requests_than_can_be_served() -> None:
     assert clipped_queue(TAIL, 1.0, SERVICE, 800).wait_s == math.inf
-    with pytest.raises(ConfigError, match="1 requests per second .* even with 400 tokens"):
+    with pytest.raises(ConfigError, match=r"1 requests per second .* even with 400 tokens"):
         choose_limit(TAIL, 1.0, SERVICE, [800, 400], tokens_per_s_waited=12)
