@@ -179,6 +179,21 @@ def plan_job(
     )
 
 
+def read_job_rows(
+    rows: Iterator[InputRow | RowError],
+    model: OpenedModel,
+    *,
+    check: Callable[[ParsedRow], None] = lambda row: None,
+) -> tuple[RowCounts, JobRows]:
+    """All rows of a job; whose token store is to be closed by who calls this."""
+    job_rows = JobRows()
+    try:
+        return _read(rows, job_rows, model, engine_sizes(model), check, None), job_rows
+    except BaseException:
+        job_rows.store.close()
+        raise
+
+
 def engine_sizes(model: OpenedModel) -> EngineSizes:
     """The sizes of the engine that will run the model."""
     from batchwright.predict import EngineSizes

@@ -1,4 +1,4 @@
-"""Trials: what settings make of a job, by simulation. Advice meets `predict` here and nowhere else."""
+"""Trials: what settings make of a job, by simulation. Advice meets `predict` here only."""
 
 from __future__ import annotations
 
@@ -70,14 +70,19 @@ class KnownJob:
         """Sequences that are computed."""
         return int(self.columns.num_samples[~self.savings.folded].sum())
 
+    def tokens_of(self, rows: Int64Array) -> int:
+        """Prompt and output tokens of some rows, shared or not."""
+        columns = self.columns.at(rows)
+        return int((columns.num_prompt + self.output[rows] * columns.num_samples).sum())
+
     @property
-    def num_tokens(self) -> int:
-        """Prompt and output tokens of all rows, however they are come by."""
-        return int((self.columns.num_prompt + self.output * self.columns.num_samples).sum())
+    def computed(self) -> Int64Array:
+        """Indices of the rows that are computed."""
+        return np.flatnonzero(~self.savings.folded)
 
     def first_part(self, num_parts: int) -> Int64Array:
         """Indices of the rows of the first of so many parts with the same number of tokens."""
-        computed = np.flatnonzero(~self.savings.folded)
+        computed = self.computed
         columns, output = self.columns.at(computed), self.output[computed]
         tokens = np.cumsum(columns.num_computable + output * columns.num_samples)
         end = int(np.searchsorted(tokens, tokens[-1] / num_parts)) + 1 if len(tokens) else 0
@@ -125,18 +130,20 @@ class Simulation:
         """
         key = knobs, num_parts
         if key not in self._seen:
-            engine = self._engine(knobs)
-            self._seen[key] = None if engine is None else self._run(knobs, engine, num_parts)
+            self._seen[key] = self.trial_of(knobs, self.job.first_part(num_parts))
         return self._seen[key]
 
+    def trial_of(self, knobs: Knobs, computed: Int64Array) -> Trial | None:
+        """The same for some rows only: ascending indices, none of them folded."""
+        engine = self.engine(knobs)
+        return None if engine is None else self._run(knobs, engine, computed)
+
     def profile(self) -> list[ProfilePoint]:
-        """Throughput, latency and memory by batch size, up to the first that holds the whole job."""
+        """Throughput, latency and memory by batch size, up to one that holds the whole job."""
         points = []
         for size in BATCH_SIZES:
             budget = max(self.own.max_num_batched_tokens, size)
-            knobs = dataclasses.replace(
-                self.own, max_num_seqs=size, max_num_batched_tokens=budget
-            )
+            knobs = dataclasses.replace(self.own, max_num_seqs=size, max_num_batched_tokens=budget)
             trial = self.trial(knobs)
             if trial is not None:
                 points.append(
@@ -146,7 +153,7 @@ class Simulation:
                 break
         return points
 
-    def _engine(self, knobs: Knobs) -> EngineSizes | None:
+    def engine(self, knobs: Knobs) -> EngineSizes | None:
         """The sizes of an engine with these settings; None if there can be none."""
         config = dataclasses.replace(self.config, **dataclasses.asdict(knobs))
         if config.max_num_batched_tokens < config.max_num_seqs:
@@ -171,9 +178,8 @@ class Simulation:
             order=chosen_order(config, groups),
         )
 
-    def _run(self, knobs: Knobs, engine: EngineSizes, num_parts: int) -> Trial | None:
+    def _run(self, knobs: Knobs, engine: EngineSizes, computed: Int64Array) -> Trial | None:
         job, cost = self.job, self.cost(knobs.num_threads)
-        computed = job.first_part(num_parts)
         longest = job.columns.num_prompt[computed] + job.output[computed]
         if len(computed) and not engine.most_at_once(int(longest.max())):
             return None
@@ -197,7 +203,7 @@ class Simulation:
             knobs,
             prediction.seconds,
             metered.token_s,
-            job.num_tokens / num_parts / max(prediction.seconds, 1e-12),
+            job.tokens_of(computed) / max(prediction.seconds, 1e-12),
             round(prediction.peak_kv_fraction * num_blocks) * engine.block_size,
             prediction.max_running,
         )

@@ -1,52 +1,17 @@
-"""Figures: the pictures of a report, as SVG elements for the page.
-
-Colours are CSS variables of the page, so that one picture serves light and dark; text is text in
-the page's font. Needs matplotlib (extra `report`).
-"""
+"""Figures: the pictures of a report, as SVG elements for the page. Needs matplotlib."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING
 
-from batchwright.errors import ConfigError
 from batchwright.report.numbers import PARTS, Report
+from batchwright.report.svg import COLOURS, draw_bars, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# matplotlib draws in these colours; each is then replaced by the CSS variable of its name.
-_COLOURS = {
-    name: f"#0{index:x}0b0c"
-    for index, name in enumerate((*PARTS, "ink", "faint", "grid", "saved", "again"))
-}
-_WIDTH = 9.0  # inches; pictures are scaled to the page
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "batchwright",
-    "font.size": 10,
-    "text.color": _COLOURS["ink"],
-    "axes.edgecolor": _COLOURS["grid"],
-    "axes.labelcolor": _COLOURS["faint"],
-    "axes.titlecolor": _COLOURS["ink"],
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _COLOURS["grid"],
-    "grid.linewidth": 0.6,
-    "xtick.color": _COLOURS["grid"],
-    "ytick.color": _COLOURS["grid"],
-    "xtick.labelcolor": _COLOURS["faint"],
-    "ytick.labelcolor": _COLOURS["faint"],
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
 
 
 def draw_figures(report: Report) -> dict[str, str]:
@@ -55,13 +20,6 @@ def draw_figures(report: Report) -> dict[str, str]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError(
-            "a report's pictures need matplotlib: pip install 'batchwright[report]' (or --json, "
-            "which needs nothing)"
-        ) from None
     pictures: dict[str, tuple[float, Callable[[Figure, Report], None], str]] = {
         "time": (1.0, _draw_time, "Where the time went"),
         "over_time": (7.0, _draw_over_time, "The job over time"),
@@ -70,39 +28,10 @@ def draw_figures(report: Report) -> dict[str, str]:
     }
     if report.roofline is not None:
         pictures["ceiling"] = (1.4, _draw_ceiling, "Time spent and the least possible")
-    with matplotlib.rc_context(_STYLE):
-        return {
-            name: _svg(name, report, height, draw, title)
-            for name, (height, draw, title) in pictures.items()
-        }
-
-
-def _svg(
-    name: str, report: Report, height: float, draw: Callable[[Figure, Report], None], title: str
-) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    draw(figure, report)
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", metadata=nothing)
-    return _for_page(file.getvalue(), name, title)
-
-
-def _for_page(svg: str, name: str, title: str) -> str:
-    """An SVG file as an element of a page: no outside names, ids of its own, the page's colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"\bid=\"", f'id="{name}-', svg)
-    svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg)
-    svg = svg.replace("url(#", f"url(#{name}-")
-    for colour, code in _COLOURS.items():
-        svg = svg.replace(code, f"var(--{colour})")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return {
+        name: svg(name, height, partial(draw, report=report), title)
+        for name, (height, draw, title) in pictures.items()
+    }
 
 
 def _draw_time(figure: Figure, report: Report) -> None:
@@ -110,7 +39,7 @@ def _draw_time(figure: Figure, report: Report) -> None:
     total, left = report.times.total_s or 1.0, 0.0
     for part in PARTS:
         share = getattr(report.times, f"{part}_s") / total
-        axes.barh(0, share, left=left, color=_COLOURS[part], height=0.9)
+        axes.barh(0, share, left=left, color=COLOURS[part], height=0.9)
         if share >= 0.07:
             label = f"{part}\n{share:.0%}"
             axes.text(left + share / 2, 0, label, ha="center", va="center", color="white")
@@ -146,7 +75,7 @@ def _draw_over_time(figure: Figure, report: Report) -> None:
 
 
 def _steps(axes: Axes, edges: list[float], values: Iterable[float], colour: str) -> None:
-    axes.stairs(list(values), edges, fill=True, color=_COLOURS[colour])
+    axes.stairs(list(values), edges, fill=True, color=COLOURS[colour])
 
 
 def _draw_parts(axes: Axes, edges: list[float], report: Report) -> None:
@@ -158,7 +87,7 @@ def _draw_parts(axes: Axes, edges: list[float], report: Report) -> None:
             for start, interval in zip(below, report.intervals, strict=True)
         ]
         axes.stairs(
-            above, edges, baseline=below, fill=True, color=_COLOURS[part], linewidth=0, label=part
+            above, edges, baseline=below, fill=True, color=COLOURS[part], linewidth=0, label=part
         )
         below = above
     axes.set_ylim(0, 100)
@@ -171,15 +100,15 @@ def _draw_rows(axes: Axes, edges: list[float], report: Report) -> None:
     axes.set_title("Sequences running")
     most = report.settings.get("max_num_seqs")
     if isinstance(most, int) and max(running) > most / 2:
-        axes.axhline(most, color=_COLOURS["faint"], linewidth=1, linestyle="--")
+        axes.axhline(most, color=COLOURS["faint"], linewidth=1, linestyle="--")
 
 
 def _mark_runs_and_tails(axes: Axes, report: Report) -> None:
     for start_s, end_s in report.tails:
-        axes.axvspan(start_s, end_s, color=_COLOURS["tail"], alpha=0.18, linewidth=0)
+        axes.axvspan(start_s, end_s, color=COLOURS["tail"], alpha=0.18, linewidth=0)
     for before, after in zip(report.intervals, report.intervals[1:], strict=False):
         if before.run != after.run:
-            axes.axvline(after.start_s, color=_COLOURS["ink"], linewidth=1, linestyle=":")
+            axes.axvline(after.start_s, color=COLOURS["ink"], linewidth=1, linestyle=":")
 
 
 def _draw_lengths(figure: Figure, report: Report) -> None:
@@ -193,7 +122,7 @@ def _draw_lengths(figure: Figure, report: Report) -> None:
     ):
         first = next((bits for bits, count in enumerate(counts) if count), 0)
         shown = counts[first:]
-        axes.bar(range(len(shown)), shown, color=_COLOURS[colour], width=0.92)
+        axes.bar(range(len(shown)), shown, color=COLOURS[colour], width=0.92)
         labels = [_bucket(first + index) for index in range(len(shown))]
         axes.set_xticks(range(len(shown)), labels, fontsize=8)
         axes.grid(visible=False, axis="x")
@@ -216,7 +145,7 @@ def _draw_tokens(figure: Figure, report: Report) -> None:
         ("tokens generated", tokens.generated, "decode"),
         ("computed again", tokens.recomputed, "again"),
     ]
-    _bars(figure.subplots(), bars, lambda value: f"{value:,.0f}")
+    draw_bars(figure.subplots(), bars, lambda value: f"{value:,.0f}")
 
 
 def _draw_ceiling(figure: Figure, report: Report) -> None:
@@ -226,18 +155,4 @@ def _draw_ceiling(figure: Figure, report: Report) -> None:
         ("steps", report.roofline.step_s, "decode"),
         ("all time", report.roofline.total_s, "other"),
     ]
-    _bars(figure.subplots(), bars, lambda value: f"{value:,.1f} s")
-
-
-def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], form: Callable[[float], str]) -> None:
-    """Horizontal bars from top to bottom, each with its value beside it."""
-    names = [name for name, _, _ in bars]
-    values: list[Any] = [value for _, value, _ in bars]
-    drawn = axes.barh(names, values, color=[_COLOURS[c] for _, _, c in bars], height=0.75)
-    axes.bar_label(drawn, [form(value) for value in values], padding=4)
-    axes.set_xlim(0, 1.15 * (max(values) or 1))
-    axes.invert_yaxis()
-    axes.grid(visible=False)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+    draw_bars(figure.subplots(), bars, lambda value: f"{value:,.1f} s")

@@ -32,12 +32,23 @@ def render_page(report: Report) -> str:
     Raises:
         ConfigError: matplotlib is not installed.
     """
+    return render("page.html", draw_figures(report), report=report, parts=PART_MEANINGS)
+
+
+def render(template: str, figures: Mapping[str, str], **values: Any) -> str:
+    """A page of this folder.
+
+    Args:
+        template: its file; it is given `style`, `figures` and the values.
+        figures: SVG elements by name.
+    """
+    folder = files("batchwright.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters.update(_FILTERS)
-    source = files("batchwright.report").joinpath("page.html").read_text(encoding="utf-8")
-    figures = {name: Markup(svg) for name, svg in draw_figures(report).items()}
-    return environment.from_string(source).render(
-        report=report, figures=figures, parts=PART_MEANINGS
+    return environment.from_string(folder.joinpath(template).read_text(encoding="utf-8")).render(
+        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
+        figures={name: Markup(svg) for name, svg in figures.items()},
+        **values,
     )
 
 

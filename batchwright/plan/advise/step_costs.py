@@ -29,8 +29,8 @@ def decode_mix(cost: CostModel, num_rows: int, context: int) -> StepMix:
     busy_s = max(total_s - hardware.step_s, 0.0)
     layers_s = num_rows * shape.layer_flops_per_token / hardware.layers.best
     head_s = num_rows * shape.head_flops_per_token / hardware.head.best
-    attention_s = num_rows * context * shape.attention_flops_per_key
-    attention_s /= hardware.attention_flops_per_s
+    num_keys = num_rows * context
+    attention_s = num_keys * shape.attention_flops_per_key / hardware.attention_flops_per_s
     memory_s = cost.num_bytes(step) / max(hardware.kv_bytes_per_s, hardware.memory_bytes_per_s)
     compute_s = min(layers_s + head_s + attention_s + num_rows * hardware.token_s, busy_s)
     return StepMix(total_s - busy_s, busy_s, compute_s, min(memory_s, busy_s))
