@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from batchwright.cli.advise import advise
 from batchwright.cli.plan import plan
 from batchwright.cli.report import report
 from batchwright.cli.run import run
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(plan)
+app.command()(advise)
 app.command()(serve)
 app.command()(validate)
 app.command()(status)

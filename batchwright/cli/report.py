@@ -47,7 +47,7 @@ def report(
     if path == STDIO:
         sys.stdout.write(text)
         return
-    _write(path, text)
+    write_page(path, text)
     print(f"Report: {path}")
 
 
@@ -65,7 +65,12 @@ def _as_json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def _write(path: str, text: str) -> None:
+def write_page(path: str, text: str) -> None:
+    """Write a file that only its owner may read.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     from batchwright.errors import OutputError
 
     def private(name: str, flags: int) -> int:

@@ -29,9 +29,13 @@ def draw_figures(report: Report) -> dict[str, str]:
     if report.roofline is not None:
         pictures["ceiling"] = (1.4, _draw_ceiling, "Time spent and the least possible")
     return {
-        name: svg(name, height, partial(draw, report=report), title)
+        name: svg(name, height, partial(_with, draw, report), title)
         for name, (height, draw, title) in pictures.items()
     }
+
+
+def _with(draw: Callable[[Figure, Report], None], report: Report, figure: Figure) -> None:
+    draw(figure, report)
 
 
 def _draw_time(figure: Figure, report: Report) -> None:
