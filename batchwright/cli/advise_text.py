@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from batchwright.cli.printable import printable
 from batchwright.job.advice import Advice
 from batchwright.job.confirm import Confirmation
+from batchwright.plan.advise.knobs import Knobs
 from batchwright.report import advice_words as words
 
 FORMAT_VERSION = 1
@@ -33,7 +35,7 @@ def advice_as_text(
     if advice.queue is not None:
         lines += _lines("queue", words.queue_words(advice.queue))
     if advice.devices is not None:
-        lines += _lines("devices", words.device_words(advice.devices, advice.hardware))
+        lines += _lines("devices", words.device_words(advice.devices, advice.device))
     return "\n".join(lines)
 
 
@@ -54,8 +56,6 @@ def advice_as_json(
     advice: Advice, confirmation: Confirmation | None, not_run: str, source: str, model: str
 ) -> str:
     """One object; docs/advise.md lists its fields."""
-    import msgspec
-
     picked = words.chosen(advice, confirmation)
     values: dict[str, Any] = {
         "version": FORMAT_VERSION,
@@ -69,16 +69,16 @@ def advice_as_json(
         "settings": picked,
         "options": words.options(picked, advice.own.knobs),
         "reasons": words.reasons(advice, confirmation, not_run),
-        "own": advice.own._asdict(),
-        "predicted": advice.pick._asdict(),
-        "trials": [trial._asdict() for trial in advice.trials],
-        "profile": [point._asdict() for point in advice.profile],
-        "memory": {**advice.memory._asdict(), "best": advice.memory.best._asdict()},
+        "own": advice.own,
+        "predicted": advice.pick,
+        "trials": advice.trials,
+        "profile": advice.profile,
+        "memory": advice.memory,
         "measured": None if confirmation is None else _measured(confirmation),
-        "queue": None if advice.queue is None else advice.queue._asdict(),
-        "devices": None if advice.devices is None else advice.devices._asdict(),
+        "queue": advice.queue,
+        "devices": advice.devices,
     }
-    return json.dumps(_finite(msgspec.to_builtins(values)))
+    return json.dumps(_plain(values))
 
 
 def _measured(confirmation: Confirmation) -> dict[str, Any]:
@@ -92,12 +92,16 @@ def _measured(confirmation: Confirmation) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for it."""
+def _plain(value: Any) -> Any:
+    """Records as objects; JSON has no infinity, null stands for it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, Knobs):
+        return dataclasses.asdict(value)
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_plain(one) for one in value]
     return value

@@ -104,7 +104,8 @@ class Advice:
     """What was found.
 
     Attributes:
-        hardware: what the numbers hold for.
+        hardware: what the numbers hold for: this processor, or the devices of one engine.
+        device: one of these.
         trials: settings that were simulated; the first are those one has.
         pick: of these, the one that is advised.
         contenders: the best few that are faster than the first.
@@ -113,6 +114,7 @@ class Advice:
 
     counts: RowCounts
     hardware: str
+    device: str
     num_tokens: int
     output_share: float
     trials: tuple[Trial, ...]

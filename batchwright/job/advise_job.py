@@ -33,6 +33,7 @@ from batchwright.plan.advise.batch_queue import (
 from batchwright.plan.advise.batch_size import BATCH_SIZES, ProfilePoint, best_batch
 from batchwright.plan.advise.devices import (
     MAX_DEVICES,
+    REPLICA_SIZES,
     Layout,
     smallest_layout,
     with_exchange,
@@ -119,7 +120,8 @@ class Advisor:
         self.job = KnownJob(self._rows, columns, savings, self._lengths.likely)
         self._costs: dict[int, CostModel] = {}
         self._on_devices: dict[int, Simulation] = {}
-        self.simulation = self._simulation(1)
+        self.num_devices = self._fewest_devices()
+        self.simulation = self._simulation(self.num_devices)
 
     def advise(self) -> Advice:
         """Answer all that was asked.
@@ -132,9 +134,11 @@ class Advisor:
         best = best_batch(profile, slo_s=question.slo_s)
         trials = search(simulation.own, self._choices(), simulation.trial, question.slo_s)
         pick = best_trial(trials, question.slo_s)
+        hardware = simulation.cost(simulation.own.num_threads).hardware.name
         return Advice(
             counts=self.counts,
-            hardware=simulation.cost(simulation.own.num_threads).hardware.name,
+            hardware=hardware,
+            device=hardware if question.device is None else question.device.name,
             num_tokens=self.job.tokens_of(np.arange(len(self.job.columns))),
             output_share=self._lengths.share,
             trials=tuple(trials),
@@ -155,6 +159,16 @@ class Advisor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _fewest_devices(self) -> int:
+        """Devices that one engine needs at least, to hold the weights."""
+        for size in REPLICA_SIZES[:-1]:
+            try:
+                self._simulation(size)
+            except ConfigError:
+                continue
+            return size
+        return REPLICA_SIZES[-1]
 
     # Engines ----------------------------------------------------------------------------------
 
@@ -231,7 +245,7 @@ class Advisor:
             activations += HOST_BYTES
             memory = self.model.free_memory_bytes
         else:
-            memory = int(device.memory_bytes * USABLE_SHARE)
+            memory = int(self.num_devices * device.memory_bytes * USABLE_SHARE)
         replicas = num_replicas(
             memory, weight_bytes=weights, activation_bytes=activations, kv_bytes=kv_bytes
         )

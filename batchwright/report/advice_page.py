@@ -39,7 +39,7 @@ def render_advice(
         reasons=words.reasons(advice, confirmation, not_run),
         batch=words.batch_words(advice) + words.memory_words(advice.memory),
         queue=[] if queue is None else words.queue_words(queue),
-        devices=[] if devices is None else words.device_words(devices, advice.hardware),
+        devices=[] if devices is None else words.device_words(devices, advice.device),
         own=own,
         name_of=words.knobs_words,
     )
