@@ -264,12 +264,13 @@ def _confirm(
         rows,
         advice.counts.num_read,
         load_with,
-        _use_threads,
+        use_threads,
         budget_s,
     )
 
 
-def _use_threads(num_threads: int) -> None:
+def use_threads(num_threads: int) -> None:
+    """Threads of matrix products and kernels, from now on."""
     import torch
 
     from batchwright import kernels
