@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from batchwright.clock import VirtualClock
 from batchwright.exec.sim import SimExecutor, StepCost
-from batchwright.predict import EngineSizes
 from batchwright.request import Int32Array, Request, SamplingParams
 from batchwright.sequence import Sequence
+from batchwright.simulate import EngineSizes
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -25,10 +25,10 @@ from batchwright.models.loader import load_model, read_config
 from batchwright.models.row_invariance import ensure_row_invariance
 from batchwright.models.shape import shape_of
 from batchwright.opened_model import answer_identity, engine_settings
+from batchwright.order_trial import chosen_order
 from batchwright.plan.cost import ModelShape
 from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
-from batchwright.simulate import chosen_order
 from batchwright.structured.compile import GrammarCompiler
 from batchwright.text.continuation import join, prefix_token_id
 from batchwright.text.token_bytes import token_bytes

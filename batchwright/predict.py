@@ -7,74 +7,23 @@ fewer and fewer rows run, is added once.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 
-from batchwright.clock import VirtualClock
-from batchwright.exec.sim import SimExecutor
-from batchwright.kv.groups import KVGroup, blocks_per_sequence
 from batchwright.plan.cost import CostModel
 from batchwright.plan.job_rows import TASKS, Int64Array, JobRows, RowColumns
-from batchwright.plan.order import OrderFunction
-from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import Request, SamplingParams, Task
 from batchwright.sched.intake import SchedulerStats
-from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import Sequence
-from batchwright.step import Step
+from batchwright.simulate import EngineSizes, Moment, Simulation
 
 MAX_STEPS = 4000
-"""Steps that are simulated at most, about: some two seconds."""
+"""Steps that are simulated at most, about: a second or two."""
 
 MAX_ROWS = 8192
 STRETCHES = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSizes:
-    """The sizes of an engine; arguments as those of `Scheduler`.
-
-    Attributes:
-        horizon: rows it has at once.
-    """
-
-    groups: Seq[KVGroup]
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    prefix_sharing: bool
-    horizon: int
-    order: OrderFunction = fcfs
-
-    def scheduler(self) -> Scheduler:
-        """A scheduler of these sizes."""
-        return Scheduler(
-            self.groups,
-            block_size=self.block_size,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            prefix_sharing=self.prefix_sharing,
-            order=self.order,
-        )
-
-    def most_at_once(self, num_tokens: int) -> int:
-        """Sequences of so many tokens that memory holds, if they share nothing; may be 0."""
-        return min(group.num_blocks // self._need(group, num_tokens) for group in self.groups)
-
-    def rows_at_once(self, num_tokens: int) -> int:
-        """Sequences of so many tokens that run at once, if they share nothing."""
-        return max(1, min(self.max_num_seqs, self.most_at_once(num_tokens)))
-
-    def _need(self, group: KVGroup, num_tokens: int) -> int:
-        return blocks_per_sequence(
-            group.window, max(num_tokens, 1), self.block_size, self.max_num_batched_tokens
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +66,14 @@ def predict(
     """
     chosen = choose_rows(columns.at(computed), output[computed], engine)
     is_whole = len(chosen) == len(computed)
-    run = _Run(_families(rows, columns, output, computed[chosen]), engine, cost)
+    run = Simulation(families(rows, columns, output, computed[chosen]), engine, cost)
     run.run()
     seconds = run.clock.now()
-    if not is_whole and run.started_work_s:
-        drain_work_s = run.work_s - run.started_work_s
-        rate = run.started_s / run.started_work_s
-        seconds = (total_work_s - drain_work_s) * rate + seconds - run.started_s
+    started_work_s = _work_s(cost, run.started)
+    if not is_whole and started_work_s:
+        drain_work_s = _work_s(cost, run.now()) - started_work_s
+        rate = run.started.seconds / started_work_s
+        seconds = (total_work_s - drain_work_s) * rate + seconds - run.started.seconds
     return Prediction(
         seconds, len(chosen), is_whole, run.scheduler.stats, run.max_running, run.peak_kv_fraction
     )
@@ -146,68 +96,30 @@ def choose_rows(columns: RowColumns, output: Int64Array, engine: EngineSizes) ->
     return np.unique(firsts[:, None] + np.arange(length))
 
 
-class _Run:
-    """One simulated run.
-
-    Attributes:
-        work_s: work done, see `CostModel.work_s`.
-        started_s, started_work_s: time and work when the last row had started.
-    """
-
-    def __init__(self, families: Iterator[Sequence], engine: EngineSizes, cost: CostModel) -> None:
-        self.clock = VirtualClock()
-        self.scheduler = engine.scheduler()
-        self.work_s = self.started_s = self.started_work_s = 0.0
-        self.max_running, self.peak_kv_fraction = 0, 0.0
-        self._families = families
-        self._horizon = engine.horizon
-        self._cost = cost
-        self._executor = SimExecutor(self.clock, self)
-        self._unfinished: Counter[str] = Counter()
-        self._ended = False
-
-    def seconds(self, step: Step) -> float:
-        """What the executor charges for a step."""
-        self.work_s += self._cost.step_work_s(step)
-        return self._cost.seconds(step)
-
-    def run(self) -> None:
-        """Until all rows are done."""
-        self._read()
-        while (step := self.scheduler.schedule()) is not None:
-            self._watch()
-            update = self.scheduler.update(self._executor.execute(step))
-            for sequence in update.finished:
-                self._finish(sequence.request.id)
-            self._read()
-
-    def _read(self) -> None:
-        while not self._ended and len(self._unfinished) < self._horizon:
-            first = next(self._families, None)
-            if first is None:
-                self._ended = True
-                return
-            self.scheduler.add(first)
-            self._unfinished[first.request.id] = 1 + len(first.siblings)
-
-    def _finish(self, request_id: str) -> None:
-        self._unfinished[request_id] -= 1
-        if not self._unfinished[request_id]:
-            del self._unfinished[request_id]
-
-    def _watch(self) -> None:
-        num_running = self.scheduler.books.slots.num_running
-        self.max_running = max(self.max_running, num_running)
-        used = max(1 - t.pool.num_free / t.pool.num_blocks for t in self.scheduler.books.tables)
-        self.peak_kv_fraction = max(self.peak_kv_fraction, used)
-        if not self._ended or num_running < self.scheduler.num_unfinished:
-            self.started_s, self.started_work_s = self.clock.now(), self.work_s
+def _work_s(cost: CostModel, moment: Moment) -> float:
+    """`CostModel.work_s` of all that was computed until then."""
+    work = moment.work
+    num_keys = [sum(pair) for pair in zip(work.num_prompt_keys, work.num_output_keys, strict=True)]
+    if not num_keys:
+        return 0.0
+    num_tokens = work.num_prompt_tokens + work.num_output_tokens
+    return cost.work_s(num_tokens, num_keys, work.num_logits + work.num_scored, moment.num_draws)
 
 
-def _families(
-    rows: JobRows, columns: RowColumns, output: Int64Array, chosen: Int64Array
+def families(
+    rows: JobRows,
+    columns: RowColumns,
+    output: Int64Array,
+    chosen: Int64Array,
+    *,
+    end_token_ids: tuple[int, ...] = (),
 ) -> Iterator[Sequence]:
-    """The first sequence of each row, with its siblings."""
+    """The first sequence of each row, with its siblings; their noise keys are the row's number.
+
+    Args:
+        output: [num_rows] output tokens that each sequence may have, and has if nothing ends it.
+        chosen: [num_chosen] the rows.
+    """
     tokens, offsets = rows.store.tokens(), rows.store.offsets
     for row in chosen.tolist():
         task = TASKS[columns.task[row]]
@@ -226,18 +138,23 @@ def _families(
             score_start=first_needed + 1,
             pooling="last" if first_needed else "mean",
         )
-        family = [_sequence(request, row, index, num_output) for index in range(num_samples)]
+        family = [
+            _sequence(request, row, index, num_output, end_token_ids)
+            for index in range(num_samples)
+        ]
         family[0].siblings = family[1:]
         yield family[0]
 
 
-def _sequence(request: Request, order: int, sample_index: int, num_output: int) -> Sequence:
+def _sequence(
+    request: Request, row: int, sample_index: int, num_output: int, end_token_ids: tuple[int, ...]
+) -> Sequence:
     return Sequence(
         request=request,
-        order=order,
+        order=row,
         sample_index=sample_index,
-        end_token_ids=(),
-        noise_key=0,
+        end_token_ids=end_token_ids,
+        noise_key=row,
         max_len=len(request.prompt_token_ids) + num_output,
         token_ids=request.prompt_token_ids,
     )

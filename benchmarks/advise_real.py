@@ -27,7 +27,7 @@ from typing import Any
 from batchwright.job.advice import Question
 from batchwright.job.advise_job import Advisor
 from batchwright.job.confirm import SampleRunner
-from batchwright.job.formats.read_input import read_objects
+from batchwright.job.formats.row_objects import read_objects
 from batchwright.plan.advise.knobs import Knobs
 from batchwright.report.advice_words import options
 from benchmarks.machine import describe_commit, describe_machine, describe_versions

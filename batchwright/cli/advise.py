@@ -191,7 +191,7 @@ def _advise(
     from batchwright.config import EngineConfig
     from batchwright.job.model_names import ModelNames
     from batchwright.job.preflight import open_rows
-    from batchwright.report.svg import need_matplotlib
+    from batchwright.report.figures import need_matplotlib
     from batchwright.weights.locate import locate_model
 
     log = Console(stderr=True)

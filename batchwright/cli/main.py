@@ -14,6 +14,7 @@ from batchwright.cli.plan import plan
 from batchwright.cli.report import report
 from batchwright.cli.run import run
 from batchwright.cli.serve import serve
+from batchwright.cli.sim import sim
 from batchwright.cli.status import status
 from batchwright.cli.validate import validate
 from batchwright.errors import BatchwrightError
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(plan)
 app.command()(advise)
+app.command()(sim)
 app.command()(serve)
 app.command()(validate)
 app.command()(status)

@@ -14,9 +14,12 @@ import numpy as np
 
 from batchwright.clock import VirtualClock
 from batchwright.request import Int32Array
+from batchwright.sched.equal_steps import EqualResults, EqualSteps
 from batchwright.step import NewSequence, Step, StepResult
 
 ORDINARY_TOKEN = 0
+"""What a sequence draws before its end, or the next larger id that does not end it."""
+
 NEVER = np.iinfo(np.int32).max
 
 
@@ -25,6 +28,10 @@ class StepCost(Protocol):
 
     def seconds(self, step: Step) -> float:
         """Time of one Step."""
+        ...
+
+    def equal_seconds(self, positions: Int32Array, num_steps: int) -> float:
+        """Time of Steps of one token a row, at `positions` [num_rows] in the first of them."""
         ...
 
 
@@ -43,6 +50,14 @@ class LinearCost:
         """Time of one Step; every row reads the keys up to its last position."""
         num_keys = int(step.positions[step.cu_seqlens_q[1:] - 1].sum()) + step.num_rows
         return self.step_s + self.token_s * step.num_tokens + self.key_s * num_keys
+
+    def equal_seconds(self, positions: Int32Array, num_steps: int) -> float:
+        """Time of Steps of one token a row; see `StepCost`."""
+        num_rows = len(positions)
+        first_keys = int(positions.sum(dtype=np.int64)) + num_rows
+        num_keys = num_steps * first_keys + num_rows * num_steps * (num_steps - 1) // 2
+        fixed_s = num_steps * (self.step_s + self.token_s * num_rows)
+        return fixed_s + self.key_s * num_keys
 
 
 class SimExecutor:
@@ -65,6 +80,7 @@ class SimExecutor:
         self._output_length = output_length
         self._last_position: Int32Array = np.empty(0, np.int32)  # of the last output token
         self._end_token: Int32Array = np.empty(0, np.int32)
+        self._ordinary_token: Int32Array = np.empty(0, np.int32)
 
     def execute(self, step: Step) -> StepResult:
         for sequence in step.new_sequences:
@@ -72,8 +88,17 @@ class SimExecutor:
         self._clock.advance(self._cost.seconds(step))
         slots, positions = step.sample_slots, step.positions[step.sample_tokens] + 1
         is_last = positions >= self._last_position[slots]
-        token_ids = np.where(is_last, self._end_token[slots], np.int32(ORDINARY_TOKEN))
+        token_ids = np.where(is_last, self._end_token[slots], self._ordinary_token[slots])
         return StepResult(step_id=step.step_id, token_ids=token_ids)
+
+    def execute_equal(self, steps: EqualSteps) -> EqualResults:
+        """Execute equal Steps at once, up to the first in which a row reaches its true length."""
+        slots, left = steps.slots, self._last_position[steps.slots] - steps.positions
+        num_steps = min(steps.num_steps, max(int(left.min()), 1))
+        self._clock.advance(self._cost.equal_seconds(steps.positions, num_steps))
+        ordinary = self._ordinary_token[slots]
+        token_ids = np.where(left <= num_steps, self._end_token[slots], ordinary)
+        return EqualResults(num_steps, ordinary, token_ids)
 
     def close(self) -> None:
         pass
@@ -83,7 +108,11 @@ class SimExecutor:
         if missing > 0:
             self._last_position = np.pad(self._last_position, (0, missing))
             self._end_token = np.pad(self._end_token, (0, missing))
-        length = self._output_length(sequence)
+            self._ordinary_token = np.pad(self._ordinary_token, (0, missing))
+        length, ordinary = self._output_length(sequence), ORDINARY_TOKEN
+        while ordinary in sequence.end_token_ids:
+            ordinary += 1
+        self._ordinary_token[sequence.slot] = ordinary
         has_end = length is not None and len(sequence.end_token_ids) > 0
         last = sequence.num_prompt_tokens + (length or 0) - 1
         self._last_position[sequence.slot] = last if has_end else NEVER

@@ -22,7 +22,8 @@ from batchwright.job.advice import (
 )
 from batchwright.job.plan_job import HOST_BYTES, cost_model, engine_sizes, read_job_rows
 from batchwright.job.rows import InputRow, RowError
-from batchwright.job.trials import KnownJob, Simulation
+from batchwright.job.runner import HORIZON_ROWS
+from batchwright.job.trials import KnownJob, Trials
 from batchwright.job.validate import ParsedRow
 from batchwright.plan.advise.batch_queue import (
     dynamic_batch,
@@ -113,13 +114,13 @@ class Advisor:
             self._rows,
             columns,
             block_size=engine.block_size,
-            horizon=engine.horizon,
+            horizon=HORIZON_ROWS,
             sharing=engine.prefix_sharing,
         )
         self._lengths = output_lengths(columns, None)
         self.job = KnownJob(self._rows, columns, savings, self._lengths.likely)
         self._costs: dict[int, CostModel] = {}
-        self._on_devices: dict[int, Simulation] = {}
+        self._on_devices: dict[int, Trials] = {}
         self.num_devices = self._fewest_devices()
         self.simulation = self._simulation(self.num_devices)
 
@@ -172,25 +173,23 @@ class Advisor:
 
     # Engines ----------------------------------------------------------------------------------
 
-    def _simulation(self, replica_size: int) -> Simulation:
+    def _simulation(self, replica_size: int) -> Trials:
         """Engines on this machine, or on so many devices that share a model."""
         if replica_size not in self._on_devices:
             self._on_devices[replica_size] = self._new_simulation(replica_size)
         return self._on_devices[replica_size]
 
-    def _new_simulation(self, replica_size: int) -> Simulation:
+    def _new_simulation(self, replica_size: int) -> Trials:
         model, device = self.model, self.question.device
         if device is None:
-            return Simulation(
-                self.job, model.shape, model.config, self._cost, model.kv_dtype.itemsize
-            )
+            return Trials(self.job, model.shape, model.config, self._cost, model.kv_dtype.itemsize)
         shape = self.question.model_shape or model.shape
         element_bytes = self._element_bytes
         hardware = device_hardware(device, shape, element_bytes, num_devices=replica_size)
         hardware = with_exchange(hardware, shape, device.name, replica_size, element_bytes)
         cost = CostModel(shape, hardware, element_bytes, element_bytes)
         config = self._device_config(device, shape, replica_size)
-        return Simulation(self.job, shape, config, lambda _: cost, element_bytes)
+        return Trials(self.job, shape, config, lambda _: cost, element_bytes)
 
     def _device_config(
         self, device: DeviceProfile, shape: ModelShape, replica_size: int

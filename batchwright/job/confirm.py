@@ -21,7 +21,7 @@ from batchwright.job.directory import JobDirectory, job_directory_for
 from batchwright.job.rows import InputRow, RowError
 from batchwright.job.run_job import JobModel, JobPaths, run_job
 from batchwright.job.runner import JobOptions
-from batchwright.job.trials import Simulation
+from batchwright.job.trials import Trials
 from batchwright.plan.advise.knobs import LEAST_GAIN, Knobs
 from batchwright.plan.job_rows import Int64Array
 
@@ -164,7 +164,7 @@ class SampleRunner:
 
 
 def confirm(
-    simulation: Simulation,
+    simulation: Trials,
     contenders: Sequence[Knobs],
     rows: Iterator[InputRow | RowError],
     num_rows: int,

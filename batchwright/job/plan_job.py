@@ -32,7 +32,8 @@ from batchwright.plan.prices import Billed, Price
 
 if TYPE_CHECKING:
     from batchwright.opened_model import OpenedModel
-    from batchwright.predict import EngineSizes, Prediction
+    from batchwright.predict import Prediction
+    from batchwright.simulate import EngineSizes
 
 HOST_BYTES = 450_000_000
 """What Python, torch and the window of rows take beside weights, keys and values (measured)."""
@@ -154,7 +155,7 @@ def plan_job(
             job_rows,
             columns,
             block_size=engine.block_size,
-            horizon=engine.horizon,
+            horizon=HORIZON_ROWS,
             sharing=engine.prefix_sharing,
         )
         lengths = output_lengths(columns, used_share)
@@ -196,8 +197,8 @@ def read_job_rows(
 
 def engine_sizes(model: OpenedModel) -> EngineSizes:
     """The sizes of the engine that will run the model."""
-    from batchwright.predict import EngineSizes
-    from batchwright.simulate import chosen_order
+    from batchwright.order_trial import chosen_order
+    from batchwright.simulate import EngineSizes
 
     config = model.config
     return EngineSizes(

@@ -6,20 +6,22 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from batchwright.config import ResolvedConfig
 from batchwright.errors import ConfigError
 from batchwright.job.runner import HORIZON_ROWS
+from batchwright.order_trial import chosen_order
 from batchwright.plan.advise.batch_size import BATCH_SIZES, ProfilePoint
 from batchwright.plan.advise.knobs import Knobs, Trial
 from batchwright.plan.cost import CostModel, ModelShape
 from batchwright.plan.estimate import Int64Array, Savings, count_work
 from batchwright.plan.job_rows import JobRows, RowColumns
-from batchwright.predict import EngineSizes, predict
-from batchwright.simulate import chosen_order
+from batchwright.predict import predict
+from batchwright.request import Int32Array
+from batchwright.simulate import EngineSizes
 from batchwright.step import Step
 
 
@@ -47,9 +49,16 @@ class MeteredCost:
         self.num_drawn += len(step.sample_tokens)
         return seconds
 
-    def step_work_s(self, step: Step) -> float:
+    def equal_seconds(self, positions: Int32Array, num_steps: int) -> float:
+        """Time of Steps of one token a row."""
+        seconds = self.cost.equal_seconds(positions, num_steps)
+        self.waited_s += seconds * len(positions)
+        self.num_drawn += num_steps * len(positions)
+        return seconds
+
+    def work_s(self, *counts: Any) -> float:
         """As that of the cost model."""
-        return self.cost.step_work_s(step)
+        return self.cost.work_s(*counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +98,7 @@ class KnownJob:
         return computed[:end]
 
 
-class Simulation:
+class Trials:
     """Runs a job on pretended engines, each setting once.
 
     Args:

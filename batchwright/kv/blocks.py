@@ -12,6 +12,9 @@ class BlockPool:
 
     A block is free exactly when its reference count is zero:
     num_free + number of blocks with a count above zero == num_blocks.
+
+    Attributes:
+        least_free: the fewest that were ever free.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -19,13 +22,14 @@ class BlockPool:
         self.ref_counts: Int32Array = np.zeros(num_blocks, np.int32)
         # A stack with the low ids on top: memory touched once is used again first.
         self._free: Int32Array = np.arange(num_blocks, dtype=np.int32)[::-1].copy()
-        self.num_free = num_blocks
+        self.num_free = self.least_free = num_blocks
 
     def allocate(self, num: int) -> Int32Array:
         """Take `num` free blocks, each with one reference. The caller has checked `num_free`."""
         assert 0 <= num <= self.num_free, f"asked for {num} blocks of {self.num_free} free"
         ids = self._free[self.num_free - num : self.num_free][::-1].copy()
         self.num_free -= num
+        self.least_free = min(self.least_free, self.num_free)
         self.ref_counts[ids] = 1
         return ids
 

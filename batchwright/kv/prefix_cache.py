@@ -52,6 +52,9 @@ class PrefixCache:
         """
         self._fit_capacity()
         num_nodes = len(nodes)
+        if len(self._tables) == 1 and self._tables[0].window is None:  # the common case, quickly
+            absent = np.flatnonzero(self._blocks[0, nodes] == ABSENT)
+            return int(absent[0]) if len(absent) else num_nodes
         usable = np.ones(num_nodes + 1, np.bool_)
         lengths = np.arange(num_nodes + 1)
         for group, table in enumerate(self._tables):

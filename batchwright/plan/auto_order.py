@@ -26,8 +26,8 @@ UNTRIED = "prefix_dfs"
 MAX_SHARE_OF_RUN = 0.02
 """Of the predicted run time, what trying may take."""
 
-SIMULATED_STEP_S = 4e-4
-"""What simulating one Step takes, roughly; counted, not measured, so that choices can be repeated.
+SIMULATED_ROUND_S = 4e-4
+"""What simulating one round takes, roughly; counted, not measured, so that choices can be repeated.
 
 0.1 to 0.35 ms on one core of a Sapphire Rapids server (benchmarks/orders.py)."""
 
@@ -48,10 +48,13 @@ REPEAT_GROWTH = 4
 
 
 class Prediction(NamedTuple):
-    """How long a job takes in an order, and how many Steps were simulated to tell."""
+    """How long a job takes in an order, and the rounds that were simulated to tell.
+
+    A round is a Step, or equal Steps that are charged at once.
+    """
 
     seconds: float
-    num_steps: int
+    num_rounds: int
 
 
 Predict = Callable[[JobFacts, OrderFunction, float], Prediction]
@@ -129,7 +132,7 @@ class AutoOrder:
         """As many rows as trying all candidates may take time for, judged by a few."""
         few = sample_of(job, GUESS_ROWS)
         guess = self._predict(few, find_order(YARDSTICK), few.num_rows / job.num_rows)
-        cost_s = len(self._candidates) * guess.num_steps * SIMULATED_STEP_S
+        cost_s = len(self._candidates) * guess.num_rounds * SIMULATED_ROUND_S
         affordable = MAX_SHARE_OF_RUN * guess.seconds / cost_s
         if affordable < 1:
             return None

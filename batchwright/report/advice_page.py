@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from batchwright.job.advice import Advice, DeviceAdvice, QueueAdvice
 from batchwright.job.confirm import Confirmation
 from batchwright.report import advice_words as words
-from batchwright.report.page import render
-from batchwright.report.svg import COLOURS, draw_bars, svg
+from batchwright.report.figures import COLOURS, draw_bars, draw_picture
+from batchwright.report.page import fill_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,9 +31,9 @@ def render_advice(
     """
     own, picked = advice.own.knobs, words.chosen(advice, confirmation)
     queue, devices = advice.queue, advice.devices
-    return render(
+    return fill_page(
         "advice.html",
-        _figures(advice, confirmation),
+        figures={name: Markup(svg) for name, svg in _figures(advice, confirmation).items()},
         advice=advice,
         source=source,
         model=model,
@@ -49,18 +51,20 @@ def _figures(advice: Advice, confirmation: Confirmation | None) -> dict[str, str
     shown = sorted(advice.trials, key=lambda trial: trial.seconds)[:SHOWN_TRIALS]
     height = 0.6 + 0.27 * (len(shown) + 1)
     figures = {
-        "batch": svg("batch", 3.0, partial(_draw_batch, advice), "Throughput and latency"),
-        "trials": svg("trials", height, partial(_draw_trials, advice), "Predicted time"),
+        "batch": draw_picture("batch", 3.0, partial(_draw_batch, advice), "Throughput and latency"),
+        "trials": draw_picture("trials", height, partial(_draw_trials, advice), "Predicted time"),
     }
     if confirmation is not None:
         height = 0.5 + 0.35 * len(confirmation.knobs)
         draw = partial(_draw_measured, confirmation)
-        figures["measured"] = svg("measured", height, draw, "Measured time")
+        figures["measured"] = draw_picture("measured", height, draw, "Measured time")
     if advice.queue is not None:
-        figures["queue"] = svg("queue", 2.6, partial(_draw_queue, advice.queue), "Wait by limit")
+        figures["queue"] = draw_picture(
+            "queue", 2.6, partial(_draw_queue, advice.queue), "Wait by limit"
+        )
     if advice.devices is not None:
         draw_devices = partial(_draw_devices, advice.devices)
-        figures["devices"] = svg("devices", 2.6, draw_devices, "Time by number of devices")
+        figures["devices"] = draw_picture("devices", 2.6, draw_devices, "Time by number of devices")
     return figures
 
 

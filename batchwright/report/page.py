@@ -32,24 +32,18 @@ def render_page(report: Report) -> str:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    return render("page.html", draw_figures(report), report=report, parts=PART_MEANINGS)
+    figures = {name: Markup(svg) for name, svg in draw_figures(report).items()}
+    return fill_page("page.html", report=report, figures=figures, parts=PART_MEANINGS)
 
 
-def render(template: str, figures: Mapping[str, str], **values: Any) -> str:
-    """A page of this folder.
-
-    Args:
-        template: its file; it is given `style`, `figures` and the values.
-        figures: SVG elements by name.
-    """
-    folder = files("batchwright.report")
+def fill_page(template: str, **values: Any) -> str:
+    """A page from a template of this folder, with the style that all have."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters.update(_FILTERS)
-    return environment.from_string(folder.joinpath(template).read_text(encoding="utf-8")).render(
-        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
-        figures={name: Markup(svg) for name, svg in figures.items()},
-        **values,
-    )
+    folder = files("batchwright.report")
+    source = folder.joinpath(template).read_text(encoding="utf-8")
+    style = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))
+    return environment.from_string(source).render(style=style, **values)
 
 
 _FILTERS: Mapping[str, Callable[[Any], str]] = {

@@ -39,13 +39,35 @@ class Admission:
                 budget -= self._start_simple(sequence, budget)
                 continue
             self._advance_simple()
-            nodes, limit = sequence.nodes, sequence.first_needed_position
-            num_matched = books.cache.match(nodes, limit) if len(nodes) else 0
-            if not self._has_room(sequence, num_matched):
+            num_matched = self._num_matched(sequence)
+            if self._short_group(sequence, num_matched) is not None:
                 books.waiting.put_back(sequence)
                 break
             budget -= self._start(sequence, num_matched, budget)
         self._advance_simple()
+
+    def stays_closed(self, budget: int, *, may_ask_plan: bool) -> bool:
+        """Whether nothing can start in a Step of this budget, and none while running rows grow.
+
+        Rows that grow take free blocks, or such as only the cache holds, so a group without a
+        window that lacks room for a sequence goes on lacking it.
+
+        Args:
+            may_ask_plan: whether the next Step's `admit` would ask the plan in the state it is in.
+        """
+        waiting = self._books.waiting
+        if budget <= 0 or not self._progress.num_free_slots:
+            return True
+        if not may_ask_plan and not waiting.is_known:
+            return False
+        sequence = waiting.next()
+        if sequence is None:
+            return True
+        waiting.put_back(sequence)
+        if self._is_simple(sequence):
+            return False
+        short = self._short_group(sequence, self._num_matched(sequence))
+        return short is not None and self._books.tables[short].window is None
 
     # Sequences that share nothing -------------------------------------------------------------
 
@@ -90,20 +112,28 @@ class Admission:
 
     # Any other --------------------------------------------------------------------------------
 
-    def _has_room(self, sequence: Sequence, num_matched: int) -> bool:
-        """Whether all known tokens fit, with one block of growth left for every running slot."""
+    def _num_matched(self, sequence: Sequence) -> int:
+        """Resident blocks that a sequence can start from."""
+        nodes, limit = sequence.nodes, sequence.first_needed_position
+        return self._books.cache.match(nodes, limit) if len(nodes) else 0
+
+    def _short_group(self, sequence: Sequence, num_matched: int) -> int | None:
+        """The first group that lacks room for all known tokens of a sequence, None: they fit.
+
+        Every running slot is left one block of growth.
+        """
         books = self._books
         num_running = books.slots.num_running
         if not num_running:
-            return True
+            return None
         nodes, limit = sequence.nodes[:num_matched], sequence.first_needed_position
         for group, table in enumerate(books.tables):
             need = self._blocks_to_start(table, sequence)
             shared, cache_only = books.cache.num_adopted(group, nodes, limit)
             missing = need - shared + num_running - table.pool.num_free
             if missing > 0 and missing > books.cache.num_evictable(group) - cache_only:
-                return False
-        return True
+                return group
+        return None
 
     def _blocks_to_start(self, table: BlockTable, sequence: Sequence) -> int:
         """Blocks that all known tokens of a sequence and its next one take in a group."""
@@ -122,8 +152,8 @@ class Admission:
             books.cache.adopt(slot, sequence.nodes[:num_matched], limit)
         progress.book_start(sequence, num_cached=int(books.slots.num_computed[slot]))
         books.builder.add_new(slot)
-        slots, wanted = progress.divide(np.array([slot], np.int32))
-        grants = np.minimum(wanted, np.int32(budget))
+        wanted = min(len(sequence.token_ids), sequence.compute_end) - books.slots.num_computed[slot]
+        slots, grants = np.array([slot], np.int32), np.array([min(wanted, budget)], np.int32)
         if not progress.make_room(slots, grants):  # siblings' copies may have taken the rest
             grants = grants[:0]
             slots = slots[:0]

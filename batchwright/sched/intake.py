@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from batchwright.request import FinishReason, Int32Array
 from batchwright.sched.slots import Slots
@@ -105,7 +106,31 @@ class Intake:
             if left is not None and left.finish_reason is None:
                 self._take_late(left, line, int(token_ids[line]), update)
         lines = np.flatnonzero(live)
-        slots, ids = record.sample_slots[lines], token_ids[lines]
+        self._take_live(record.sample_slots[lines], token_ids[lines], lines, update)
+
+    def take_equal(
+        self, slots: Int32Array, ordinary_ids: Int32Array, token_ids: Int32Array, num_steps: int
+    ) -> Update:
+        """Take in what these slots, none of them watched, drew in `num_steps` Steps.
+
+        Args:
+            ordinary_ids, token_ids: see `EqualResults`.
+        """
+        update, state, num_before = Update(), self._slots, num_steps - 1
+        if num_before:
+            known = state.num_known[slots]
+            positions = known[:, None] + np.arange(num_before, dtype=np.int32)
+            state.token_ids[slots[:, None], positions] = ordinary_ids[:, None]
+            state.num_known[slots] = known + np.int32(num_before)
+            self._stats.num_generated_tokens += num_before * len(slots)
+        self._take_live(slots, token_ids, np.arange(len(slots)), update)
+        return update
+
+    def _take_live(
+        self, slots: Int32Array, ids: Int32Array, lines: npt.NDArray[np.int64], update: Update
+    ) -> None:
+        """Tokens of sequences that are in their slots; `lines` says where in the result."""
+        state = self._slots
         state.token_ids[slots, state.num_known[slots]] = ids
         state.num_known[slots] += 1
         self._stats.num_generated_tokens += len(lines)

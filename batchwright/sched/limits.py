@@ -46,11 +46,17 @@ class StepLimits:
         self.max_tokens = max(self.max_tokens // 2, smallest)
         return True
 
+    @property
+    def are_full(self) -> bool:
+        """Whether nothing is held back."""
+        return (
+            self.max_running == self._largest_max_running
+            and self.max_tokens == self.largest_max_tokens
+        )
+
     def step_succeeded(self) -> None:
         """A Step was computed; after enough of them the limits grow."""
-        if self.max_running == self._largest_max_running and (
-            self.max_tokens == self.largest_max_tokens
-        ):
+        if self.are_full:
             return
         self._num_good_steps += 1
         if self._num_good_steps < self._wait_steps:

@@ -24,6 +24,7 @@ from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import FinishReason
 from batchwright.sched.admission import Admission
 from batchwright.sched.books import Books
+from batchwright.sched.equal_steps import EqualResults, EqualSteps, Foresight
 from batchwright.sched.intake import Ending, Intake, SchedulerStats, Update
 from batchwright.sched.limits import StepLimits
 from batchwright.sched.progress import Progress
@@ -87,6 +88,9 @@ class Scheduler:
         self._intake = Intake(self.books.slots, self.stats, self._finish_all)
         self._progress = Progress(self.books, self.limits, self._intake, self.stats)
         self._admission = Admission(self.books, self.limits, self._progress)
+        self._foresight = Foresight(
+            self.books, self.limits, self._admission, self._intake, self.stats
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Make a sequence (with its siblings) known; it waits in the plan.
@@ -144,6 +148,22 @@ class Scheduler:
         assert record.step_id == result.step_id, "results must come in order"
         self.limits.step_succeeded()
         return self._intake.take(record, result.token_ids)
+
+    def steps_until_change(self) -> EqualSteps | None:
+        """Coming Steps that differ by one more token per row only; None: the next may be another.
+
+        For a simulator, which may `skip` them. To be asked after all results have been taken in.
+        """
+        assert not self._in_flight, "results are outstanding"
+        return self._foresight.look()
+
+    def skip(self, steps: EqualSteps, results: EqualResults) -> Update:
+        """As if `schedule` and `update` had been called for these results, one by one.
+
+        Args:
+            steps: what `steps_until_change` said; nothing has been done since.
+        """
+        return self._foresight.take(steps, results)
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None

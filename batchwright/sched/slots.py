@@ -70,7 +70,8 @@ class Slots:
     def running(self) -> Int32Array:
         """Occupied slots, by order."""
         if self._running is None:
-            self._running = np.array([slot for _, slot in self._by_order], np.int32)
+            slots = (slot for _, slot in self._by_order)
+            self._running = np.fromiter(slots, np.int32, len(self._by_order))
         return self._running
 
     def occupy(self, sequence: Sequence, num_computed: int, write_from: int) -> int:

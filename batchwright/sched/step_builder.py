@@ -119,6 +119,10 @@ class StepBuilder:
         self._drop_rows()
         return step, record
 
+    def skip(self, num_steps: int) -> None:
+        """So many Steps were not built."""
+        self._next_id += num_steps
+
     def reset(self) -> None:
         """No slot has an occupant any more, and nothing is to be computed."""
         self._released, self._new = list(range(len(self._state.sequences))), []

@@ -41,6 +41,11 @@ class Waiting:
         first = self._returned[0][-1] if self._returned else None
         return first is not None and first.request.urgent and first.finish_reason is None
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the next sequence is settled: asking for it asks nothing of the plan."""
+        return bool(self._returned) and self._returned[0][-1].finish_reason is None
+
     def put_back(self, sequence: Sequence) -> None:
         """A sequence waits ahead of the plan."""
         if self._only is None or sequence.request.id in self._only:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from batchwright.config import EngineConfig
-from batchwright.job.trials import KnownJob, Simulation
+from batchwright.job.trials import KnownJob, Trials
 from batchwright.plan.advise.batch_queue import BatchService
 from batchwright.plan.advise.step_costs import (
     activation_bytes,
@@ -55,11 +55,11 @@ def job(num_rows: int = 40, num_prompt: int = 40, num_output: int = 30) -> Known
     return KnownJob(rows, columns, savings, columns.most_output)
 
 
-def simulation(known: KnownJob, **settings) -> Simulation:
+def simulation(known: KnownJob, **settings) -> Trials:
     config = EngineConfig(num_threads=1, **settings).resolve(
         context_length=1024, free_memory_bytes=10**8
     )
-    return Simulation(known, SHAPE, config, lambda threads: COST, 4)
+    return Trials(known, SHAPE, config, lambda threads: COST, 4)
 
 
 def test_a_trial_by_hand() -> None:

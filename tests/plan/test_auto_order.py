@@ -9,9 +9,10 @@ import pytest
 
 from batchwright.exec.sim import LinearCost
 from batchwright.kv.groups import KVGroup
+from batchwright.order_trial import Trial
 from batchwright.plan.auto_order import (
     MAX_SHARE_OF_RUN,
-    SIMULATED_STEP_S,
+    SIMULATED_ROUND_S,
     UNTRIED,
     AutoOrder,
     Prediction,
@@ -20,7 +21,7 @@ from batchwright.plan.auto_order import (
 )
 from batchwright.plan.job_tree import build_job_tree
 from batchwright.plan.order import JobFacts, find_order
-from batchwright.simulate import SimulatedEngine
+from batchwright.simulate import EngineSizes
 from batchwright.techniques import names
 from tests.plan.simulated import BLOCK_SIZE, rows, simulate
 from tests.plan.tries import job_of
@@ -40,26 +41,26 @@ def tree_prompts(num_systems: int = 12) -> list[list[int]]:
     return prompts
 
 
-def engine(num_blocks: int, max_num_seqs: int = 8) -> SimulatedEngine:
-    return SimulatedEngine(
-        [KVGroup(None, num_blocks)],
+def engine(num_blocks: int, max_num_seqs: int = 8) -> Trial:
+    sizes = EngineSizes(
+        groups=[KVGroup(None, num_blocks)],
         block_size=BLOCK_SIZE,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=32,
         max_model_len=256,
-        cost=LinearCost(STEP_S, TOKEN_S, 0.0),
     )
+    return Trial(sizes, LinearCost(STEP_S, TOKEN_S, 0.0))
 
 
 class Counting:
     """Passes predictions on and counts the Steps simulated."""
 
-    def __init__(self, simulated: SimulatedEngine) -> None:
-        self.simulated, self.num_steps, self.num_calls = simulated, 0, 0
+    def __init__(self, simulated: Trial) -> None:
+        self.simulated, self.num_rounds, self.num_calls = simulated, 0, 0
 
     def __call__(self, job, order, share) -> Prediction:
-        prediction = self.simulated.predict(job, order, share)
-        self.num_steps += prediction.num_steps
+        prediction = self.simulated(job, order, share)
+        self.num_rounds += prediction.num_rounds
         self.num_calls += 1
         return prediction
 
@@ -72,7 +73,7 @@ def test_where_memory_is_short_and_prefixes_are_shared_it_leaves_arrival() -> No
     assert auto.choice is not None and auto.choice.name != "fcfs"
     assert auto.choice.seconds[auto.choice.name] < 0.7 * auto.choice.seconds["fcfs"]
     assert order.rows.tolist() == find_order(auto.choice.name)(job).rows.tolist()
-    spent_s = predict.num_steps * SIMULATED_STEP_S
+    spent_s = predict.num_rounds * SIMULATED_ROUND_S
     assert spent_s < 1.2 * MAX_SHARE_OF_RUN * auto.choice.seconds["fcfs"]
     text = str(auto.choice)
     assert text.startswith(f"order {auto.choice.name}: ") and "fcfs" in text
@@ -111,7 +112,7 @@ def test_a_prediction_of_all_rows_is_the_simulated_run(order: str, num_blocks: i
     """Up to the order of nodes that are equal to the order, which tokens decide."""
     prompts = tree_prompts(3)
     job = job_of(prompts, 8, block_size=BLOCK_SIZE)
-    prediction = engine(num_blocks).predict(job, find_order(order))
+    prediction = engine(num_blocks)(job, find_order(order))
     run = simulate(rows(prompts, 8), order, num_blocks=num_blocks)
     seconds = STEP_S * run.stats.num_steps + TOKEN_S * run.stats.num_computed_tokens
     assert prediction.seconds == pytest.approx(seconds, rel=0.02)
@@ -121,9 +122,9 @@ def test_a_prediction_of_all_rows_is_the_simulated_run(order: str, num_blocks: i
 @pytest.mark.parametrize("num_blocks", [60, 4000])
 def test_a_sample_tells_the_time_of_the_whole(order: str, num_blocks: int) -> None:
     job = job_of(tree_prompts(), 8, block_size=BLOCK_SIZE)
-    whole = engine(num_blocks).predict(job, find_order(order)).seconds
+    whole = engine(num_blocks)(job, find_order(order)).seconds
     part = sample_of(job, 150)
-    told = engine(num_blocks).predict(part, find_order(order), part.num_rows / job.num_rows)
+    told = engine(num_blocks)(part, find_order(order), part.num_rows / job.num_rows)
     assert told.seconds == pytest.approx(whole, rel=0.2)
 
 
@@ -151,4 +152,4 @@ def test_made_up_prompts_have_the_same_tree() -> None:
 
 def test_rows_without_output_are_simulated_too() -> None:
     job = job_of([[1, 2, 3], [4, 5]], [0, 3])
-    assert engine(10).predict(job, find_order("density")).num_steps > 0
+    assert engine(10)(job, find_order("density")).num_rounds > 0

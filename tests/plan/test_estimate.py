@@ -22,8 +22,9 @@ from batchwright.plan.cost import (
 from batchwright.plan.estimate import Work, count_tokens, count_work, find_savings, output_lengths
 from batchwright.plan.job_rows import JobRows
 from batchwright.plan.sharing import shared_blocks
-from batchwright.predict import EngineSizes, Prediction, predict
+from batchwright.predict import Prediction, predict
 from batchwright.request import Request, SamplingParams, Task
+from batchwright.simulate import EngineSizes
 from tests.plan.simulated import BLOCK_SIZE, MAX_MODEL_LEN, simulate
 
 HORIZON = 4096

@@ -14,7 +14,7 @@ from batchwright.plan.advise.batch_queue import (
     elastic_batch,
     mean_sojourn_bound,
 )
-from batchwright.predict import EngineSizes
+from batchwright.simulate import EngineSizes
 
 COST = LinearCost(step_s=0.02, token_s=0.005, key_s=0.0)
 

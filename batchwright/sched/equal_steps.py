@@ -1,0 +1,177 @@
+"""Equal Steps: coming Steps that differ from one another by one more token per row only.
+
+While every running sequence feeds back the token it drew, none ends, none can start and blocks
+suffice, there is nothing to decide. A simulator charges such Steps at once: what 400 Steps of 256
+rows change in the books is a few array operations.
+
+Everything here comes to the same as making the Steps one by one (tests/sched/test_equal_steps.py).
+Only the ids of new blocks may be dealt out to rows in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from batchwright.kv.block_table import BlockTable
+from batchwright.request import Int32Array
+from batchwright.sched.admission import Admission
+from batchwright.sched.books import Books
+from batchwright.sched.intake import Intake, SchedulerStats, Update
+from batchwright.sched.limits import StepLimits
+
+
+class EqualSteps(NamedTuple):
+    """Coming Steps in which the same rows compute one token each.
+
+    Attributes:
+        slots: [num_rows] int32, in the order of their rows.
+        positions: [num_rows] int32, of each row's token in the first of these Steps.
+        num_steps: at least 1; no row reaches its limit before the last.
+    """
+
+    slots: Int32Array
+    positions: Int32Array
+    num_steps: int
+
+
+class EqualResults(NamedTuple):
+    """What the first `num_steps` of EqualSteps drew.
+
+    Attributes:
+        ordinary_ids: [num_rows] int32, drawn in all of them but the last; ends no row.
+        token_ids: [num_rows] int32, drawn in the last.
+    """
+
+    num_steps: int
+    ordinary_ids: Int32Array
+    token_ids: Int32Array
+
+
+class Foresight:
+    """Says how long nothing changes, and writes down that so much time has passed."""
+
+    def __init__(
+        self,
+        books: Books,
+        limits: StepLimits,
+        admission: Admission,
+        intake: Intake,
+        stats: SchedulerStats,
+    ) -> None:
+        self._books = books
+        self._limits = limits
+        self._admission = admission
+        self._intake = intake
+        self._stats = stats
+
+    def look(self) -> EqualSteps | None:
+        """The coming Steps that are equal, as far as it is known; None: perhaps none.
+
+        No Step may be in flight.
+        """
+        books, state = self._books, self._books.slots
+        slots = state.running
+        if not 0 < len(slots) <= self._limits.max_tokens or not self._limits.are_full:
+            return None
+        positions = state.num_computed[slots]
+        is_fed = (state.num_tokens[slots] == positions + 1) & (positions >= state.num_prompt[slots])
+        if not is_fed.all() or state.watched[slots].any() or books.waiting.is_urgent:
+            return None
+        if not self._with_room(slots, positions, 1) or not self._nobody_starts(slots, positions):
+            return None
+        num_steps = int((state.max_len[slots] - state.num_tokens[slots]).min())
+        return EqualSteps(slots, positions, self._with_room(slots, positions, num_steps))
+
+    def take(self, steps: EqualSteps, results: EqualResults) -> Update:
+        """Books as if some of these Steps had been made and their results taken in."""
+        books, state = self._books, self._books.slots
+        slots, starts, num_steps = steps.slots, steps.positions, results.num_steps
+        assert 0 < num_steps <= steps.num_steps
+        ends = starts + np.int32(num_steps)
+        for group, table in enumerate(books.tables):
+            if self._may_lack(table, slots, num_steps):
+                need = _growth(table, slots, starts, num_steps)
+                books.cache.evict(group, max(need - table.pool.num_free, 0))
+            for first, last in _parts(num_steps, table):
+                table.grow(slots, starts + first, starts + last)
+                table.release_behind_window(slots, starts + last - np.int32(1))
+            table.take_changes()  # who skips Steps keeps no block tables
+        self._stats.work.add_rows(
+            starts,
+            ends,
+            state.num_prompt[slots],
+            state.computed_once[slots],
+            [table.window for table in books.tables],
+        )
+        self._stats.work.num_rows += (num_steps - 1) * len(slots)  # a row counts in every Step
+        self._stats.work.num_logits += num_steps * len(slots)
+        self._stats.num_steps += num_steps
+        self._stats.num_computed_tokens += num_steps * len(slots)
+        books.builder.skip(num_steps)
+        state.num_computed[slots] = ends
+        state.num_tokens[slots] += np.int32(num_steps)
+        return self._intake.take_equal(slots, results.ordinary_ids, results.token_ids, num_steps)
+
+    def _with_room(self, slots: Int32Array, starts: Int32Array, num_steps: int) -> int:
+        """For how many Steps, up to `num_steps`, blocks suffice without preemption."""
+        for group, table in enumerate(self._books.tables):
+            if not self._may_lack(table, slots, num_steps):
+                continue
+            room = table.pool.num_free
+            if self._can_evict:
+                room += self._books.cache.num_evictable(group)
+
+            def fits(steps: int, table: BlockTable = table, room: int = room) -> bool:
+                return _growth(table, slots, starts, steps) <= room
+
+            num_steps = _most(num_steps, fits)
+        return num_steps
+
+    def _may_lack(self, table: BlockTable, slots: Int32Array, num_steps: int) -> bool:
+        """False: there are as many free blocks as any rows take in so many Steps."""
+        touched = (num_steps + table.block_size - 2) // table.block_size + 1  # by one row, at most
+        return len(slots) * touched > table.pool.num_free
+
+    @property
+    def _can_evict(self) -> bool:
+        """Whether giving up cached blocks at once comes to the same as one by one.
+
+        With several groups, or a window that frees blocks between Steps, it may not.
+        """
+        return len(self._books.tables) == 1 and self._books.tables[0].window is None
+
+    def _nobody_starts(self, slots: Int32Array, starts: Int32Array) -> bool:
+        """Whether nothing can be admitted, neither now nor while only these rows grow."""
+        evicts_first = any(
+            self._may_lack(table, slots, 1)
+            and _growth(table, slots, starts, 1) > table.pool.num_free
+            for table in self._books.tables
+        )
+        budget = self._limits.max_tokens - len(slots)
+        return self._admission.stays_closed(budget, may_ask_plan=not evicts_first)
+
+
+def _parts(num_steps: int, table: BlockTable) -> Iterator[tuple[np.int32, np.int32]]:
+    """Steps [first, last) that are taken together: a window gives blocks back in between."""
+    length = num_steps if table.window is None else table.block_size
+    for first in range(0, num_steps, length):
+        yield np.int32(first), np.int32(min(first + length, num_steps))
+
+
+def _growth(table: BlockTable, slots: Int32Array, starts: Int32Array, num_steps: int) -> int:
+    """Blocks that these rows are given in so many Steps."""
+    return int(table.num_blocks_to_grow(slots, starts, starts + np.int32(num_steps)).sum())
+
+
+def _most(largest: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `largest` that fits, if all smaller ones do; 0 if 1 does not."""
+    if largest < 1 or fits(largest):
+        return max(largest, 0)
+    low, high = 0, largest
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
