@@ -7,7 +7,8 @@ Two jobs on SmolLM2, small enough for two cores:
 
 The advice is found by simulation; then the whole job runs with the settings one has and with those
 advised, in turns, as `batchwright run` would run it. Time is given by the clock and in CPU seconds,
-which say more on a machine that does other things too.
+which say more on a machine that does other things too; there `--threads 1` also keeps threads from
+waiting for one another.
 
     python -m benchmarks.advise_real --rounds 3 --out benchmarks/results/DATE-advise-real.json
 """
@@ -68,13 +69,15 @@ def _named(rows: Rows) -> Rows:
     ]
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, rounds: int, threads: int | None) -> dict[str, Any]:
     """Advise on a job and run it both ways; returns what it took."""
     from batchwright.cli.advise import use_threads
     from batchwright.llm import LLM
     from batchwright.opened_model import open_model
 
     rows, settings = JOBS[name]()
+    if threads is not None:
+        settings["num_threads"] = threads
     with Advisor(
         read_objects(rows, column=None, template=None, endpoint=None),
         open_model("smollm2", settings),
@@ -127,6 +130,7 @@ def main() -> None:
     """Run the jobs, print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="keep to so many, instead of searching")
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -134,7 +138,9 @@ def main() -> None:
     line = json.dumps(
         {
             "benchmark": "benchmarks.advise_real",
-            "results": [measure(name, arguments.rounds) for name in arguments.jobs],
+            "results": [
+                measure(name, arguments.rounds, arguments.threads) for name in arguments.jobs
+            ],
             "machine": describe_machine(),
             "versions": describe_versions("torch", "numpy", "numba"),
             "commit": describe_commit(),

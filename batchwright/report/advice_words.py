@@ -51,12 +51,12 @@ def _choice(advice: Advice, confirmation: Confirmation | None, not_run: str) -> 
     if pick is own:
         yield (
             f"{number}; none is predicted to be {amounts.percent(LEAST_GAIN)} faster than the "
-            f"settings you have ({amounts.duration(own.seconds)})."
+            f"settings you have ({_span(own.seconds)})."
         )
         return
     yield (
         f"{number}; {options(pick.knobs, own.knobs)} is predicted to take "
-        f"{amounts.duration(pick.seconds)}, the settings you have {amounts.duration(own.seconds)} "
+        f"{_span(pick.seconds)}, the settings you have {_span(own.seconds)} "
         f"({_less(pick.seconds / own.seconds)})."
     )
     if confirmation is None:
@@ -168,22 +168,27 @@ def queue_words(queue: QueueAdvice) -> list[str]:
 
 def device_words(devices: DeviceAdvice, kind: str) -> list[str]:
     """How many."""
-    target = amounts.duration(devices.target_s)
+    target = _span(devices.target_s)
     if devices.found is None:
         nearest = min(devices.tried, key=lambda one: one.seconds, default=None)
         if nearest is None:
-            return [f"{target}: the model fits on no number of {kind} that was looked at"]
+            return [f"{target}: {kind} does not hold the model, in no layout that was looked at"]
         return [
             f"{target} is out of reach with {kind}: {nearest.layout} would take "
-            f"{amounts.duration(nearest.seconds)}"
+            f"{_span(nearest.seconds)}"
         ]
     found = devices.found
-    return [f"{found.layout} of {kind}: {amounts.duration(found.seconds)}, for {target}"]
+    return [f"{kind}, {found.layout}: {_span(found.seconds)}, for {target}"]
 
 
 def knobs_words(trial: Trial, own: Knobs) -> str:
     """Settings as a short name in tables."""
     return options(trial.knobs, own) or "the settings you have"
+
+
+def _span(seconds: float) -> str:
+    """Seconds with decimals, minutes and hours without."""
+    return amounts.seconds(seconds) if seconds < 60 else amounts.duration(seconds)
 
 
 def _time(seconds: float) -> str:
