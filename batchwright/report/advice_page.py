@@ -121,17 +121,21 @@ def _draw_measured(confirmation: Confirmation, figure: Figure) -> None:
 
 
 def _draw_queue(queue: QueueAdvice, figure: Figure) -> None:
-    wait, cut = figure.subplots(1, 2)
     stable = [one for one in queue.limits if one.utilisation < 1]
-    wait.plot([q.max_tokens for q in stable], [q.wait_s for q in stable], color=COLOURS["decode"])
-    wait.set_title("Mean wait for one server, s")
+    panels = figure.subplots(1, 2 if stable else 1, squeeze=False)[0]
+    cut = panels[-1]
+    if stable:
+        panels[0].plot(
+            [q.max_tokens for q in stable], [q.wait_s for q in stable], color=COLOURS["decode"]
+        )
+        panels[0].set_title("Mean wait if one is served at a time, s")
     cut.plot(
         [q.max_tokens for q in queue.limits],
         [100 * q.clipped_fraction for q in queue.limits],
         color=COLOURS["again"],
     )
     cut.set_title("Outputs cut off, %")
-    for axes in (wait, cut):
+    for axes in panels:
         axes.set_xlabel("max_tokens")
         axes.set_ylim(bottom=0)
         if queue.limit is not None:
@@ -139,15 +143,19 @@ def _draw_queue(queue: QueueAdvice, figure: Figure) -> None:
 
 
 def _draw_devices(devices: DeviceAdvice, figure: Figure) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots()
-    for size in sorted({one.layout.replica_size for one in devices.tried}):
+    sizes = sorted({one.layout.replica_size for one in devices.tried})
+    for size, colour in zip(sizes, ("prefill", "decode", "saved", "tail"), strict=False):
         mine = [one for one in devices.tried if one.layout.replica_size == size]
         mine.sort(key=lambda one: one.layout.num_devices)
         numbers = [one.layout.num_devices for one in mine]
-        label = f"{size} a replica"
-        axes.plot(numbers, [one.seconds for one in mine], "o-", ms=4, label=label)
+        times = [one.seconds for one in mine]
+        axes.plot(numbers, times, "o-", ms=4, color=COLOURS[colour], label=f"{size} a replica")
     axes.axhline(devices.target_s, color=COLOURS["ink"], linewidth=1, linestyle="--")
     axes.set_xlabel("devices")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Predicted seconds (dashed: the target)")
     axes.set_ylim(bottom=0)
     if devices.tried:

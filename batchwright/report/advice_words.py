@@ -158,10 +158,11 @@ def queue_words(queue: QueueAdvice) -> list[str]:
     if queue.limit is None:
         words.append("one request at a time cannot keep up, whatever limit its tokens have")
         return words
-    limit, full = queue.limit, queue.limits[-1]
+    limit, full_s = queue.limit, queue.limits[-1].wait_s
+    without = "queue grows for ever" if math.isinf(full_s) else f"wait is {_time(full_s)}"
     words.append(
         f"one at a time: max_tokens {limit.max_tokens} cuts off {limit.clipped_fraction:.0%} and "
-        f"waits {_time(limit.wait_s)}; without it the wait is {_time(full.wait_s)}"
+        f"waits {_time(limit.wait_s)}; without it the {without}"
     )
     return words
 
