@@ -20,7 +20,7 @@ from batchwright.job.advice import (
     Question,
     QueueAdvice,
 )
-from batchwright.job.plan_job import HOST_BYTES, cost_model, engine_sizes, read_job_rows
+from batchwright.job.plan_job import HOST_BYTES, cost_model, read_job_rows
 from batchwright.job.rows import InputRow, RowError
 from batchwright.job.runner import HORIZON_ROWS
 from batchwright.job.trials import KnownJob, Trials
@@ -106,23 +106,36 @@ class Advisor:
     ) -> None:
         self.model, self.question = model, question
         self.counts, self._rows = read_job_rows(rows, model, check=check)
+        self._costs: dict[int, CostModel] = {}
+        self._on_devices: dict[int, Trials] = {}
+        try:
+            self._know()
+        except BaseException:
+            self.close()
+            raise
+
+    def _know(self) -> None:
+        """Look at what was read, and at what it is to run on."""
         columns = self._rows.columns()
         if not len(columns):
             raise ConfigError("no row of the input can run, so there is nothing to advise on")
-        engine = engine_sizes(model)
         savings = find_savings(
             self._rows,
             columns,
-            block_size=engine.block_size,
+            block_size=self.model.config.block_size,
             horizon=HORIZON_ROWS,
-            sharing=engine.prefix_sharing,
+            sharing=self.model.config.prefix_sharing,
         )
         self._lengths = output_lengths(columns, None)
         self.job = KnownJob(self._rows, columns, savings, self._lengths.likely)
-        self._costs: dict[int, CostModel] = {}
-        self._on_devices: dict[int, Trials] = {}
         self.num_devices = self._fewest_devices()
         self.simulation = self._simulation(self.num_devices)
+        if self.simulation.trial(self.simulation.own) is None:
+            longest = int((columns.num_prompt + self._lengths.likely).max())
+            raise ConfigError(
+                f"the longest row takes {longest} tokens of keys and values, for which there is no "
+                "room; give them more memory, or use more devices"
+            )
 
     def advise(self) -> Advice:
         """Answer all that was asked.

@@ -226,3 +226,16 @@ def test_nothing_to_advise_on(command: Command) -> None:
     status, _, err = command("--confirm-seconds", 0)
     assert status == 2
     assert "no row of the input can run" in err
+
+
+def test_a_row_that_no_engine_holds(command: Command) -> None:
+    """A GiB holds 3,276 tokens of Llama-3-70B in bf16."""
+    write_lines(
+        Path("in.jsonl"),
+        [{"id": "a", "prompt": "word " * 7000, "max_tokens": 1000, "ignore_eos": True}],
+    )
+    status, _, err = command(
+        "--hardware", "H100", "--model-shape", "llama-3-70b", "--kv-cache-memory", "1G"
+    )
+    assert status == 2
+    assert "the longest row takes 8001 tokens of keys and values" in " ".join(err.split())
