@@ -31,12 +31,15 @@ def chosen_order(
     groups: Seq[KVGroup],
     shape: ModelShape,
     measure: Callable[[], CostModel],
+    *,
+    is_told: bool = True,
 ) -> OrderFunction:
     """The order in which an engine with these settings starts rows.
 
     Args:
         shape: the model's.
         measure: what the model costs on this machine; asked at most once, if that pays.
+        is_told: see `AutoOrder`.
     """
     if config.order != AUTO_ORDER:
         return find_order(config.order)
@@ -59,6 +62,7 @@ def chosen_order(
         techniques.names("plan.orders"),
         measure_s=calibration_s(shape, config.num_threads),
         token_s=least_token_s(shape, config.num_threads),
+        is_told=is_told,
     )
 
 

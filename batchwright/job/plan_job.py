@@ -29,6 +29,8 @@ from batchwright.plan.estimate import (
     output_lengths,
 )
 from batchwright.plan.job_rows import TASKS, JobRows, RowColumns
+from batchwright.plan.order import OrderFunction
+from batchwright.plan.orders.fcfs import fcfs
 from batchwright.plan.prices import Billed, Price
 
 if TYPE_CHECKING:
@@ -153,7 +155,7 @@ def plan_job(
     """
     start_s = time.perf_counter()
     cost = cost_model(model)
-    engine, job_rows = engine_sizes(model, cost), JobRows()
+    engine, job_rows = engine_sizes(model, job_order(model, cost)), JobRows()
     if arrangement is not None:
         arrangement.order = engine.order
     with job_rows.store:
@@ -188,13 +190,30 @@ def plan_job(
     )
 
 
-def engine_sizes(model: OpenedModel, cost: CostModel) -> EngineSizes:
-    """The sizes of the engine that will run the model.
+def read_job_rows(
+    rows: Iterator[InputRow | RowError],
+    model: OpenedModel,
+    *,
+    check: Callable[[ParsedRow], None] = lambda row: None,
+) -> tuple[RowCounts, JobRows]:
+    """All rows of a job; whose token store is to be closed by who calls this."""
+    job_rows = JobRows()
+    try:
+        return _read(rows, job_rows, model, engine_sizes(model, fcfs), check, None), job_rows
+    except BaseException:
+        job_rows.store.close()
+        raise
 
-    Args:
-        cost: what the model costs, for orders that ask.
-    """
+
+def job_order(model: OpenedModel, cost: CostModel) -> OrderFunction:
+    """In which order the engine that will run the model starts rows; `cost` is for `auto`."""
     from batchwright.order_trial import chosen_order
+
+    return chosen_order(model.config, model.groups, model.shape, lambda: cost)
+
+
+def engine_sizes(model: OpenedModel, order: OrderFunction) -> EngineSizes:
+    """The sizes of the engine that will run the model."""
     from batchwright.simulate import EngineSizes
 
     config = model.config
@@ -206,7 +225,7 @@ def engine_sizes(model: OpenedModel, cost: CostModel) -> EngineSizes:
         max_model_len=config.max_model_len,
         prefix_sharing=config.prefix_sharing,
         horizon=HORIZON_ROWS,
-        order=chosen_order(config, model.groups, model.shape, lambda: cost),
+        order=order,
     )
 
 

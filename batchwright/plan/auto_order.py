@@ -110,6 +110,7 @@ class AutoOrder:
         measure_s: seconds that measuring will take, about.
         token_s: less than what a computed token takes; jobs that these make too short for measuring
             are not tried.
+        is_told: log each choice; of no use for pretended engines.
 
     Attributes:
         choice: the latest; None before there was one.
@@ -122,10 +123,12 @@ class AutoOrder:
         *,
         measure_s: float,
         token_s: float,
+        is_told: bool = True,
     ) -> None:
         assert YARDSTICK in candidates
         self._measure, self._candidates = measure, candidates
         self._measure_s, self._token_s = measure_s, token_s
+        self._is_told = is_told
         self._measured: Measured | None = None
         self.choice: Choice | None = None
 
@@ -133,7 +136,8 @@ class AutoOrder:
         num_tried = 0 if self.choice is None else self.choice.num_rows
         if job.num_rows >= FEW_ROWS and job.num_rows > REPEAT_GROWTH * num_tried:
             self.choice = self._choose(job)
-            logger.info("%s", self.choice)
+            if self._is_told:
+                logger.info("%s", self.choice)
         name = self.choice.name if self.choice else YARDSTICK
         return find_order(name)(self._with_rates(job))
 
