@@ -12,6 +12,7 @@ from batchwright.kernels.paged_attention.shared_nodes import SharedNode, find_sh
 from batchwright.kernels.paged_attention.tiling import Tiling, choose_tiling
 from batchwright.kernels.paged_attention.triton import paged_attention, to_device
 from batchwright.kernels.paged_attention.work_list import WorkList, plan_work
+from benchmarks.gpu.card import architecture
 
 INVALID_BLOCK = 2**30  # reading it would be far out of bounds
 
@@ -66,7 +67,12 @@ class AttentionProblem:
                 min_keys=case.min_shared_keys,
             )
         group_size = case.num_q_heads // case.num_kv_heads
-        tiling = choose_tiling(group_size, case.head_dim, self.q.element_size())
+        tiling = choose_tiling(
+            group_size,
+            case.head_dim,
+            self.q.element_size(),
+            architecture=architecture(self.q.device.type),
+        )
         work = plan_work(
             self.cu_seqlens_q,
             self.row_slots,

@@ -29,9 +29,11 @@ from batchwright.kernels.rotary_kv_write import triton as rotary_kv_write
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
-def attend(dtype: str, head_dim: int, wide: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
+def attend(
+    dtype: str, head_dim: int, wide: bool, architecture: int, **options: Any
+) -> tuple[Any, dict[str, Any]]:
     """The attention kernel in a shape of Llama-3-8B or like it: 4 query heads per kv head."""
-    tiling = choose_tiling(4, head_dim, ELEMENT_BYTES[dtype])
+    tiling = choose_tiling(4, head_dim, ELEMENT_BYTES[dtype], architecture=architecture)
     shape = tiling.wide if wide else tiling.narrow
     flags = {"WINDOWED": False, "SOFT_CAP": False, "SINKS": False, "BLOCK_SIZE": 64} | options
     x, i32, f32 = f"*{dtype}", "*i32", "*fp32"
@@ -93,9 +95,9 @@ def gate(dtype: str, kind: str = "silu") -> tuple[Any, dict[str, Any]]:
 
 def everyday() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
     """What decoding and prefill of an 8B model run."""
-    yield "narrow bf16 128", 90, *attend("bf16", 128, False)
-    yield "wide bf16 128", 90, *attend("bf16", 128, True)
-    yield "wide fp16 128", 80, *attend("fp16", 128, True)
+    yield "narrow bf16 128", 90, *attend("bf16", 128, False, 90)
+    yield "wide bf16 128", 90, *attend("bf16", 128, True, 90)
+    yield "wide fp16 128", 80, *attend("fp16", 128, True, 80)
     yield "merge bf16", 90, *merge("bf16")
     yield "norm bf16 4096", 90, *norm("bf16", 4096)
     yield "rotary bf16", 90, *rotary("bf16")
@@ -118,7 +120,7 @@ def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
                         if dtype != "bf16" and name:
                             continue
                         label = f"{'wide' if wide else 'narrow'} {dtype} {head_dim}{name}"
-                        yield label, architecture, *attend(dtype, head_dim, wide, **option)
+                        yield label, architecture, *attend(dtype, head_dim, wide, architecture, **option)
             yield f"merge {dtype}", architecture, *merge(dtype)
             yield f"norm {dtype} 576", architecture, *norm(dtype, 576)
             yield f"norm {dtype} 8192", architecture, *norm(dtype, 8192)

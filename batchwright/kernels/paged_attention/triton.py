@@ -317,26 +317,29 @@ def _add_tile(
     d = tl.arange(0, BLOCK_D)
     keys = key + n
     exists = (keys >= begin) & (keys < end)
-    if BLOCK_SIZE % KEYS == 0:  # the tile lies in one block
+    if BLOCK_SIZE % KEYS == 0:  # the tile lies in one block, at 32-bit offsets from one address
         block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
-        slot = (block * NUM_KV_HEADS + head) * BLOCK_SIZE + key % BLOCK_SIZE + n
+        start = ((block * NUM_KV_HEADS + head) * BLOCK_SIZE + key % BLOCK_SIZE) * HEAD_DIM
+        k_tile, v_tile = k_cache + start, v_cache + start
+        at = (n * HEAD_DIM)[:, None] + d[None, :]
     else:
         if MASKED:
             blocks = tl.load(table + keys // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
         else:
             blocks = tl.load(table + keys // BLOCK_SIZE).to(tl.int64)
-        slot = (blocks * NUM_KV_HEADS + head) * BLOCK_SIZE + keys % BLOCK_SIZE
-    at = (slot * HEAD_DIM)[:, None] + d[None, :]
+        slots = (blocks * NUM_KV_HEADS + head) * BLOCK_SIZE + keys % BLOCK_SIZE
+        k_tile, v_tile = k_cache, v_cache
+        at = (slots * HEAD_DIM)[:, None] + d[None, :]
     if MASKED:
         held = exists[:, None] & (d < HEAD_DIM)[None, :]
-        k = tl.load(k_cache + at, mask=held, other=0.0)
-        v = tl.load(v_cache + at, mask=held, other=0.0)
+        k = tl.load(k_tile + at, mask=held, other=0.0)
+        v = tl.load(v_tile + at, mask=held, other=0.0)
     elif HEAD_DIM != BLOCK_D:
-        k = tl.load(k_cache + at, mask=(d < HEAD_DIM)[None, :], other=0.0)
-        v = tl.load(v_cache + at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        k = tl.load(k_tile + at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        v = tl.load(v_tile + at, mask=(d < HEAD_DIM)[None, :], other=0.0)
     else:
-        k = tl.load(k_cache + at)
-        v = tl.load(v_cache + at)
+        k = tl.load(k_tile + at)
+        v = tl.load(v_tile + at)
     scores = tl.dot(q_rows, tl.trans(k), input_precision="ieee")  # [ROWS, KEYS] fp32
     if SOFT_CAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both ends of exp

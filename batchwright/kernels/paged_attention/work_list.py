@@ -27,6 +27,11 @@ MIN_PIECE_KEYS = 256
 """A range is not cut into pieces shorter than this: starting a program costs as much."""
 
 
+PROGRAMS_PER_MULTIPROCESSOR = 8
+"""What num_programs should be, times the multiprocessors of the card: some three programs run on
+each at a time, and the last ones to end should be a small part of the whole."""
+
+
 class WorkList(NamedTuple):
     """Who attends to what. All int32, C-contiguous.
 
