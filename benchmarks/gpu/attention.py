@@ -27,9 +27,7 @@ PREFILL = [
     Work(1, 16384, 2048), Work(16, 1024, 128), Work(4, 1024, 512), Work(32, 0, 64),
 ]  # fmt: skip
 SHARED = [
-    Work(rows, prefix + 255, 1, prefix)
-    for prefix in (1024, 4096, 16384)
-    for rows in (16, 64, 256)
+    Work(rows, prefix + 255, 1, prefix) for prefix in (1024, 4096, 16384) for rows in (16, 64, 256)
 ]
 TINY = Heads(num_q_heads=4, num_kv_heads=2, head_dim=16, block_size=16)
 
@@ -116,7 +114,9 @@ def table(found: dict[str, Any]) -> str:
     for line in found["lines"]:
         ours = line["batchwright"]
         others = [
-            f"{name} {line[name]['us'] / ours['us']:.2f}" if "us" in line[name] else f"{name} failed"
+            f"{name} {line[name]['us'] / ours['us']:.2f}"
+            if "us" in line[name]
+            else f"{name} failed"
             for name in ("each row alone", "torch", "flash-attn")
             if name in line
         ]

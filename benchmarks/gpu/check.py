@@ -26,7 +26,7 @@ from benchmarks.gpu.attention_case import (
 
 ATTENTION_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Relative, per token and head. fp32: sums over thousands of keys. Otherwise weights and result are
-rounded to 11 or 8 bits: twice 2**-11 or 2**-8, and again as much for what is cancelled in the sum."""
+rounded to 11 or 8 bits: 2**-11 or 2**-8 each, and as much again for what cancels in the sum."""
 LSE_TOLERANCE = 2e-5
 """Absolute, for every dtype: scores and their sum are kept in fp32; scores reach 15."""
 ROW_TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
@@ -132,8 +132,10 @@ def all_checks() -> Iterator[Check]:
     for tokens, heads, size, small in ((5, 0, 37, True), (3, 2, 24, True), (77, 0, 4096, False),
                                        (300, 0, 576, False), (77, 40, 128, False),
                                        (9, 0, 8192, False), (65, 9, 64, False)):  # fmt: skip
-        name = f"rms_norm: {tokens} x {heads} heads x {size}" if heads else (
-            f"rms_norm: {tokens} x {size}"
+        name = (
+            f"rms_norm: {tokens} x {heads} heads x {size}"
+            if heads
+            else (f"rms_norm: {tokens} x {size}")
         )
         yield Check(name, _rms_norm(tokens, heads, size), small)
     for size, small in ((1030, True), (14336, False), (1536, False)):

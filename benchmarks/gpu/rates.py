@@ -115,8 +115,9 @@ def _launches(timer: Timer) -> dict[str, float]:
 
         found[f"host_s_of_replay_of_{num_nodes}"] = host_seconds(graph.replay, 100)
         found[f"s_of_replay_of_{num_nodes}_with_wait"] = host_seconds(replay_and_wait, 100)
-    pinned, there = torch.zeros(4096, dtype=torch.int32).pin_memory(), torch.zeros(
-        4096, dtype=torch.int32, device=timer.device
+    pinned, there = (
+        torch.zeros(4096, dtype=torch.int32).pin_memory(),
+        torch.zeros(4096, dtype=torch.int32, device=timer.device),
     )
 
     def copy_and_wait() -> None:
@@ -141,6 +142,7 @@ def table(found: dict[str, Any]) -> str:
     for rows in dict.fromkeys(line["rows"] for line in found["products"]):
         cells = [line for line in found["products"] if line["rows"] == rows]
         lines.append(
-            f"{rows:4}" + "".join(f"{c['tflops']:14.1f}, {c['weight_gb_per_s']:8.0f}" for c in cells)
+            f"{rows:4}"
+            + "".join(f"{c['tflops']:14.1f}, {c['weight_gb_per_s']:8.0f}" for c in cells)
         )
     return "\n".join(lines)

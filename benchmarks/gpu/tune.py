@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from batchwright.kernels.paged_attention.tiling import Tiling, TileShape
+from batchwright.kernels.paged_attention.tiling import TileShape, Tiling
 from benchmarks.gpu.attention import TINY
 from benchmarks.gpu.attention_speed import Heads, Pool, Work, usual_tiling
 from benchmarks.gpu.card import Budget, Timer

@@ -1,4 +1,4 @@
-"""Compiles the GPU kernels ahead of time, without a GPU: python -m tests.kernels.triton_compile SET.
+"""Compiles the GPU kernels without a GPU: python -m tests.kernels.triton_compile SET.
 
 Prints a JSON line per kernel: architecture, registers, bytes of stack (spilled registers), of
 shared memory and the instructions of the tensor cores. A process of its own, because Triton reads
@@ -62,12 +62,14 @@ def merge(dtype: str) -> tuple[Any, dict[str, Any]]:
 def norm(dtype: str, size: int) -> tuple[Any, dict[str, Any]]:
     """RMS norm with a residual."""
     x, block = f"*{dtype}", triton.next_power_of_2(size)
-    strides = [f"{name}_{of}_stride" for name in ("x", "residual", "out") for of in ("token", "head")]
+    strides = [
+        f"{name}_{of}_stride" for name in ("x", "residual", "out") for of in ("token", "head")
+    ]
     return rms_norm._rms_norm, {
         "x": x, "residual": x, "weight": x, "out": x, "eps": "fp32", "num_rows": "i32",
         "num_heads": "i32", **dict.fromkeys(strides, "i32"), "SIZE": size, "BLOCK": block,
         "ROWS": 1, "RESIDUAL": True, "UNIT_OFFSET": False,
-        "num_warps": min(16, max(4, block // 1024)), "num_stages": 3,
+        "num_warps": min(16, max(4, block // 512)), "num_stages": 3,
     }  # fmt: skip
 
 
@@ -120,7 +122,11 @@ def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
                         if dtype != "bf16" and name:
                             continue
                         label = f"{'wide' if wide else 'narrow'} {dtype} {head_dim}{name}"
-                        yield label, architecture, *attend(dtype, head_dim, wide, architecture, **option)
+                        yield (
+                            label,
+                            architecture,
+                            *attend(dtype, head_dim, wide, architecture, **option),
+                        )
             yield f"merge {dtype}", architecture, *merge(dtype)
             yield f"norm {dtype} 576", architecture, *norm(dtype, 576)
             yield f"norm {dtype} 8192", architecture, *norm(dtype, 8192)
@@ -162,7 +168,9 @@ def resources(compiled: Any) -> dict[str, int]:
         "shared_bytes": compiled.metadata.shared,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
         "mma": len(re.findall(r"\bmma\.sync", compiled.asm["ptx"])),
-        "cp_async_16": len(re.findall(r"cp\.async\.cg\.\S+ \[[^\]]*\], \[[^\]]*\], 0x10", compiled.asm["ptx"])),
+        "cp_async_16": len(
+            re.findall(r"cp\.async\.cg\.\S+ \[[^\]]*\], \[[^\]]*\], 0x10", compiled.asm["ptx"])
+        ),
     }
 
 

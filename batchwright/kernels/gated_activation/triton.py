@@ -5,8 +5,6 @@ Bound by bandwidth: one pass, eight elements a thread. Exactness level *bits*: e
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl

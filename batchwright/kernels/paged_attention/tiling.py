@@ -1,9 +1,9 @@
-"""Tile shapes of the GPU attention kernel, by size of an element and of a head. No torch, no Triton.
+"""Tile shapes of the GPU attention kernel, by size of an element and of a head. No torch.
 
-Shared memory holds `num_stages` tiles of keys and as many of values. Decoding is bound by
-bandwidth: 16 query rows, the least a tensor core takes, and two programs on a multiprocessor.
+Decoding is bound by bandwidth: 16 query rows, the least that a tensor core takes, in tiles of 16 KiB
+of keys and of values, two of each on their way, so that three programs fit a multiprocessor.
 Prefill is bound by the tensor cores: 128 rows are one wgmma for each of two groups of four warps.
-Products of fp32 run on plain cores (tensor cores would round their factors to tf32), in small tiles.
+Products of fp32 run on plain cores, in small tiles: tensor cores would round factors to tf32.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from batchwright.errors import ShapeError
-from batchwright.kernels.paged_attention.tiling import Tiling, TileShape
+from batchwright.kernels.paged_attention.tiling import TileShape, Tiling
 from batchwright.kernels.paged_attention.work_list import WorkList
 
 LOG2_E = math.log2(math.e)
@@ -62,7 +62,7 @@ def to_device(work: WorkList, device: torch.device | str) -> DeviceWork:
         there[start : start + array.size].view(array.shape)
         for start, array in zip(starts, arrays, strict=False)
     )
-    return DeviceWork(*views, total_partials=work.total_partials)
+    return DeviceWork(*views, work.total_partials)
 
 
 def paged_attention(
@@ -106,7 +106,7 @@ def paged_attention(
     *rounding*.
     """
     num_tokens, num_q_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, k_dim = k_cache.shape
+    _, num_kv_heads, _, k_dim = k_cache.shape
     if (
         k_dim != head_dim
         or v_cache.shape != k_cache.shape

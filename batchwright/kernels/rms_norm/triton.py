@@ -7,8 +7,6 @@ decides.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -64,7 +62,7 @@ def rms_norm(
         x, total, weight, out, eps, num_rows, num_heads,
         *x.stride()[:2], *total.stride()[:2], *out.stride()[:2],
         SIZE=size, BLOCK=block, ROWS=rows, RESIDUAL=residual is not None,
-        UNIT_OFFSET=unit_offset, num_warps=min(16, max(4, rows * block // 1024)),
+        UNIT_OFFSET=unit_offset, num_warps=min(16, max(4, rows * block // 512)),
     )  # fmt: skip
 
 

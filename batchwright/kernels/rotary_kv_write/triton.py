@@ -7,8 +7,6 @@ Angles, products and sums are fp32 for every dtype. Exactness level *bits*: elem
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -144,7 +142,10 @@ def _rotary_kv_write(
 
         q_from = token * q_token_stride + q_head * q_head_stride
         held = (q_head < Q_HEADS)[:, None] & (pair < HALF)[None, :]
-        place_one, place_two = q + q_from[:, None] + one[None, :], q + q_from[:, None] + two[None, :]
+        place_one, place_two = (
+            q + q_from[:, None] + one[None, :],
+            q + q_from[:, None] + two[None, :],
+        )
         a = tl.load(place_one, mask=held, other=0.0).to(tl.float32)
         b = tl.load(place_two, mask=held, other=0.0).to(tl.float32)
         first, second = (a * c - b * s), (b * c + a * s)
