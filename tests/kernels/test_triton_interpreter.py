@@ -38,13 +38,13 @@ def test_kernels_equal_their_twins_in_the_interpreter() -> None:
 
 
 def test_dry_run_of_the_gpu_benchmark(tmp_path: Path) -> None:
-    sections = "rates,attention,rowwise,tune"
+    sections = "check,rates,attention,rowwise,tune"
     run("-m", "benchmarks.gpu", "--dry-run", "--only", sections, "--out", str(tmp_path))
     for section in sections.split(","):
         found = json.loads((tmp_path / f"{section}.json").read_text())
         assert found["section"] == section and "dry run" in found["about"]["card"]
-        lines = found["products" if section == "rates" else "lines"]
-        assert lines and found["left_out"] in ([], 0)
+        assert found["products" if section == "rates" else "lines"] and found["checks"] == "passed"
+        assert not found["not_reached" if section == "check" else "left_out"]
 
 
 def test_the_gpu_benchmark_needs_only_what_a_cuda_image_has() -> None:

@@ -1,7 +1,7 @@
 """Tile shapes of the GPU attention kernel, by size of an element and of a head. No torch.
 
-Decoding is bound by bandwidth: 16 query rows, the least that a tensor core takes, in tiles of 16 KiB
-of keys and of values, two of each on their way, so that three programs fit a multiprocessor.
+Decoding is bound by bandwidth: 16 query rows, the least that a tensor core takes, and tiles of
+16 KiB of keys and of values, two of each on their way: three programs fit a multiprocessor.
 Prefill is bound by the tensor cores: 128 rows are one wgmma for each of two groups of four warps.
 Products of fp32 run on plain cores, in small tiles: tensor cores would round factors to tf32.
 """

@@ -58,11 +58,14 @@ def to_device(work: WorkList, device: torch.device | str) -> DeviceWork:
     for start, array in zip(starts, arrays, strict=False):
         host[start : start + array.size] = array.reshape(-1)
     there = packed.to(device, non_blocking=True)
-    views = (
+    narrow, wide, entry_tokens, key_start, key_end, partial_start, num_partials, merged_tokens = (
         there[start : start + array.size].view(array.shape)
         for start, array in zip(starts, arrays, strict=False)
     )
-    return DeviceWork(*views, work.total_partials)
+    return DeviceWork(
+        narrow, wide, entry_tokens, key_start, key_end, partial_start, num_partials, merged_tokens,
+        work.total_partials,
+    )  # fmt: skip
 
 
 def paged_attention(
