@@ -143,7 +143,8 @@ def _check_part(number: int, parts: int, dry_run: bool) -> None:
 def _check_table(found: dict[str, Any]) -> str:
     """Failures in full, and the largest error of each kind of kernel."""
     lines = [
-        f"{len(found['lines'])} checks done, {found['not_reached']} not reached, failed or not reached: {found['failed']}"
+        f"{len(found['lines'])} checks done, {found['not_reached']} not reached; "
+        f"failed or not reached: {found['failed']}"
     ]
     lines += [json.dumps(line) for line in found["lines"] if not line["ok"]]
     worst: dict[tuple[str, str], tuple[float, float]] = {}
