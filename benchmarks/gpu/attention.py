@@ -29,7 +29,7 @@ PREFILL = [
 SHARED = [
     Work(rows, prefix + 255, 1, prefix) for prefix in (1024, 4096, 16384) for rows in (16, 64, 256)
 ]
-TINY = Heads(num_q_heads=4, num_kv_heads=2, head_dim=16, block_size=16)
+TINY = Heads(num_q_heads=2, num_kv_heads=1, head_dim=16, block_size=16)
 
 
 def run(timer: Timer, budget: Budget) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def run(timer: Timer, budget: Budget) -> dict[str, Any]:
     if timer.device == "cpu":  # dry run
         heads, num_tokens, dtype = TINY, 6000, torch.float32
         kinds = {
-            "prefill": [Work(1, 40, 9)], "shared": [Work(3, 271, 1, 256)], "decode": [Work(2, 30)],
+            "prefill": [Work(1, 10, 3)], "shared": [Work(2, 143, 1, 128)], "decode": [Work(2, 12)],
         }  # fmt: skip
     pool = Pool(timer.device, num_tokens, heads, dtype)
     lines, left_out = [], 0

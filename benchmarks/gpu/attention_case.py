@@ -131,9 +131,7 @@ class AttentionProblem:
             self.k_cache.cpu().transpose(2, 3),
             self.v_cache.cpu(),
             self.block_table.cpu(),
-            torch.arange(
-                len(tokens) + 1
-            ),  # each token as a row of its own: the twin knows no others
+            torch.arange(len(tokens) + 1),  # every token as a row of its own
             torch.from_numpy(self.row_slots[row_of_token[tokens]]),
             torch.from_numpy(self.positions[tokens]),
             scale=self.case.head_dim**-0.5,

@@ -92,7 +92,7 @@ def _silu(tokens: int, device: str, hidden: int) -> tuple[Call, int]:
 def table(found: dict[str, Any]) -> str:
     """One line per kernel and number of tokens."""
     return "\n".join(
-        f"{line['kernel']:16}{line['tokens']:6}{line['us']:9.2f} us{line['gb_per_s']:8.0f} GB/s"
+        f"{line['kernel']:16}{line['tokens']:6}{line['us']:10.2f} us{line['gb_per_s']:8.0f} GB/s"
         f"{line['share_of_copy_bandwidth']:8.1%} of copy bandwidth"
         for line in found["lines"]
     )

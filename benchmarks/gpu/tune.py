@@ -40,7 +40,7 @@ def run(timer: Timer, budget: Budget) -> dict[str, Any]:
     programs: tuple[int, ...] = PROGRAMS
     if timer.device == "cpu":  # dry run
         heads, num_tokens, dtype, programs = TINY, 3000, torch.float32, (0,)
-        steps = {"narrow": [Work(2, 30)], "wide": [Work(1, 0, 9)]}
+        steps = {"narrow": [Work(2, 12)], "wide": [Work(1, 0, 9)]}
         shapes = {"narrow": [TileShape(16, 16, 4, 2)], "wide": [TileShape(16, 32, 4, 2)]}
     pool = Pool(timer.device, num_tokens, heads, dtype)
     usual = usual_tiling(heads, pool.k.element_size(), timer.device)

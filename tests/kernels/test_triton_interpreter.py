@@ -61,6 +61,6 @@ sys.meta_path.insert(0, Missing())
 for name in ("attention", "check", "rates", "rowwise", "tune", "__main__"):
     importlib.import_module(f"benchmarks.gpu.{name}")
 loaded = [name for name in sys.modules if name.startswith(UPPER)]
-sys.exit(", ".join(loaded))
+sys.exit(", ".join(loaded) or 0)
 """
     run("-c", code)

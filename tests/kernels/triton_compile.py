@@ -49,13 +49,13 @@ def attend(
     }  # fmt: skip
 
 
-def merge(dtype: str) -> tuple[Any, dict[str, Any]]:
+def merge(dtype: str, pieces: int) -> tuple[Any, dict[str, Any]]:
     """The merging kernel of paged attention."""
     return paged_attention._merge, {
         "merged_tokens": "*i32", "partial_start": "*i32", "num_partials": "*i32",
         "partial_out": "*fp32", "partial_lse": "*fp32", "sinks": None, "out": f"*{dtype}",
-        "lse": "*fp32", "HEAD_DIM": 128, "BLOCK_D": 128, "PIECES": paged_attention.MERGE_PIECES,
-        "SINKS": False, "num_warps": 2, "num_stages": 3,
+        "lse": "*fp32", "HEAD_DIM": 128, "BLOCK_D": 128, "PIECES": pieces,
+        "SINKS": False, "num_warps": 1 if pieces <= 4 else 4, "num_stages": 3,
     }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def everyday() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
     yield "narrow bf16 128", 90, *attend("bf16", 128, False, 90)
     yield "wide bf16 128", 90, *attend("bf16", 128, True, 90)
     yield "wide fp16 128", 80, *attend("fp16", 128, True, 80)
-    yield "merge bf16", 90, *merge("bf16")
+    yield "merge bf16", 90, *merge("bf16", 64)
     yield "norm bf16 4096", 90, *norm("bf16", 4096)
     yield "rotary bf16", 90, *rotary("bf16")
     yield "silu bf16", 80, *gate("bf16")
@@ -127,7 +127,8 @@ def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
                             architecture,
                             *attend(dtype, head_dim, wide, architecture, **option),
                         )
-            yield f"merge {dtype}", architecture, *merge(dtype)
+            yield f"merge {dtype} 2", architecture, *merge(dtype, 2)
+            yield f"merge {dtype} 64", architecture, *merge(dtype, 64)
             yield f"norm {dtype} 576", architecture, *norm(dtype, 576)
             yield f"norm {dtype} 8192", architecture, *norm(dtype, 8192)
             yield f"rotary {dtype}", architecture, *rotary(dtype)

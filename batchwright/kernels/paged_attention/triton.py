@@ -27,8 +27,8 @@ from batchwright.kernels.paged_attention.tiling import TileShape, Tiling
 from batchwright.kernels.paged_attention.work_list import WorkList
 
 LOG2_E = math.log2(math.e)
-MERGE_PIECES = 16
-"""Partial results that the merging kernel has in flight."""
+MAX_MERGED_AT_ONCE = 64
+"""Partial results of a token and head that the merging kernel has in registers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,11 +44,12 @@ class DeviceWork:
     num_partials: torch.Tensor
     merged_tokens: torch.Tensor
     total_partials: int
+    max_partials: int
 
 
 def to_device(work: WorkList, device: torch.device | str) -> DeviceWork:
     """Copy a work list in one transfer, from pinned memory where the device is a GPU."""
-    arrays = work[:-1]
+    arrays = work[:-2]
     # every array starts at a multiple of 16 bytes
     starts = np.cumsum([0, *(-(-array.size // 4) * 4 for array in arrays)])
     packed = torch.zeros(
@@ -64,7 +65,7 @@ def to_device(work: WorkList, device: torch.device | str) -> DeviceWork:
     )
     return DeviceWork(
         narrow, wide, entry_tokens, key_start, key_end, partial_start, num_partials, merged_tokens,
-        work.total_partials,
+        work.total_partials, work.max_partials,
     )  # fmt: skip
 
 
@@ -148,10 +149,11 @@ def paged_attention(
             _launch(q, k_cache, v_cache, block_table, work, items, shape, scale, window is not None,
                     soft_cap, sinks, out, lse, partials, block_d)  # fmt: skip
     if len(work.merged_tokens):
+        pieces = min(MAX_MERGED_AT_ONCE, triton.next_power_of_2(work.max_partials))
         _merge[(len(work.merged_tokens), num_q_heads)](
             work.merged_tokens, work.partial_start, work.num_partials, *partials, sinks, out, lse,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, PIECES=MERGE_PIECES, SINKS=sinks is not None,
-            num_warps=2,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, PIECES=pieces, SINKS=sinks is not None,
+            num_warps=1 if pieces <= 4 else 2 if pieces <= 16 else 4,
         )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ class WorkList(NamedTuple):
         num_partials: [num_tokens] pieces of a token.
         merged_tokens: [num_merged] tokens of more than one piece.
         total_partials: partial results of the step.
+        max_partials: the most that one token has.
     """
 
     narrow: Int32Array
@@ -56,6 +57,7 @@ class WorkList(NamedTuple):
     num_partials: Int32Array
     merged_tokens: Int32Array
     total_partials: int
+    max_partials: int
 
 
 class _Ranges(NamedTuple):
@@ -146,6 +148,7 @@ def plan_work(
         num_partials.astype(np.int32),
         np.flatnonzero(is_merged).astype(np.int32),
         int(num_partials[is_merged].sum()),
+        int(num_partials.max(initial=0)),
     )
 
 
