@@ -27,8 +27,9 @@ from benchmarks.gpu.attention_case import (
 ATTENTION_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Relative, per token and head. fp32: sums over thousands of keys. Otherwise weights and result are
 rounded to 11 or 8 bits: 2**-11 or 2**-8 each, and as much again for what cancels in the sum."""
-LSE_TOLERANCE = 2e-5
-"""Absolute, for every dtype: scores and their sum are kept in fp32; scores reach 15."""
+LSE_TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+"""Absolute: scores (up to 15) and their sum are fp32 for every dtype, but tensor cores cut off what
+they add below the last bit of the largest term, instead of rounding."""
 ROW_TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 """Relative, per row: one rounding of the result (2**-11, 2**-8) and fp32 arithmetic before."""
 
@@ -165,7 +166,7 @@ def _attention(case: AttentionCase) -> Callable[[torch.dtype, str], Errors]:
         written = bool(out.isfinite().all() and lse.isfinite().all())
         return {
             "out": (relative_error(out[tokens], right_out), ATTENTION_TOLERANCE[dtype]),
-            "lse": (largest_difference(lse[tokens], right_lse), LSE_TOLERANCE),
+            "lse": (largest_difference(lse[tokens], right_lse), LSE_TOLERANCE[dtype]),
             "everything is written": (0.0 if written else torch.inf, 0.0),
         }
 

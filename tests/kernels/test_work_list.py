@@ -135,3 +135,14 @@ def test_long_ranges_fill_the_card() -> None:
 def test_heads_that_no_tile_holds_are_refused(group_size: int, head_dim: int) -> None:
     with pytest.raises(ShapeError, match=f"{group_size} query heads per kv head"):
         choose_tiling(group_size, head_dim, 2)
+
+
+@pytest.mark.parametrize("counts", [[], [0, 0], [0, 2, 0]])
+def test_rows_without_tokens_make_no_items(counts: list[int]) -> None:
+    work = plan_work(
+        np.cumsum([0, *counts]).astype(np.int32), np.arange(len(counts), dtype=np.int32),
+        np.arange(sum(counts), dtype=np.int32), num_q_heads=8, num_kv_heads=2,
+        tiling=choose_tiling(4, 64, 2), num_programs=100,
+    )  # fmt: skip
+    assert len(work.narrow) == (sum(counts) > 0) and len(work.wide) == 0
+    assert len(work.entry_tokens) == sum(counts) and work.total_partials == 0
