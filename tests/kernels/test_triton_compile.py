@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[2]
 SMALLEST_SHARED_BYTES = 99 << 10  # a block's limit on an L40S or RTX 4090
-MAX_STACK_BYTES = 64  # spilled registers, of the largest tiles on sm_80
+MAX_STACK_BYTES = 32  # spilled registers, of the largest tiles on sm_80
 
 
 def compile_set(name: str) -> list[dict[str, Any]]:
