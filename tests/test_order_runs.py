@@ -81,7 +81,7 @@ def test_overlap_makes_a_run_shorter_and_never_by_more_than_half() -> None:
 def test_no_order_is_faster_than_the_work_that_must_be_done(overlap: float) -> None:
     """Unique prompt tokens and decodes at the best rate; every key that decodes read."""
     job = workload(200, "10x300")
-    machine = device_machine("A100-80G", SHAPE, job, EngineLimits(kv_tokens=40_000))
+    machine = device_machine("H100", SHAPE, job, EngineLimits(kv_tokens=40_000))
     hardware = machine.cost.hardware
     prompts, outputs = job.columns.num_prompt, job.output
     num_tokens = unique_prompt_tokens(job.rows, np.arange(200), 32) + int((outputs - 1).sum())
