@@ -161,8 +161,8 @@ def main() -> None:
             f"a document's rows come within {spread:.0f} rows, which is calibrated",
             "LRU gives up the block that was used least recently, but keeps only blocks that some "
             "row will use, which helps it",
-            "micro: 3,200 rows at 2K and 1,280 at 16K instead of 6,400, shuffled; at 16K the memory "
-            "is a fifth (200,000 KV tokens) too, so that as many of the prefixes fit",
+            "micro: 3,200 rows at 2K and 1,280 at 16K instead of 6,400, shuffled; at 16K the "
+            "memory is a fifth (200,000 KV tokens) too, so that the same share of prefixes fits",
             "keys read together: keys of shared blocks are loaded once for all rows of a step",
         ],
         spread=spread,
