@@ -93,12 +93,10 @@ class PrefixCache:
         """Give up all references."""
         self.drop(np.flatnonzero((self._blocks != ABSENT).any(axis=0)).astype(np.int32))
 
-    def num_adopted(self, group: int, nodes: Int32Array, limit: int) -> tuple[int, int]:
-        """Blocks `adopt` would share in a group, and how many of them only the cache holds."""
+    def adopted(self, group: int, nodes: Int32Array, limit: int) -> Int32Array:
+        """The blocks that `adopt` would share in a group."""
         first = int(_first_needed(self._tables[group], np.array(len(nodes)), limit))
-        blocks = self._blocks[group, nodes[first:]]
-        cache_only = self._tables[group].pool.ref_counts[blocks] == 1
-        return len(blocks), int(np.count_nonzero(cache_only))
+        return self._blocks[group, nodes[first:]]
 
     def num_evictable(self, group: int) -> int:
         """Blocks of a group that only the cache holds."""

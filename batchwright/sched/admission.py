@@ -3,6 +3,9 @@
 No two of them compute the same prefix: there is budget for another only while every sequence that
 runs has all its prompt scheduled, and what is scheduled is shared.
 
+A sequence starts if what runs and itself fit to their expected ends (`forecast.py`), not only now;
+so as long as lengths are as expected nothing is preempted.
+
 It cannot deadlock: when nothing runs, everything but the newcomer's own blocks can be evicted.
 """
 
@@ -12,17 +15,25 @@ import numpy as np
 
 from batchwright.kv.block_table import BlockTable
 from batchwright.kv.groups import blocks_per_sequence
+from batchwright.request import Int32Array
 from batchwright.sched.books import Books
+from batchwright.sched.forecast import Forecast
 from batchwright.sched.limits import StepLimits
 from batchwright.sched.progress import Progress
 from batchwright.sequence import Sequence
 
 
+NO_BLOCKS: Int32Array = np.empty(0, np.int32)
+
+
 class Admission:
     """Starts waiting sequences while budget, slots and blocks last."""
 
-    def __init__(self, books: Books, limits: StepLimits, progress: Progress) -> None:
+    def __init__(
+        self, books: Books, limits: StepLimits, progress: Progress, forecast: Forecast
+    ) -> None:
         self._books = books
+        self._forecast = forecast
         self._limits = limits
         self._progress = progress
         self._simple: list[tuple[int, int]] = []  # (slot, tokens) that start, see _is_simple
@@ -35,13 +46,13 @@ class Admission:
             sequence = books.waiting.next()
             if sequence is None:
                 break
-            if self._is_simple(sequence):
+            if self._is_simple(sequence, budget):
                 budget -= self._start_simple(sequence, budget)
                 continue
             self._advance_simple()
             nodes, limit = sequence.nodes, sequence.first_needed_position
             num_matched = books.cache.match(nodes, limit) if len(nodes) else 0
-            if not self._has_room(sequence, num_matched):
+            if not self._has_room(sequence, num_matched, budget):
                 books.waiting.put_back(sequence)
                 break
             budget -= self._start(sequence, num_matched, budget)
@@ -49,7 +60,7 @@ class Admission:
 
     # Sequences that share nothing -------------------------------------------------------------
 
-    def _is_simple(self, sequence: Sequence) -> bool:
+    def _is_simple(self, sequence: Sequence, budget: int) -> bool:
         """Whether a sequence can start at once and shares nothing with anyone.
 
         Such sequences are what a job without common prefixes consists of. They are advanced
@@ -60,12 +71,18 @@ class Admission:
             return False  # its blocks may be resident, or its siblings want to fork
         if not self._books.tree.is_alone(sequence.nodes):
             return False
-        num_running = self._books.slots.num_running
+        if not self._books.slots.num_running:
+            return False
         for table in self._books.tables:
-            need = self._blocks_to_start(table, sequence) + num_running
+            need = self._blocks_to_start(table, sequence)
             if need > table.pool.num_free - self._num_promised_blocks:
                 return False
-        return num_running > 0
+        if self._forecast.surely_fits(sequence):
+            return True
+        self._advance_simple()  # the forecast is made of what is scheduled
+        num_computed = min(len(sequence.token_ids), sequence.compute_end, budget)
+        nothing = [NO_BLOCKS] * len(self._books.tables)
+        return self._forecast.reserve(sequence, num_computed, nothing, 0)
 
     def _start_simple(self, sequence: Sequence, budget: int) -> int:
         """Give a slot to a simple sequence; returns the tokens that it will compute."""
@@ -90,20 +107,30 @@ class Admission:
 
     # Any other --------------------------------------------------------------------------------
 
-    def _has_room(self, sequence: Sequence, num_matched: int) -> bool:
-        """Whether all known tokens fit, with one block of growth left for every running slot."""
+    def _has_room(self, sequence: Sequence, num_matched: int, budget: int) -> bool:
+        """Whether all known tokens fit now, and all of the sequence until its expected end.
+
+        If so the forecast counts it as started.
+        """
         books = self._books
-        num_running = books.slots.num_running
-        if not num_running:
+        if not books.slots.num_running:
             return True
         nodes, limit = sequence.nodes[:num_matched], sequence.first_needed_position
+        shared = [books.cache.adopted(group, nodes, limit) for group in range(len(books.tables))]
         for group, table in enumerate(books.tables):
             need = self._blocks_to_start(table, sequence)
-            shared, cache_only = books.cache.num_adopted(group, nodes, limit)
-            missing = need - shared + num_running - table.pool.num_free
-            if missing > 0 and missing > books.cache.num_evictable(group) - cache_only:
-                return False
-        return True
+            missing = need - len(shared[group]) - table.pool.num_free
+            if missing > 0:
+                cache_only = np.count_nonzero(table.pool.ref_counts[shared[group]] == 1)
+                if missing > books.cache.num_evictable(group) - cache_only:
+                    return False
+        if self._forecast.surely_fits(sequence):
+            return True
+        computed = min(num_matched * books.block_size, limit)
+        wanted = min(len(sequence.token_ids), sequence.compute_end) - computed
+        return self._forecast.reserve(
+            sequence, computed + min(wanted, budget), shared, num_matched
+        )
 
     def _blocks_to_start(self, table: BlockTable, sequence: Sequence) -> int:
         """Blocks that all known tokens of a sequence and its next one take in a group."""
@@ -128,4 +155,5 @@ class Admission:
             grants = grants[:0]
             slots = slots[:0]
         progress.advance(slots, grants)
+        self._forecast.holds(slot)
         return int(grants.sum())

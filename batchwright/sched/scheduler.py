@@ -24,6 +24,7 @@ from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import FinishReason
 from batchwright.sched.admission import Admission
 from batchwright.sched.books import Books
+from batchwright.sched.forecast import Forecast
 from batchwright.sched.intake import Ending, Intake, SchedulerStats, Update
 from batchwright.sched.limits import StepLimits
 from batchwright.sched.progress import Progress
@@ -85,8 +86,11 @@ class Scheduler:
         self.num_unfinished = 0
         self._in_flight: deque[InFlight] = deque()
         self._intake = Intake(self.books.slots, self.stats, self._finish_all)
-        self._progress = Progress(self.books, self.limits, self._intake, self.stats)
-        self._admission = Admission(self.books, self.limits, self._progress)
+        self._forecast = Forecast(self.books.slots, self.books.tables, self.limits)
+        self._progress = Progress(
+            self.books, self.limits, self._forecast, self._intake, self.stats
+        )
+        self._admission = Admission(self.books, self.limits, self._progress, self._forecast)
 
     def add(self, sequence: Sequence) -> None:
         """Make a sequence (with its siblings) known; it waits in the plan.
@@ -124,6 +128,7 @@ class Scheduler:
 
         With results outstanding, None may only mean that nothing can go on without them.
         """
+        self._forecast.begin_step(is_late=bool(self._in_flight))
         self._progress.make_way()
         num_tokens, preempted = self._progress.advance_running()
         if not preempted:  # what preemption freed belongs to the rows that needed it
