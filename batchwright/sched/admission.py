@@ -22,7 +22,6 @@ from batchwright.sched.limits import StepLimits
 from batchwright.sched.progress import Progress
 from batchwright.sequence import Sequence
 
-
 NO_BLOCKS: Int32Array = np.empty(0, np.int32)
 
 
@@ -42,10 +41,14 @@ class Admission:
     def admit(self, budget: int) -> None:
         """Start sequences that compute at most `budget` tokens together."""
         books = self._books
+        if budget > 0 and self._wants_lengths and books.expected.is_due:
+            books.estimate_lengths()
         while budget > 0 and self._progress.num_free_slots:
-            sequence = books.waiting.next()
+            sequence = books.waiting.next(books.slots.num_running)
             if sequence is None:
                 break
+            if sequence.expected_output is None and self._wants_lengths:
+                books.estimate_lengths(sequence)
             if self._is_simple(sequence, budget):
                 budget -= self._start_simple(sequence, budget)
                 continue
@@ -57,6 +60,11 @@ class Admission:
                 break
             budget -= self._start(sequence, num_matched, budget)
         self._advance_simple()
+
+    @property
+    def _wants_lengths(self) -> bool:
+        """Whether memory is short, and ended sequences tell how long others may be."""
+        return self._forecast.was_needed and self._books.expected.knows_any
 
     # Sequences that share nothing -------------------------------------------------------------
 
@@ -128,9 +136,7 @@ class Admission:
             return True
         computed = min(num_matched * books.block_size, limit)
         wanted = min(len(sequence.token_ids), sequence.compute_end) - computed
-        return self._forecast.reserve(
-            sequence, computed + min(wanted, budget), shared, num_matched
-        )
+        return self._forecast.reserve(sequence, computed + min(wanted, budget), shared, num_matched)
 
     def _blocks_to_start(self, table: BlockTable, sequence: Sequence) -> int:
         """Blocks that all known tokens of a sequence and its next one take in a group."""

@@ -89,11 +89,7 @@ class Forecast:
         self._expect_more_of_the_outgrown()
         slots = self._slots
         running = slots.running
-        num_lacking = slots.num_tokens[running] - slots.num_computed[running]
-        is_sampling = slots.samples[running]
-        # One token of those that exist is computed in the next Step in any case.
-        num_lacking = np.minimum(num_lacking, slots.compute_end[running] - slots.num_computed[running])
-        num_lacking -= is_sampling
+        num_lacking = self._num_lacking(running)
         ends = self._ends(
             slots.num_tokens[running],
             slots.expected_len[running],
@@ -102,8 +98,10 @@ class Forecast:
         )
         by_end = np.argsort(ends, kind="stable")
         running, ends = running[by_end], ends[by_end]
-        last = np.minimum(slots.expected_len[running] - 1 + self.num_late, slots.compute_end[running])
-        last = np.maximum(last, np.minimum(slots.num_tokens[running], slots.compute_end[running]))
+        last = np.maximum(
+            slots.expected_len[running] - 1 + self.num_late, slots.num_tokens[running]
+        )
+        last = np.minimum(last, slots.compute_end[running])
         is_prompt = (num_lacking > 0)[by_end]
         for group in self._groups:
             group.make(running, ends, last, is_prompt, self._limits)
@@ -157,16 +155,22 @@ class Forecast:
         if not self.is_made:
             return
         slots, which = self._slots, np.array([slot])
-        wanted = np.minimum(slots.num_tokens[which], slots.compute_end[which])
-        num_lacking = wanted - slots.num_computed[which] - slots.samples[which]
         end = self._ends(
             slots.num_tokens[which],
             slots.expected_len[which],
-            num_lacking,
+            self._num_lacking(which),
             slots.constrained[which],
         )
         for group in self._groups:
             group.hold(slot, int(end[0]))
+
+    def _num_lacking(self, which: np.ndarray) -> np.ndarray:
+        """Tokens of each slot that are left to compute before it draws one, or ends; a token that
+        was just drawn is computed in the next Step in any case."""
+        slots = self._slots
+        wanted = np.minimum(slots.num_tokens[which], slots.compute_end[which])
+        num_lacking: np.ndarray = wanted - slots.num_computed[which] - slots.samples[which]
+        return num_lacking
 
     def _ends(
         self,

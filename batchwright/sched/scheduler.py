@@ -19,6 +19,9 @@ import numpy as np
 
 from batchwright.errors import RequestError
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
+from batchwright.plan.expected_lengths import ExpectedLengths
+from batchwright.plan.length_predictor import LengthPredictor
+from batchwright.plan.lengths.subtree import Predictor as Subtree
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import FinishReason
@@ -44,12 +47,14 @@ class Scheduler:
         max_model_len: most tokens of a sequence.
         prefix_sharing: whether prompts share blocks.
         order: in which order rows start, a function of `plan/orders`.
+        lengths: guesses output lengths, by default from the rows that have ended.
 
     Attributes:
         limits: slots and token budget in use; memory may run short.
         stats: counts since the start.
         books: what is known about sequences.
         num_unfinished: sequences that have not ended.
+        expected: how long outputs will be.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Scheduler:
         max_model_len: int,
         prefix_sharing: bool = True,
         order: OrderFunction = fcfs,
+        lengths: LengthPredictor | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self._groups = groups
@@ -69,6 +75,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._prefix_sharing = prefix_sharing
         self._order = order
+        self.expected = ExpectedLengths(lengths or Subtree())
         self.block_size = block_size
         self.limits = StepLimits(max_num_seqs, max_num_batched_tokens)
         self.stats = SchedulerStats()
@@ -82,14 +89,13 @@ class Scheduler:
             max_num_seqs=self._max_num_seqs,
             max_model_len=self._max_model_len,
             order=self._order,
+            expected=self.expected,
         )
         self.num_unfinished = 0
         self._in_flight: deque[InFlight] = deque()
         self._intake = Intake(self.books.slots, self.stats, self._finish_all)
         self._forecast = Forecast(self.books.slots, self.books.tables, self.limits)
-        self._progress = Progress(
-            self.books, self.limits, self._forecast, self._intake, self.stats
-        )
+        self._progress = Progress(self.books, self.limits, self._forecast, self._intake, self.stats)
         self._admission = Admission(self.books, self.limits, self._progress, self._forecast)
 
     def add(self, sequence: Sequence) -> None:
@@ -167,6 +173,8 @@ class Scheduler:
         slots = [ending.sequence.slot for ending in endings if ending.sequence.slot != NO_SLOT]
         if slots:
             self.books.leave(*slots)
+        for ending in endings:
+            self.expected.note_end(ending.sequence)
         self.books.tree.forget(*(ending.sequence.nodes for ending in endings))
         for ending in endings:
             siblings = ending.sequence.siblings

@@ -49,14 +49,23 @@ class Waiting:
         else:
             self._held.append(sequence)
 
-    def next(self) -> Sequence | None:
-        """The sequence to start next, which waits no more; None if there is none."""
+    def next(self, num_running: int = 0) -> Sequence | None:
+        """The sequence to start next, which waits no more; None if there is none.
+
+        Args:
+            num_running: sequences that run.
+        """
         while self._returned:
             *_, sequence = heapq.heappop(self._returned)
             if sequence.finish_reason is None:
                 assert not sequence.num_in_flight
                 return sequence
-        return self._plan.next_admission() if self._only is None else None
+        return self._plan.next_admission(num_running) if self._only is None else None
+
+    def all(self) -> list[Sequence]:
+        """Sequences that wait; of a row that has not started only the first."""
+        returned = [s for *_, s in self._returned if s.finish_reason is None]
+        return returned + self._plan.waiting()
 
     def next_use(self, nodes: Int32Array) -> Int64Array:
         """[num_nodes] int64, how soon each node will be used again; the smaller the sooner."""
