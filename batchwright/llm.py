@@ -26,6 +26,7 @@ from batchwright.models.row_invariance import ensure_row_invariance
 from batchwright.models.shape import shape_of
 from batchwright.opened_model import answer_identity, engine_settings
 from batchwright.plan.cost import ModelShape
+from batchwright.plan.length_predictor import find_predictor
 from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.simulate import chosen_order
@@ -253,6 +254,7 @@ def build_engine(
         max_model_len=resolved.max_model_len,
         prefix_sharing=resolved.prefix_sharing,
         order=chosen_order(resolved, groups),
+        lengths=find_predictor(resolved.length_predictor),
     )
     engine = Engine(
         scheduler,

@@ -3,7 +3,7 @@ arXiv:2306.06000).
 
 The paper tunes DistilBERT; here a softmax regression looks at which tokens a prompt has (hashed),
 how long it is and what it may use, which costs microseconds a row. A bucket is a tenth of what the
-row may have; memory is kept to the upper edge of the likeliest one.
+row may have; memory is kept to the upper edge of one that a row will probably not pass.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ LEAST_KNOWN = 16
 PASSES = 8
 BATCH_ROWS = 64
 LEARNING_RATE = 0.3
+QUANTILE = 0.9
+"""Chance that a row ends within the memory that is kept for it (benchmarks/lengths.py)."""
+
 SEED = 0x53
 
 Float32Array = npt.NDArray[np.float32]
@@ -51,7 +54,7 @@ class Predictor:
                 self._descend(order[first : first + BATCH_ROWS])
 
     def predict(self, rows: Rows, so_far: Int64Array) -> Lengths:
-        """The mean over the buckets that a row can still end in, and the likeliest one's edge."""
+        """The mean over the buckets that a row can still end in, and an edge it will not pass."""
         most = rows.most.astype(np.float64)
         if len(self._buckets) < LEAST_KNOWN:
             return Lengths(most, most)
@@ -61,8 +64,9 @@ class Predictor:
         chances[:, -1] += 1e-9
         middle = edges - most[:, None] / (2 * NUM_BUCKETS)
         mean = (chances * middle).sum(axis=1) / chances.sum(axis=1)
-        likeliest = chances.argmax(axis=1)
-        return Lengths(mean, np.take_along_axis(edges, likeliest[:, None], 1)[:, 0])
+        reached = np.cumsum(chances / chances.sum(axis=1, keepdims=True), axis=1)
+        place = (reached >= QUANTILE - 1e-9).argmax(axis=1)
+        return Lengths(mean, np.take_along_axis(edges, place[:, None], 1)[:, 0])
 
     def _descend(self, lines: Int64Array) -> None:
         features = self._features[lines]
@@ -97,8 +101,8 @@ def _features(rows: Rows) -> Float32Array:
     tokens = np.concatenate([np.empty(0, np.int32), *rows.prompts])
     places = np.repeat(np.arange(num_rows), lengths) * NUM_HASHES + _hash(tokens)
     counts = np.bincount(places, minlength=num_rows * NUM_HASHES)
-    has = (counts.reshape(num_rows, NUM_HASHES) > 0).astype(np.float32)
-    has /= np.sqrt(np.maximum(has.sum(axis=1, keepdims=True), 1.0))
+    has = np.sqrt(counts.reshape(num_rows, NUM_HASHES)).astype(np.float32)
+    has /= np.sqrt(np.maximum(lengths, 1))[:, None].astype(np.float32)
     others = np.stack(
         (np.ones(num_rows), np.log2(lengths + 1) / 8 - 1, np.log2(rows.most + 1) / 8 - 1), axis=1
     )

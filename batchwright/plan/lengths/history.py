@@ -15,7 +15,7 @@ from batchwright.plan.length_predictor import Lengths, Rows
 NUM_SHARES = 64
 """Steps in which shares are counted."""
 
-QUANTILE = 0.75
+QUANTILE = 0.9
 """Share of rows that end within the memory that is kept for them (benchmarks/lengths.py)."""
 
 

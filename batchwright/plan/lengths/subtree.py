@@ -23,7 +23,7 @@ MOST_KNOWN = 1024
 LEAST_KNOWN = 4
 """Rows that must have ended in a subtree before it is judged by itself."""
 
-SPREAD = 0.5
+SPREAD = 1.0
 """Standard deviations above the mean that memory is kept for (benchmarks/lengths.py)."""
 
 
