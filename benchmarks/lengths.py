@@ -171,9 +171,7 @@ def run(job: Job, predictor: LengthPredictor, order: str, num_blocks: int) -> di
     clock = VirtualClock()
     executor = SimExecutor(clock, output_length=length)
     tokenizer: Any = NoText()
-    engine = Engine(
-        scheduler, executor, tokenizer, max_model_len=MAX_MODEL_LEN, vocab_size=2**30
-    )
+    engine = Engine(scheduler, executor, tokenizer, max_model_len=MAX_MODEL_LEN, vocab_size=2**30)
     if isinstance(predictor, Optimistic | Oracle):  # they know all before anything has ended
         add = scheduler.add
 

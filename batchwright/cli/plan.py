@@ -115,6 +115,7 @@ def show_plan(
 def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobPlan:
     """Check what can be checked, open the model, whose weights stay where they are, and plan."""
     from batchwright.job.directory import job_directory_for
+    from batchwright.job.history import finished_lengths
     from batchwright.job.model_names import ModelNames
     from batchwright.job.plan_job import plan_job
     from batchwright.job.preflight import (
@@ -135,11 +136,15 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
     locate_model(model)  # before torch is imported
     opened = open_model(model, settings)
     finished = share = None
+    lengths: dict[str, int] = {}
     if not arguments.force and _is_begun(directory, arguments, opened):
         finished, share = _what_is_done(directory, keep_failed=arguments.keep_failed)
+        lengths = finished_lengths(directory / "results.jsonl")
     names = ModelNames(model)
     rows = names.watch(rows)
-    return plan_job(rows, opened, check=names.check, finished=finished, used_share=share)
+    return plan_job(
+        rows, opened, check=names.check, finished=finished, used_share=share, lengths=lengths
+    )
 
 
 def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:

@@ -47,12 +47,13 @@ class ExpectedLengths:
     """See the module docstring.
 
     Attributes:
+        predictor: who is asked.
         running: the sequences that run, once there are any.
         num_ended: rows that ended by themselves, of those whose length was not known before.
     """
 
     def __init__(self, predictor: LengthPredictor) -> None:
-        self._predictor = predictor
+        self.predictor = predictor
         # Prompt, most, output of rows that the predictor has not been told of.
         self._ended: deque[tuple[Int32Array, int, int]] = deque(maxlen=MOST_NEW)
         self.running: RunningRows | None = None
@@ -90,7 +91,7 @@ class ExpectedLengths:
         is_new = self.is_due
         if is_new:
             prompts, allowed, output = zip(*self._ended, strict=True)
-            self._predictor.learn(Rows(prompts, np.array(allowed)), np.array(output))
+            self.predictor.learn(Rows(prompts, np.array(allowed)), np.array(output))
             self._num_told += len(self._ended)
             self._ended.clear()
         running, so_far = self.running.so_far() if self.running else ([], NOTHING)
@@ -102,7 +103,7 @@ class ExpectedLengths:
         most = np.array([s.max_len - s.num_prompt_tokens for s in everybody])
         least = np.maximum([_least(s) for s in everybody], so_far)
         rows = Rows([s.request.prompt_token_ids for s in everybody], most)
-        mean, upper = within_limits(self._predictor.predict(rows, so_far), least, most)
+        mean, upper = within_limits(self.predictor.predict(rows, so_far), least, most)
         memory = np.ceil(upper).astype(np.int64).tolist()
         lines = zip(mean.tolist(), memory, so_far.tolist(), strict=True)
         for sequence, line in zip(everybody, lines, strict=True):

@@ -98,9 +98,11 @@ class Scheduler:
         self._progress = Progress(self.books, self.limits, self._forecast, self._intake, self.stats)
         self._admission = Admission(self.books, self.limits, self._progress, self._forecast)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, *, is_first: bool = False) -> None:
         """Make a sequence (with its siblings) known; it waits in the plan.
 
+        Args:
+            is_first: it waits ahead of all in the plan.
         Raises:
             RequestError: it would not fit into KV memory even alone.
         """
@@ -117,7 +119,10 @@ class Scheduler:
         draws_a_token = sequence.max_len > sequence.num_prompt_tokens or not sequence.samples
         assert draws_a_token and sequence.first_needed_position < sequence.compute_end
         self._register(sequence)
-        self.books.waiting.append(sequence)
+        if is_first:
+            self.books.waiting.put_back(sequence)
+        else:
+            self.books.waiting.append(sequence)
 
     def _register(self, sequence: Sequence) -> None:
         family = [sequence, *sequence.siblings]

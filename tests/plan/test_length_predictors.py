@@ -113,7 +113,7 @@ def test_a_length_on_a_border_belongs_to_the_bucket_below() -> None:
 
 
 def test_an_unknown_predictor_is_named() -> None:
-    with pytest.raises(ConfigError, match="no plan.lengths called 'crystal_ball'"):
+    with pytest.raises(ConfigError, match=r"no plan\.lengths called 'crystal_ball'"):
         find_predictor("crystal_ball")
 
 

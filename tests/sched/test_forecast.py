@@ -134,6 +134,7 @@ def test_a_row_is_let_in_exactly_when_all_fit_to_the_end(rows, num_prompt, num_o
         if num_blocks < alone:  # the others do not fit as it is
             continue
         forecast = Running(rows, num_blocks=num_blocks).forecast
+        newcomer = sequence_of(99, num_prompt, num_output, num_prompt=num_prompt)
         nothing = [np.empty(0, np.int32)]
         assert forecast.reserve(newcomer, num_prompt, nothing, 0) == fits
 
