@@ -16,6 +16,8 @@ from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sequence import Sequence
 from batchwright.text.tokenizer import Tokenizer
 
+SUFFIX = "\0length"
+
 
 class LengthQuestions:
     """Questions that were asked and not answered yet.
@@ -52,7 +54,7 @@ class LengthQuestions:
         if request.task is not Task.GENERATE or request.params.least_output(most) >= most:
             return None
         question = Request(
-            id=f"{request.id}\0length",
+            id=request.id + SUFFIX,
             prompt_token_ids=np.concatenate((request.prompt_token_ids, self._instruction)),
             params=SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS),
             namespace=request.namespace,
@@ -71,7 +73,8 @@ class LengthQuestions:
         for id, result in results.items():
             first = self._asked.pop(id, None)
             if first is None:
-                rows[id] = result
+                if not id.endswith(SUFFIX):  # else an interrupt came when it was taken in
+                    rows[id] = result
                 continue
             text = result.outputs[0].text if result.error is None and result.outputs else ""
             if self._predictor.tell(first.request.prompt_token_ids, text):

@@ -32,7 +32,7 @@ def expected_shares(
     Returns:
         None if these tell nothing: none is finished, or the predictor does not learn.
     """
-    known = [(row.request, row.num_output, most) for row in ended if (most := _most(row, limits))]
+    known = [(row.request, row.num_output, m) for row in ended if (m := _most(row, limits))]
     if not known:
         return None
     requests, output, allowed = zip(*known, strict=True)
