@@ -9,7 +9,8 @@ families whose lengths are drawn from a lognormal around a mean of their own. Tw
 - time: the whole job runs through the real engine and scheduler on a simulated model, in KV memory
   for about `--rows` rows of the mean length; the predictor knows nothing at first and learns as
   rows end. `optimistic` stands for admission that looks only at the memory a row starts with: it
-  expects every row to end with its next token.
+  expects every row to end with its next token. Once the time of a step follows its tokens, as on a
+  CPU, and once most of it is the same for few rows as for many, as where weights are read.
 
     python -m benchmarks.lengths
 """
@@ -26,7 +27,7 @@ import numpy as np
 
 from batchwright.clock import VirtualClock
 from batchwright.engine import Engine
-from batchwright.exec.sim import SimExecutor
+from batchwright.exec.sim import LinearCost, SimExecutor
 from batchwright.kv.groups import KVGroup
 from batchwright.plan.length_predictor import (
     LengthPredictor,
@@ -47,6 +48,12 @@ from benchmarks.machine import describe_commit, describe_machine, describe_versi
 
 BLOCK_SIZE, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, MAX_MODEL_LEN = 32, 256, 512, 2048
 NAMES = ("declared", "history", "subtree", "buckets")
+
+COSTS = {
+    "cpu": LinearCost(),  # time follows the tokens
+    "device": LinearCost(step_s=2e-2, token_s=5e-5, key_s=2e-8),  # reads its weights every step
+}
+RUNS = (("fcfs", "cpu"), ("fcfs", "device"), ("longest_first", "device"))
 
 
 class Job(NamedTuple):
@@ -152,7 +159,9 @@ class NoText:
         return ""
 
 
-def run(job: Job, predictor: LengthPredictor, order: str, num_blocks: int) -> dict[str, Any]:
+def run(
+    job: Job, predictor: LengthPredictor, order: str, num_blocks: int, cost: LinearCost
+) -> dict[str, Any]:
     """The whole job on a simulated model."""
     scheduler = Scheduler(
         [KVGroup(None, num_blocks)],
@@ -169,7 +178,7 @@ def run(job: Job, predictor: LengthPredictor, order: str, num_blocks: int) -> di
         return true[new.token_ids[: new.num_prompt_tokens].tobytes()]
 
     clock = VirtualClock()
-    executor = SimExecutor(clock, output_length=length)
+    executor = SimExecutor(clock, cost, output_length=length)
     tokenizer: Any = NoText()
     engine = Engine(scheduler, executor, tokenizer, max_model_len=MAX_MODEL_LEN, vocab_size=2**30)
     if isinstance(predictor, Optimistic | Oracle):  # they know all before anything has ended
@@ -214,7 +223,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=40, help="rows of the mean length that fit")
     parser.add_argument("--synthetic", type=int, default=1500, help="rows of the synthetic job")
-    parser.add_argument("--order", action="append", help="by default fcfs and longest_first")
     parser.add_argument("--job", action="append", help="real or synthetic; by default both")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
@@ -232,8 +240,8 @@ def main() -> None:
             found: dict[str, Any] = {"job": name, "lengths": line}
             if line != "optimistic":
                 found |= errors(job, make())
-            for order in arguments.order or ("fcfs", "longest_first"):
-                found[order] = run(job, make(), order, num_blocks)
+            for order, cost in RUNS:
+                found[f"{order}, {cost}"] = run(job, make(), order, num_blocks, COSTS[cost])
             results[f"{name}, {line}"] = found
             print(f"  {line:13}", _short(found), flush=True)
     print(

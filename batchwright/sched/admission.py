@@ -136,7 +136,8 @@ class Admission:
             return True
         computed = min(num_matched * books.block_size, limit)
         wanted = min(len(sequence.token_ids), sequence.compute_end) - computed
-        return self._forecast.reserve(sequence, computed + min(wanted, budget), shared, num_matched)
+        fits = self._forecast.reserve(sequence, computed + min(wanted, budget), shared, num_matched)
+        return fits or sequence.request.urgent  # somebody waits for it; others may make room later
 
     def _blocks_to_start(self, table: BlockTable, sequence: Sequence) -> int:
         """Blocks that all known tokens of a sequence and its next one take in a group."""

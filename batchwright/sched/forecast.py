@@ -72,9 +72,9 @@ class Forecast:
             self._expect_more_of_the_outgrown()
             ends = self._slots.expected_len[self._slots.running]
             self._bound = [group.blocks_at_end(ends, self._limits) for group in self._groups]
-        end = np.array([max(sequence.expected_len, len(sequence.token_ids))], np.int32)
+        end = max(sequence.expected_len, len(sequence.token_ids))
         needs = [
-            bound + group.blocks_at_end(end, self._limits)
+            bound + group.blocks_of_one(end, self._limits)
             for bound, group in zip(self._bound, self._groups, strict=True)
         ]
         if any(n + num_spare > g.num_blocks for n, g in zip(needs, self._groups, strict=True)):
@@ -216,6 +216,10 @@ class _Group:
         """Blocks of sequences of these lengths that share nothing."""
         blocks = self._blocks_of[ends]
         return int(np.minimum(blocks, self._most(True, limits)).sum())
+
+    def blocks_of_one(self, end: int, limits: StepLimits) -> int:
+        """The same for one sequence."""
+        return min(-(-end // self._block_size), self._most(True, limits))
 
     def _most(self, is_prompt: bool, limits: StepLimits) -> int:
         """Blocks that one sequence holds at most: behind a window it gives some up."""
