@@ -83,6 +83,7 @@ class Plan:
         self._kv_tokens = kv_tokens
         self._expected = expected or ExpectedLengths(Declared())
         self._num_ended = 0  # rows that had ended when the others were ordered
+        self._most_running = 0
         self._has_tail = False  # the rows that wait are the last, longest first
         self._new: list[Sequence] = []  # not ordered yet
         self._rows: list[Sequence | None] = []  # ordered last, as they came; None once started
@@ -99,12 +100,13 @@ class Plan:
         """The row to start next, which leaves the plan; None when there is none for now.
 
         Args:
-            num_running: sequences that run: so many rows that wait are the last ones.
+            num_running: sequences that run: as many as ever ran are the last ones.
         """
+        self._most_running = max(self._most_running, num_running)
         while True:  # a cancelled row, which is skipped, may be the last before new ones
             if self._is_due():
                 self._make_order()
-            if not self._has_tail and len(self._scan) <= num_running and not self._new:
+            if not self._has_tail and len(self._scan) <= self._most_running and not self._new:
                 self._order_tail()
             pick = self._scan.pick(self._memory_in_use())
             if pick is None:
