@@ -184,8 +184,8 @@ def run(
     if isinstance(predictor, Optimistic | Oracle):  # they know all before anything has ended
         add = scheduler.add
 
-        def add_known(sequence: Any) -> None:
-            add(sequence)
+        def add_known(sequence: Any, **options: Any) -> None:
+            add(sequence, **options)
             scheduler.expected.estimate([sequence])
 
         scheduler.add = add_known  # type: ignore[method-assign]
