@@ -102,7 +102,7 @@ class Plan:
         Args:
             num_running: sequences that run: as many as ever ran are the last ones.
         """
-        self._most_running = max(self._most_running, num_running)
+        self._most_running = max(self._most_running, num_running + 1)
         while True:  # a cancelled row, which is skipped, may be the last before new ones
             if self._is_due():
                 self._make_order()
