@@ -45,6 +45,8 @@ class EngineConfig:
         prefix_sharing: prompts with a common beginning compute and store it once.
         order: in which order rows start, a file of `batchwright/plan/orders`, or "auto", which
             measures the machine and tries them on a sample of the rows, if there is enough to do.
+        length_predictor: what output lengths are expected, a file of `batchwright/plan/lengths`;
+            memory and order go by it.
         attention: backend, a file of `batchwright/attention/backends`.
         seed: keys the randomness of rows that have no seed of their own.
         num_threads: threads of matrix products and kernels, at most the cores there are.
@@ -60,6 +62,7 @@ class EngineConfig:
     block_size: int = BLOCK_SIZE
     prefix_sharing: bool = True
     order: str = AUTO_ORDER
+    length_predictor: str = "subtree"
     attention: str = "numba"
     seed: int = 0
     num_threads: int | None = None
@@ -98,6 +101,7 @@ class EngineConfig:
             block_size=self.block_size,
             prefix_sharing=self.prefix_sharing,
             order=self.order,
+            length_predictor=self.length_predictor,
             attention=self.attention,
             seed=self.seed,
             num_threads=min(self.num_threads or num_cores, num_cores),
@@ -140,6 +144,10 @@ class EngineConfig:
             problems.append(f"dtype is {self.dtype!r}, must be auto, float32 or bfloat16")
         if self.order not in (orders := [AUTO_ORDER, *names("plan.orders")]):
             problems.append(f"order is {self.order!r}, must be one of {', '.join(orders)}")
+        if self.length_predictor not in (known := names("plan.lengths")):
+            problems.append(
+                f"length_predictor is {self.length_predictor!r}, must be one of {', '.join(known)}"
+            )
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed is {self.seed}, must be between 0 and 2^63 - 1")
         if self.look_ahead not in (0, 1):
@@ -166,6 +174,7 @@ class ResolvedConfig:
     block_size: int
     prefix_sharing: bool
     order: str
+    length_predictor: str
     attention: str
     seed: int
     num_threads: int

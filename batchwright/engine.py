@@ -15,11 +15,13 @@ from batchwright.errors import ConfigError, RequestError, ResourceError
 from batchwright.exec.executor import Executor
 from batchwright.exec.memory import is_out_of_memory
 from batchwright.folding import fold_key
+from batchwright.length_questions import LengthQuestions
 from batchwright.limits import ModelLimits
 from batchwright.open_requests import OpenRequests
 from batchwright.outputs import RunningRequest, Stream, failed
 from batchwright.parts import Parts
 from batchwright.plan.cost import ModelShape
+from batchwright.plan.lengths.self_report import Predictor as SelfReport
 from batchwright.plan.order import OrderFunction
 from batchwright.recovery import Isolation, describe
 from batchwright.request import Request, Result, Task
@@ -88,6 +90,10 @@ class Engine:
         self._job_seed = job_seed
         self._look_ahead = look_ahead
         self.grammars = grammars
+        expected = scheduler.expected
+        self._questions: LengthQuestions | None = None
+        if isinstance(expected.predictor, SelfReport):
+            self._questions = LengthQuestions(expected.predictor, expected, tokenizer, self._limits)
         self._open = OpenRequests(scheduler, tokenizer)
         self.shape = shape
         self._outstanding: deque[StepResult] = deque()
@@ -163,6 +169,11 @@ class Engine:
         streams = [Stream(sequence) for sequence in sequences]
         running = RunningRequest(request, streams, grammar=self._grammar(request))
         self._open.open(running, key)
+        if self._questions is not None and (question := self._questions.ask_about(sequences[0])):
+            asking = self._sequence(question, 0, self._limits.check(question))
+            self._open.open(
+                RunningRequest(question, [Stream(asking)], grammar=None), None, is_first=True
+            )
 
     def _add_parts(self, request: Request) -> None:
         """A part that cannot run ends its request in the next `step`."""
@@ -172,6 +183,17 @@ class Engine:
                 self.add(part)
             except RequestError as error:
                 self._open.done[part.id] = failed(part, error)
+
+    def note_earlier(self, request: Request, num_output: int) -> None:
+        """A request that is not run here has had so many output tokens a sequence: what is like it
+        may be about as long."""
+        try:
+            max_len = self._limits.check(request)
+        except RequestError:
+            return
+        most = max_len - request.num_prompt_tokens
+        if 0 < num_output <= most and request.params.least_output(most) < most:
+            self._scheduler.expected.note_earlier(request.prompt_token_ids, most, num_output)
 
     def step(self) -> list[Result]:
         """One round: compute a Step if there is one; returns the results that are complete.
@@ -195,6 +217,8 @@ class Engine:
             self._recover(error, suspects)
         self._is_torn = False
         lack, self._resource_error = self._resource_error, None
+        if self._questions is not None:
+            self._open.done = self._questions.take(self._open.done)
         if self._parts:
             self._join_parts()
         done = list(self._open.done.values())
@@ -295,11 +319,16 @@ class Engine:
         self._isolation.clear()
         self._scheduler.admit_only(None)
         self._parts = Parts()
+        if self._questions is not None:
+            self._questions.clear()
         self._resource_error, self._is_torn = None, False
 
     def waiting_ids(self) -> list[str]:
         """Requests none of whose sequences has started, and those that wait for their results."""
-        return self._parts.waiting(self._open.waiting_ids())
+        waiting = self._open.waiting_ids()
+        if self._questions is not None:
+            waiting = [request_id for request_id in waiting if request_id not in self._questions]
+        return self._parts.waiting(waiting)
 
     def cancel(self, request_id: str) -> None:
         """End a request now; its result, with what there is of it, comes out of a later `step`.

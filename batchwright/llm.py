@@ -28,6 +28,7 @@ from batchwright.models.shape import shape_of
 from batchwright.opened_model import answer_identity, engine_settings
 from batchwright.order_trial import chosen_order
 from batchwright.plan.cost import ModelShape
+from batchwright.plan.length_predictor import find_predictor
 from batchwright.plan.order import OrderFunction
 from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
@@ -263,6 +264,7 @@ def build_engine(
         order=chosen_order(
             resolved, groups, shape, lambda: machine_cost(checkpoint.config, shape, resolved)
         ),
+        lengths=find_predictor(resolved.length_predictor),
     )
     engine = Engine(
         scheduler,

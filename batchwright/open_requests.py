@@ -53,10 +53,13 @@ class OpenRequests:
             return True
         return self._folding.follow(key, request)
 
-    def open(self, running: RunningRequest, key: Hashable | None) -> None:
-        """A request runs; later ones with the same key (None: there are none) may follow it."""
+    def open(
+        self, running: RunningRequest, key: Hashable | None, *, is_first: bool = False
+    ) -> None:
+        """A request runs, before all that wait if `is_first`; later ones with the same key (None:
+        there are none) may follow it."""
         running.start_over(self._tokenizer)
-        self._scheduler.add(running.streams[0].sequence)
+        self._scheduler.add(running.streams[0].sequence, is_first=is_first)
         self.running[running.request.id] = running
         if key is not None:
             self._folding.lead(key, running.request.id)

@@ -98,6 +98,15 @@ class SamplingParams:
     skip_special_tokens: bool = True
     grammar: GrammarSpec | None = None
 
+    def least_output(self, most: int) -> int:
+        """Output tokens that a sequence has at least, if it may have `most`."""
+        if self.grammar is not None:
+            return min(1, most)
+        can_end = self.stop or self.stop_token_ids or self.repetition_detection is not None
+        if self.ignore_eos and not can_end:
+            return most
+        return min(max(self.min_tokens, 1), most)
+
 
 @dataclass(frozen=True, slots=True)
 class Markup:

@@ -30,6 +30,8 @@ class Sequence:
         num_computed_once: high-water mark of computed tokens, to count recomputation.
         num_cached_tokens: prompt tokens taken from shared blocks at first admission.
         stop_reason: the token id or string that ended it, if one did.
+        expected_output: output tokens it will have on average; None: nobody has estimated it.
+        expected_len: tokens at which it will probably have ended; at most max_len.
     """
 
     request: Request
@@ -48,6 +50,11 @@ class Sequence:
     num_cached_tokens: int | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    expected_output: float | None = None
+    expected_len: int = 0
+
+    def __post_init__(self) -> None:
+        self.expected_len = self.expected_len or self.max_len
 
     def start_over(self) -> None:
         """Forget everything but the request, as if it had never been started."""

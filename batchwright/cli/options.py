@@ -72,6 +72,10 @@ Order = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="In which order rows start (auto); docs/orders.md."),
 ]
+Lengths = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="How output lengths are guessed (subtree); docs/lengths.md."),
+]
 Dtype = Annotated[DtypeName, typer.Option(help="Number format to compute in.")]
 Seed = Annotated[
     int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")

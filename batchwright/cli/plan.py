@@ -42,6 +42,7 @@ def plan(
     kv_cache_memory: options.KVCacheMemory = None,
     kv_tokens: options.KVTokens = None,
     order: options.Order = None,
+    lengths: options.Lengths = None,
     dtype: options.Dtype = options.DtypeName.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
@@ -76,6 +77,7 @@ def plan(
         kv_cache_bytes=kv_cache_memory,
         kv_tokens=kv_tokens,
         order=order,
+        length_predictor=lengths,
         num_threads=threads,
         seed=seed,
         prefix_sharing=not no_prefix_sharing,
@@ -114,6 +116,7 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
     """Check what can be checked, open the model, whose weights stay where they are, and plan."""
     from batchwright.job.directory import job_directory_for
     from batchwright.job.formats.arranged_lines import Arrangement
+    from batchwright.job.history import finished_lengths
     from batchwright.job.model_names import ModelNames
     from batchwright.job.plan_job import plan_job
     from batchwright.job.preflight import (
@@ -135,8 +138,10 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
     locate_model(model)  # before torch is imported
     opened = open_model(model, settings)
     finished = share = None
+    lengths: dict[str, int] = {}
     if not arguments.force and _is_begun(directory, arguments, opened):
         finished, share = _what_is_done(directory, keep_failed=arguments.keep_failed)
+        lengths = finished_lengths(directory / "results.jsonl")
     names = ModelNames(model)
     rows = names.watch(rows)
     return plan_job(
@@ -146,6 +151,7 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
         check=names.check,
         finished=finished,
         used_share=share,
+        lengths=lengths,
     )
 
 

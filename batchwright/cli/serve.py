@@ -42,6 +42,7 @@ def serve(
     kv_cache_memory: options.KVCacheMemory = None,
     kv_tokens: options.KVTokens = None,
     order: options.Order = None,
+    lengths: options.Lengths = None,
     dtype: options.Dtype = options.DtypeName.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
@@ -69,6 +70,7 @@ def serve(
         "kv_cache_bytes": kv_cache_memory,
         "kv_tokens": kv_tokens,
         "order": order or "fcfs",  # single calls wait for nothing
+        "length_predictor": lengths,
         "num_threads": threads,
         "seed": seed,
         "prefix_sharing": not no_prefix_sharing,

@@ -6,11 +6,13 @@ a bounded number of chunks; the first row is handed out before the last is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -64,6 +66,13 @@ class RefusedRow(NamedTuple):
     error: RequestError
 
 
+class EndedRow(NamedTuple):
+    """A row that an earlier run has answered, and how many output tokens it had."""
+
+    request: Request
+    num_output: int
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Some rows of the input, in its order.
@@ -72,11 +81,13 @@ class Chunk:
         rows: those that have to be answered.
         num_read: rows read, including those that were answered before.
         num_bytes: bytes of the input they took.
+        ended: rows that were answered before and whose lengths are known.
     """
 
     rows: list[ReadyRow | RefusedRow]
     num_read: int
     num_bytes: int
+    ended: list[EndedRow] = field(default_factory=list)
 
 
 class Feed:
@@ -88,6 +99,7 @@ class Feed:
         grammars: compiles the rows' grammars and renders their own templates, ahead of the engine.
         check: a further check of each sound row, in input order; raises RequestError.
         finished: rows that are done are counted and skipped; closed by the feed.
+        lengths: output tokens of some of these, by their id in the journal.
         chunk_rows: most rows of a chunk.
     """
 
@@ -99,6 +111,7 @@ class Feed:
         grammars: Grammars | None = None,
         check: Callable[[ParsedRow], None] = lambda row: None,
         finished: FinishedRows | None = None,
+        lengths: Mapping[str, int] = MappingProxyType({}),
         chunk_rows: int = CHUNK_ROWS,
     ) -> None:
         self._rows = rows
@@ -106,6 +119,7 @@ class Feed:
         self._grammars = grammars
         self._check = check
         self._finished = finished
+        self._lengths = lengths
         self.chunk_rows = chunk_rows
         self._chunks: queue.Queue[Chunk | Exception | None] = queue.Queue(MAX_CHUNKS_AHEAD)
         self._closed = threading.Event()
@@ -165,7 +179,8 @@ class Feed:
         return False
 
     def _prepare(self, rows: list[InputRow | RowError]) -> Chunk:
-        checked = [self._parse(id, row) for id, row in self._unfinished(rows)]
+        unfinished, finished = self._divided(rows)
+        checked = [self._parse(id, row) for id, row in unfinished]
         sound = [item[1] for item in checked if not isinstance(item, RefusedRow)]
         prepared = iter(prepare_rows(sound, self._tokenizer, self._grammars))
         out: list[ReadyRow | RefusedRow] = []
@@ -179,21 +194,39 @@ class Feed:
                 out.append(RefusedRow(id, request))
             else:
                 out.append(ReadyRow(id, parsed, request))
-        return Chunk(out, len(rows), sum(row.num_bytes for row in rows))
+        num_bytes = sum(row.num_bytes for row in rows)
+        return Chunk(out, len(rows), num_bytes, self._ended(finished))
 
-    def _unfinished(
+    def _ended(self, finished: list[tuple[RowId, InputRow | RowError]]) -> list[EndedRow]:
+        """Those of the finished rows whose lengths are known."""
+        parsed, output = [], []
+        for id, row in finished:
+            if isinstance(row, RowError) or id.key not in self._lengths:
+                continue
+            with contextlib.suppress(RequestError):
+                parsed.append(parse_row(row))
+                output.append(self._lengths[id.key])
+        prepared = prepare_rows(parsed, self._tokenizer, self._grammars)
+        return [
+            EndedRow(request, num_output)
+            for request, num_output in zip(prepared, output, strict=True)
+            if not isinstance(request, RequestError) and not request.parts
+        ]
+
+    def _divided(
         self, rows: list[InputRow | RowError]
-    ) -> list[tuple[RowId, InputRow | RowError]]:
-        """Rows that have no answer yet, or whose content has changed since."""
+    ) -> tuple[list[tuple[RowId, InputRow | RowError]], list[tuple[RowId, InputRow | RowError]]]:
+        """Rows that have no answer yet, or whose content has changed since; and the others."""
         ids = [_row_id(row) for row in rows]
         done: dict[str, bytes] = {}
         if self._finished is not None:
             done = self._finished.among([id.key for id in ids])
-        return [
-            (id, row)
-            for id, row in zip(ids, rows, strict=True)
-            if done.get(id.key) not in (id.digest, ANY_CONTENT)
-        ]
+        unfinished: list[tuple[RowId, InputRow | RowError]] = []
+        finished: list[tuple[RowId, InputRow | RowError]] = []
+        for id, row in zip(ids, rows, strict=True):
+            is_done = done.get(id.key) in (id.digest, ANY_CONTENT)
+            (finished if is_done else unfinished).append((id, row))
+        return unfinished, finished
 
     def _parse(self, id: RowId, row: InputRow | RowError) -> tuple[RowId, ParsedRow] | RefusedRow:
         if isinstance(row, RowError):

@@ -109,6 +109,11 @@ class Journal:
             os.ftruncate(self._fd, self._end)
             sync_directory(directory)
 
+    @property
+    def results_path(self) -> Path:
+        """Where the lines are."""
+        return self._path
+
     def append(self, id: str, line: int, state: RowState, digest: bytes, data: bytes) -> None:
         """Note the end of a row; it is durable after the next `commit`.
 

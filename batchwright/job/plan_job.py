@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from batchwright.job.disk_space import bytes_written
 from batchwright.job.formats.arranged_lines import Arrangement
 from batchwright.job.journal import FinishedRows
+from batchwright.job.plan_lengths import expected_shares
 from batchwright.job.plan_rows import RowCounts, read_rows
 from batchwright.job.rows import InputRow, RowError
 from batchwright.job.runner import HORIZON_ROWS
@@ -29,6 +31,7 @@ from batchwright.plan.estimate import (
     output_lengths,
 )
 from batchwright.plan.job_rows import TASKS, JobRows, RowColumns
+from batchwright.plan.length_predictor import find_predictor
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.plan.prices import Billed, Price
@@ -142,6 +145,7 @@ def plan_job(
     check: Callable[[ParsedRow], None] = lambda row: None,
     finished: FinishedRows | None = None,
     used_share: float | None = None,
+    lengths: Mapping[str, int] = MappingProxyType({}),
 ) -> JobPlan:
     """Read all rows, count what they will compute, and predict how long it takes.
 
@@ -150,6 +154,7 @@ def plan_job(
         check: a further check of each row, in input order; raises RequestError.
         finished: rows that an earlier run has finished.
         used_share: share of their allowed output tokens that those used.
+        lengths: output tokens of some of them, by their id in the journal.
     Raises:
         InputError, ResourceError: the input cannot be read, or its tokens have no room.
     """
@@ -159,7 +164,7 @@ def plan_job(
     if arrangement is not None:
         arrangement.order = engine.order
     with job_rows.store:
-        counts = _read(rows, job_rows, model, engine, check, finished)
+        counts = _read(rows, job_rows, model, engine, check, finished, lengths)
         columns = job_rows.columns()
         savings = find_savings(
             job_rows,
@@ -168,20 +173,24 @@ def plan_job(
             horizon=HORIZON_ROWS,
             sharing=engine.prefix_sharing,
         )
-        lengths = output_lengths(columns, used_share)
-        work, predictions = _predict(job_rows, columns, savings, lengths, engine, cost)
-    tokens = count_tokens(columns, savings, lengths)
+        limits = ModelLimits(model.config.max_model_len, model.shape.vocab_size)
+        shares = expected_shares(
+            job_rows, columns, counts.ended, limits, find_predictor(model.config.length_predictor)
+        )
+        output = output_lengths(columns, used_share if shares is None else shares)
+        work, predictions = _predict(job_rows, columns, savings, output, engine, cost)
+    tokens = count_tokens(columns, savings, output)
     return JobPlan(
         counts=counts,
         num_tasks={task.value: int((columns.task == i).sum()) for i, task in enumerate(TASKS)},
         num_folded=int(savings.folded.sum()),
         tokens=tokens,
-        output_share=lengths.share,
-        share_is_measured=lengths.is_measured,
+        output_share=output.share,
+        share_is_measured=output.is_measured,
         work=work,
         predictions=predictions,
         load_s=_load_s(model),
-        memory=_memory(model, engine, columns, lengths),
+        memory=_memory(model, engine, columns, output),
         bytes_written=Range(*(bytes_written(len(columns), output) for output in tokens.output)),
         machine=cost.hardware.name,
         num_threads=cost.hardware.num_threads,
@@ -199,7 +208,7 @@ def read_job_rows(
     """All rows of a job; whose token store is to be closed by who calls this."""
     job_rows = JobRows()
     try:
-        return _read(rows, job_rows, model, engine_sizes(model, fcfs), check, None), job_rows
+        return _read(rows, job_rows, model, engine_sizes(model, fcfs), check, None, {}), job_rows
     except BaseException:
         job_rows.store.close()
         raise
@@ -243,6 +252,7 @@ def _read(
     engine: EngineSizes,
     check: Callable[[ParsedRow], None],
     finished: FinishedRows | None,
+    lengths: Mapping[str, int],
 ) -> RowCounts:
     from batchwright.structured.compile import GrammarCompiler
 
@@ -257,6 +267,7 @@ def _read(
             grammars=grammars,
             check=check,
             finished=finished,
+            lengths=lengths,
             fits=lambda num_tokens: engine.most_at_once(num_tokens) > 0,
         )
     finally:

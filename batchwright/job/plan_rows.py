@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from batchwright.errors import RequestError
-from batchwright.job.feed import Feed, ReadyRow, RefusedRow
+from batchwright.job.feed import EndedRow, Feed, ReadyRow, RefusedRow
 from batchwright.job.journal import FinishedRows
 from batchwright.job.prepare import Grammars, Tokenizer
 from batchwright.job.rows import InputRow, RowError
@@ -27,6 +28,7 @@ class RowCounts:
         bad: rows that will fail, by error code.
         longest_line, longest_tokens: line of the row whose prompt and output may be longest, and
             how many tokens that is.
+        ended: rows that an earlier run has finished and whose lengths are known.
     """
 
     num_read: int = 0
@@ -34,6 +36,7 @@ class RowCounts:
     bad: Counter[str] = field(default_factory=Counter)
     longest_line: int = 0
     longest_tokens: int = 0
+    ended: list[EndedRow] = field(default_factory=list)
 
     @property
     def num_bad(self) -> int:
@@ -50,6 +53,7 @@ def read_rows(
     grammars: Grammars | None = None,
     check: Callable[[ParsedRow], None] = lambda row: None,
     finished: FinishedRows | None = None,
+    lengths: Mapping[str, int] = MappingProxyType({}),
     fits: Callable[[int], bool] = lambda num_tokens: True,
 ) -> RowCounts:
     """Read, check and tokenise all rows.
@@ -57,13 +61,14 @@ def read_rows(
     Args:
         into: is given those that can run.
         check: a further check of each row, in input order; raises RequestError.
+        lengths: output tokens of rows that an earlier run has finished.
         fits: whether memory can ever hold a sequence of so many tokens.
     Raises:
         InputError: the input cannot be read to its end.
         ResourceError: there is no room for the tokens.
     """
     counts, place = RowCounts(), 0
-    feed = Feed(rows, tokenizer, grammars=grammars, check=check, finished=finished)
+    feed = Feed(rows, tokenizer, grammars=grammars, check=check, finished=finished, lengths=lengths)
     try:
         while not feed.ended:
             chunk = feed.get(wait=True)
@@ -71,6 +76,7 @@ def read_rows(
                 continue
             counts.num_read += chunk.num_read
             counts.num_done += chunk.num_read - len(chunk.rows)
+            counts.ended += chunk.ended
             for row in chunk.rows:
                 try:
                     requests = _checked(row, counts, limits, fits)

@@ -17,6 +17,7 @@ from batchwright.job.directory import JobDirectory
 from batchwright.job.durable import write_private
 from batchwright.job.events import JobEvent
 from batchwright.job.feed import CHUNK_ROWS, Feed
+from batchwright.job.history import finished_lengths
 from batchwright.job.journal import FinishedRows, Journal, RowState
 from batchwright.job.machine import this_machine
 from batchwright.job.manifest import check_manifest, job_manifest
@@ -116,6 +117,7 @@ def run_job(
             grammars=model.grammars,
             check=check,
             finished=FinishedRows(directory.path, done),
+            lengths=finished_lengths(journal.results_path) if resumed else {},
             chunk_rows=min(CHUNK_ROWS, options.horizon_rows),
         )
         metrics.start(_run_start(model, options))

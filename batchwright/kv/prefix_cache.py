@@ -96,16 +96,19 @@ class PrefixCache:
         """Give up all references."""
         self.drop(np.flatnonzero((self._blocks != ABSENT).any(axis=0)).astype(np.int32))
 
-    def num_adopted(self, group: int, nodes: Int32Array, limit: int) -> tuple[int, int]:
-        """Blocks `adopt` would share in a group, and how many of them only the cache holds."""
+    def adopted(self, group: int, nodes: Int32Array, limit: int) -> Int32Array:
+        """The blocks that `adopt` would share in a group."""
         first = int(_first_needed(self._tables[group], np.array(len(nodes)), limit))
-        blocks = self._blocks[group, nodes[first:]]
-        cache_only = self._tables[group].pool.ref_counts[blocks] == 1
-        return len(blocks), int(np.count_nonzero(cache_only))
+        return self._blocks[group, nodes[first:]]
 
-    def num_evictable(self, group: int) -> int:
-        """Blocks of a group that only the cache holds."""
-        return len(self._evictable(group))
+    def num_evictable(self, group: int, *, but: Int32Array | None = None) -> int:
+        """Blocks of a group that only the cache holds.
+
+        Args:
+            but: nodes that do not count.
+        """
+        nodes = self._evictable(group)
+        return len(nodes if but is None else nodes[~np.isin(nodes, but)])
 
     def evict(self, group: int, num_blocks: int) -> None:
         """Free up to `num_blocks` blocks of a group, those first that are used again last.

@@ -41,21 +41,26 @@ class OutputLengths:
     is_measured: bool
 
 
-def output_lengths(columns: RowColumns, used_share: float | None) -> OutputLengths:
+def output_lengths(
+    columns: RowColumns, used_share: float | npt.NDArray[np.float64] | None
+) -> OutputLengths:
     """Bounds from what rows allow, and between them what finished rows used, or LIKELY_SHARE.
 
     The likely lengths are not all of one share: some rows end early, some use all. That makes the
     end of a job longer, when few rows run. LIKELY_SHARE spreads them evenly from nothing to all.
 
     Args:
-        used_share: share of their allowed tokens that finished rows used; None if there are none.
+        used_share: share of their allowed tokens that finished rows used, or [num_rows] what is
+            expected of each row; None if nothing is finished.
     """
-    share = LIKELY_SHARE if used_share is None else used_share
-    used = even_numbers(len(columns)) ** (1 / max(share, 1e-3) - 1)  # whose mean is `share`
+    share = np.asarray(LIKELY_SHARE if used_share is None else used_share, np.float64)
+    used = even_numbers(len(columns)) ** (1 / np.maximum(share, 1e-3) - 1)  # whose mean is `share`
     likely = np.rint(used * columns.most_output).astype(np.int64)
     likely = np.clip(likely, columns.least_output, columns.most_output)
+    num_most = max(int(columns.most_output.sum()), 1)
+    mean = float((share * columns.most_output).sum() / num_most) if share.ndim else float(share)
     return OutputLengths(
-        columns.least_output, likely, columns.most_output, share, used_share is not None
+        columns.least_output, likely, columns.most_output, mean, used_share is not None
     )
 
 

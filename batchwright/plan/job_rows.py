@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from batchwright.folding import fold_key
 from batchwright.plan.token_store import TokenStore
-from batchwright.request import Request, SamplingParams, Task
+from batchwright.request import Request, Task
 from batchwright.sequence import Sequence
 
 Int64Array = npt.NDArray[np.int64]
@@ -91,7 +91,7 @@ class JobRows:
             "num_computable": min(first.compute_end, num_prompt),
             "first_needed": first.first_needed_position,
             "num_samples": request.params.n if first.samples else 1,
-            "least_output": _least_output(request.params, most),
+            "least_output": request.params.least_output(most),
             "most_output": most,
             "fold": 0 if key is None else hash(key) or 1,
         }
@@ -102,11 +102,3 @@ class JobRows:
     def columns(self) -> RowColumns:
         """What is known of all rows so far, copied."""
         return RowColumns(**{name: np.array(c, np.int64) for name, c in self._columns.items()})
-
-
-def _least_output(params: SamplingParams, most: int) -> int:
-    """Output tokens that a sequence has at least."""
-    can_end = bool(params.stop or params.stop_token_ids or params.grammar is not None)
-    if params.ignore_eos and not can_end:
-        return most
-    return min(max(params.min_tokens, 1), most)

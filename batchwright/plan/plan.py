@@ -2,7 +2,11 @@
 
 It knows the rows read so far, not the whole job; rows may be appended at any time. They are ordered
 anew when the new ones have become a good part of those that wait, so that ordering costs little per
-row and the first row starts before the last is read.
+row and the first row starts before the last is read. They are also ordered anew when rows that have
+ended tell more about how long the others will be.
+
+The last rows, no more than run at once, start longest first whatever the order is, unless it says
+otherwise: then no long row is left to run alone at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from dataclasses import replace
 import numpy as np
 
 from batchwright.plan.dual_scan import DualScan, MemorySplit, Pick
+from batchwright.plan.expected_lengths import ExpectedLengths
 from batchwright.plan.job_tree import Int64Array, JobTree, build_job_tree
+from batchwright.plan.lengths.declared import Predictor as Declared
 from batchwright.plan.order import JobFacts, OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import Int32Array
@@ -21,6 +27,11 @@ from batchwright.sequence import Sequence
 
 NEW_SHARE = 0.25
 """Rows are ordered anew when the new ones reach this share of the ordered ones that wait."""
+
+MORE_ENDED = 2
+"""And when so many times the rows have ended as when they were ordered last, for lengths."""
+
+LEAST_ENDED = 16
 
 LOOK_AHEAD_BLOCKS = 32_768
 """Prompt blocks of coming rows that are looked at to tell when a block is used next."""
@@ -56,14 +67,24 @@ class Plan:
         order: a function of `plan/orders`.
         block_size: tokens of a prompt block, of which `Sequence.nodes` has one number each.
         kv_tokens: KV memory in tokens, for orders that divide it.
+        expected: output lengths, by default all that rows may have.
     """
 
     def __init__(
-        self, order: OrderFunction = fcfs, *, block_size: int = 1, kv_tokens: int = 0
+        self,
+        order: OrderFunction = fcfs,
+        *,
+        block_size: int = 1,
+        kv_tokens: int = 0,
+        expected: ExpectedLengths | None = None,
     ) -> None:
         self._order = order
         self._block_size = block_size
         self._kv_tokens = kv_tokens
+        self._expected = expected or ExpectedLengths(Declared())
+        self._num_ended = 0  # rows that had ended when the others were ordered
+        self._most_running = 0
+        self._has_tail = False  # the rows that wait are the last, longest first
         self._new: list[Sequence] = []  # not ordered yet
         self._rows: list[Sequence | None] = []  # ordered last, as they came; None once started
         self._scan: InOrder | DualScan = InOrder(np.empty(0, np.int32))
@@ -75,11 +96,18 @@ class Plan:
         """Add a row."""
         self._new.append(sequence)
 
-    def next_admission(self) -> Sequence | None:
-        """The row to start next, which leaves the plan; None when there is none for now."""
+    def next_admission(self, num_running: int = 0) -> Sequence | None:
+        """The row to start next, which leaves the plan; None when there is none for now.
+
+        Args:
+            num_running: sequences that run: as many as ever ran are the last ones.
+        """
+        self._most_running = max(self._most_running, num_running + 1)
         while True:  # a cancelled row, which is skipped, may be the last before new ones
             if self._is_due():
                 self._make_order()
+            if not self._has_tail and len(self._scan) <= self._most_running and not self._new:
+                self._order_tail()
             pick = self._scan.pick(self._memory_in_use())
             if pick is None:
                 return None
@@ -99,9 +127,18 @@ class Plan:
             self._count_next_use(len(self._next_use))
         return self._next_use[nodes] - self._num_started
 
+    def waiting(self) -> list[Sequence]:
+        """Rows that have not been started."""
+        ordered = (s for s in self._rows if s is not None)
+        return [s for s in (*ordered, *self._new) if s.finish_reason is None]
+
     # Ordering ---------------------------------------------------------------------------------
 
     def _is_due(self) -> bool:
+        if self._order is not fcfs and len(self._scan):
+            known = max(LEAST_ENDED, MORE_ENDED * self._num_ended)
+            if self._expected.num_ended >= known:
+                return True
         if not self._new:
             return False
         if self._order is fcfs:  # new rows come after the others in any case
@@ -116,9 +153,12 @@ class Plan:
         sequences += [sequence for sequence in self._new if sequence.finish_reason is None]
         self._new = []
         self._rows = [*sequences]
+        self._has_tail = self._order is fcfs
+        self._num_ended = self._expected.num_ended
         if self._order is fcfs:
             self._scan = InOrder(np.arange(len(sequences), dtype=np.int32))
             return
+        self._expected.estimate(sequences)
         continues = sequences.index(following[0]) if following else None
         order = self._order(job_facts(sequences, self._block_size, continues))
         if order.units is not None and len(sequences):
@@ -127,6 +167,18 @@ class Plan:
             self._scan = InOrder(order.rows)
         self._next_use = np.empty(0, np.int64)
         renumber([sequences[row] for row in self._scan.rest().tolist()])
+
+    def _order_tail(self) -> None:
+        """Let the rows that are left start longest first; equals as they would have."""
+        self._has_tail = True
+        rest = self._scan.rest()
+        sequences = [self._rows[row] for row in rest.tolist()]
+        lengths = np.array([0.0 if s is None else expected_output(s) for s in sequences])
+        if len(rest) < 2 or (lengths[1:] <= lengths[:-1]).all():
+            return
+        self._scan = InOrder(rest[np.argsort(-lengths, kind="stable")])
+        self._next_use = np.empty(0, np.int64)
+        renumber([s for row in self._scan.rest().tolist() if (s := self._rows[row]) is not None])
 
     def _waiting(self, rows: list[int]) -> list[Sequence]:
         sequences = (self._rows[row] for row in rows)
@@ -164,8 +216,7 @@ class Plan:
 def job_facts(sequences: Seq[Sequence], block_size: int, continues: int | None = None) -> JobFacts:
     """What an order is made from.
 
-    A row whose samples wait with it counts once, with the output of all. Outputs are expected to
-    be as long as they may be.
+    A row whose samples wait with it counts once, with the output of all.
     """
 
     def make_tree() -> JobTree:
@@ -177,12 +228,18 @@ def job_facts(sequences: Seq[Sequence], block_size: int, continues: int | None =
     return JobFacts(
         num_prompt_tokens=np.array([s.num_prompt_tokens for s in sequences], np.int64),
         num_output_tokens=np.array(
-            [(s.max_len - s.num_prompt_tokens) * (1 + len(s.siblings)) for s in sequences],
-            np.float64,
+            [expected_output(s) * (1 + len(s.siblings)) for s in sequences], np.float64
         ),
         make_tree=make_tree,
         continues=continues,
     )
+
+
+def expected_output(sequence: Sequence) -> float:
+    """Output tokens that a sequence will have, as far as is known."""
+    if sequence.expected_output is None:
+        return sequence.max_len - sequence.num_prompt_tokens
+    return sequence.expected_output
 
 
 def renumber(sequences: Seq[Sequence]) -> None:

@@ -3,6 +3,9 @@
 No two of them compute the same prefix: there is budget for another only while every sequence that
 runs has all its prompt scheduled, and what is scheduled is shared.
 
+A sequence starts if what runs and itself fit to their expected ends (`forecast.py`), not only now;
+so as long as lengths are as expected nothing is preempted.
+
 It cannot deadlock: when nothing runs, everything but the newcomer's own blocks can be evicted.
 """
 
@@ -12,66 +15,64 @@ import numpy as np
 
 from batchwright.kv.block_table import BlockTable
 from batchwright.kv.groups import blocks_per_sequence
+from batchwright.request import Int32Array
 from batchwright.sched.books import Books
+from batchwright.sched.forecast import Forecast
 from batchwright.sched.limits import StepLimits
 from batchwright.sched.progress import Progress
 from batchwright.sequence import Sequence
+
+NO_BLOCKS: Int32Array = np.empty(0, np.int32)
 
 
 class Admission:
     """Starts waiting sequences while budget, slots and blocks last."""
 
-    def __init__(self, books: Books, limits: StepLimits, progress: Progress) -> None:
+    def __init__(
+        self, books: Books, limits: StepLimits, progress: Progress, forecast: Forecast
+    ) -> None:
         self._books = books
+        self._forecast = forecast
         self._limits = limits
         self._progress = progress
         self._simple: list[tuple[int, int]] = []  # (slot, tokens) that start, see _is_simple
         self._num_promised_blocks = 0  # what these will take in each group
 
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences that may still be started."""
+        return self._progress.num_free_slots
+
     def admit(self, budget: int) -> None:
         """Start sequences that compute at most `budget` tokens together."""
         books = self._books
+        if budget > 0 and self._wants_lengths and books.expected.is_due:
+            books.estimate_lengths()
         while budget > 0 and self._progress.num_free_slots:
-            sequence = books.waiting.next()
+            sequence = books.waiting.next(books.slots.num_running)
             if sequence is None:
                 break
-            if self._is_simple(sequence):
+            if sequence.expected_output is None and self._wants_lengths:
+                books.estimate_lengths(sequence)
+            if self._is_simple(sequence, budget):
                 budget -= self._start_simple(sequence, budget)
                 continue
             self._advance_simple()
-            num_matched = self._num_matched(sequence)
-            if self._short_group(sequence, num_matched) is not None:
+            num_matched = self.num_matched(sequence)
+            if not self._has_room(sequence, num_matched, budget):
                 books.waiting.put_back(sequence)
                 break
             budget -= self._start(sequence, num_matched, budget)
         self._advance_simple()
 
-    def stays_closed(self, budget: int, *, may_ask_plan: bool) -> bool:
-        """Whether nothing can start in a Step of this budget, and none while running rows grow.
-
-        Rows that grow take free blocks, or such as only the cache holds, so a group without a
-        window that lacks room for a sequence goes on lacking it.
-
-        Args:
-            may_ask_plan: whether the next Step's `admit` would ask the plan in the state it is in.
-        """
-        waiting = self._books.waiting
-        if budget <= 0 or not self._progress.num_free_slots:
-            return True
-        if not may_ask_plan and not waiting.is_known:
-            return False
-        sequence = waiting.next()
-        if sequence is None:
-            return True
-        waiting.put_back(sequence)
-        if self._is_simple(sequence):
-            return False
-        short = self._short_group(sequence, self._num_matched(sequence))
-        return short is not None and self._books.tables[short].window is None
+    @property
+    def _wants_lengths(self) -> bool:
+        """Whether memory is short, and ended sequences tell how long others may be."""
+        return self._forecast.was_needed and self._books.expected.knows_any
 
     # Sequences that share nothing -------------------------------------------------------------
 
-    def _is_simple(self, sequence: Sequence) -> bool:
+    def _is_simple(self, sequence: Sequence, budget: int) -> bool:
         """Whether a sequence can start at once and shares nothing with anyone.
 
         Such sequences are what a job without common prefixes consists of. They are advanced
@@ -82,12 +83,18 @@ class Admission:
             return False  # its blocks may be resident, or its siblings want to fork
         if not self._books.tree.is_alone(sequence.nodes):
             return False
-        num_running = self._books.slots.num_running
+        if not self._books.slots.num_running:
+            return False
         for table in self._books.tables:
-            need = self._blocks_to_start(table, sequence) + num_running
+            need = self._blocks_to_start(table, sequence)
             if need > table.pool.num_free - self._num_promised_blocks:
                 return False
-        return num_running > 0
+        if self._forecast.surely_fits(sequence):
+            return True
+        self._advance_simple()  # the forecast is made of what is scheduled
+        num_computed = min(len(sequence.token_ids), sequence.compute_end, budget)
+        nothing = [NO_BLOCKS] * len(self._books.tables)
+        return self._forecast.reserve(sequence, num_computed, nothing, 0)
 
     def _start_simple(self, sequence: Sequence, budget: int) -> int:
         """Give a slot to a simple sequence; returns the tokens that it will compute."""
@@ -112,28 +119,52 @@ class Admission:
 
     # Any other --------------------------------------------------------------------------------
 
-    def _num_matched(self, sequence: Sequence) -> int:
+    def num_matched(self, sequence: Sequence) -> int:
         """Resident blocks that a sequence can start from."""
         nodes, limit = sequence.nodes, sequence.first_needed_position
         return self._books.cache.match(nodes, limit) if len(nodes) else 0
 
-    def _short_group(self, sequence: Sequence, num_matched: int) -> int | None:
-        """The first group that lacks room for all known tokens of a sequence, None: they fit.
+    def shared_blocks(self, sequence: Sequence, num_matched: int) -> list[Int32Array]:
+        """Blocks of its matched prefix that a sequence takes over in each group."""
+        nodes, limit = sequence.nodes[:num_matched], sequence.first_needed_position
+        groups = range(len(self._books.tables))
+        return [self._books.cache.adopted(group, nodes, limit) for group in groups]
 
-        Every running slot is left one block of growth.
+    def num_lacking(self, sequence: Sequence, group: int, num_shared: int) -> int:
+        """Blocks beyond free ones that the known tokens of a sequence and its next one take."""
+        table = self._books.tables[group]
+        return self._blocks_to_start(table, sequence) - num_shared - table.pool.num_free
+
+    def num_to_evict(self, group: int, shared: Int32Array) -> int:
+        """Blocks of a group that can be freed, unless a sequence takes over `shared`."""
+        books = self._books
+        cache_only = np.count_nonzero(books.tables[group].pool.ref_counts[shared] == 1)
+        return books.cache.num_evictable(group) - int(cache_only)
+
+    def num_computed_at_once(self, sequence: Sequence, num_matched: int, budget: int) -> int:
+        """Tokens of a sequence whose KV is there or scheduled once it has started."""
+        computed = min(num_matched * self._books.block_size, sequence.first_needed_position)
+        wanted = min(len(sequence.token_ids), sequence.compute_end) - computed
+        return computed + min(wanted, budget)
+
+    def _has_room(self, sequence: Sequence, num_matched: int, budget: int) -> bool:
+        """Whether all known tokens fit now, and all of the sequence until its expected end.
+
+        If so the forecast counts it as started.
         """
         books = self._books
-        num_running = books.slots.num_running
-        if not num_running:
-            return None
-        nodes, limit = sequence.nodes[:num_matched], sequence.first_needed_position
-        for group, table in enumerate(books.tables):
-            need = self._blocks_to_start(table, sequence)
-            shared, cache_only = books.cache.num_adopted(group, nodes, limit)
-            missing = need - shared + num_running - table.pool.num_free
-            if missing > 0 and missing > books.cache.num_evictable(group) - cache_only:
-                return group
-        return None
+        if not books.slots.num_running:
+            return True
+        shared = self.shared_blocks(sequence, num_matched)
+        for group in range(len(books.tables)):
+            lacking = self.num_lacking(sequence, group, len(shared[group]))
+            if lacking > 0 and lacking > self.num_to_evict(group, shared[group]):
+                return False
+        if self._forecast.surely_fits(sequence):
+            return True
+        computed = self.num_computed_at_once(sequence, num_matched, budget)
+        fits = self._forecast.reserve(sequence, computed, shared, num_matched)
+        return fits or sequence.request.urgent  # somebody waits for it; others may make room later
 
     def _blocks_to_start(self, table: BlockTable, sequence: Sequence) -> int:
         """Blocks that all known tokens of a sequence and its next one take in a group."""
@@ -158,4 +189,5 @@ class Admission:
             grants = grants[:0]
             slots = slots[:0]
         progress.advance(slots, grants)
+        self._forecast.holds(slot)
         return int(grants.sum())

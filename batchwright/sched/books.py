@@ -13,6 +13,8 @@ import numpy as np
 from batchwright.kv.block_table import BlockTable
 from batchwright.kv.groups import KVGroup
 from batchwright.kv.prefix_cache import PrefixCache
+from batchwright.plan.expected_lengths import ExpectedLengths
+from batchwright.plan.job_tree import Int64Array
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.plan.plan import Plan
@@ -32,6 +34,7 @@ class Books:
         tables: the blocks of running sequences, one table per KV group.
         tree: the prompts of all sequences that are known.
         cache: which of their blocks are resident.
+        expected: how long sequences will be.
         builder: collects what the next Step computes and what has changed since the last.
     """
 
@@ -43,11 +46,15 @@ class Books:
         max_num_seqs: int,
         max_model_len: int,
         order: OrderFunction = fcfs,
+        expected: ExpectedLengths,
     ) -> None:
+        self.expected = expected
+        expected.running = self
         self.block_size = block_size
         self.slots = Slots(max_num_seqs, max_model_len)
         kv_tokens = max(group.num_blocks for group in groups) * block_size
-        self.waiting = Waiting(Plan(order, block_size=block_size, kv_tokens=kv_tokens))
+        plan = Plan(order, block_size=block_size, kv_tokens=kv_tokens, expected=expected)
+        self.waiting = Waiting(plan)
         self.tables = [
             BlockTable(
                 group,
@@ -60,6 +67,27 @@ class Books:
         self.tree = PrefixTree(block_size)
         self.cache = PrefixCache(self.tree, self.tables, self.waiting.next_use)
         self.builder = StepBuilder(self.slots, self.tables)
+
+    def estimate_lengths(self, *others: Sequence) -> None:
+        """Ask anew how long sequences will be: all that wait if more is known now, else those that
+        nobody was asked about yet."""
+        waiting = [*others, *self.waiting.all()]
+        if not self.expected.is_due:
+            waiting = [sequence for sequence in waiting if sequence.expected_output is None]
+        self.expected.estimate(waiting)
+
+    def so_far(self) -> tuple[list[Sequence], Int64Array]:
+        """Sequences that run, with what is expected of them, and their output tokens."""
+        slots, running = self.slots, self.slots.running
+        sequences = [self.occupant(slot) for slot in running.tolist()]
+        for sequence, length in zip(sequences, slots.expected_len[running].tolist(), strict=True):
+            sequence.expected_len = length
+        return sequences, (slots.num_known[running] - slots.num_prompt[running]).astype(np.int64)
+
+    def take_expected(self, sequences: Seq[Sequence]) -> None:
+        """Other lengths are expected of these, which run."""
+        slots = [sequence.slot for sequence in sequences]
+        self.slots.expected_len[slots] = [sequence.expected_len for sequence in sequences]
 
     def occupant(self, slot: int) -> Sequence:
         """The sequence that runs in a slot."""

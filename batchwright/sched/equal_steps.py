@@ -10,14 +10,15 @@ Only the ids of new blocks may be dealt out to rows in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from batchwright.kv.block_table import BlockTable
 from batchwright.request import Int32Array
-from batchwright.sched.admission import Admission
 from batchwright.sched.books import Books
+from batchwright.sched.closed_steps import Closed, ClosedSteps, most_steps
+from batchwright.sched.forecast import Forecast
 from batchwright.sched.intake import Intake, SchedulerStats, Update
 from batchwright.sched.limits import StepLimits
 from batchwright.step import EqualResults, EqualSteps
@@ -30,15 +31,18 @@ class Foresight:
         self,
         books: Books,
         limits: StepLimits,
-        admission: Admission,
+        closed_steps: ClosedSteps,
+        forecast: Forecast,
         intake: Intake,
         stats: SchedulerStats,
     ) -> None:
         self._books = books
         self._limits = limits
-        self._admission = admission
+        self._closed_steps = closed_steps
+        self._forecast = forecast
         self._intake = intake
         self._stats = stats
+        self._num_made = 0  # of the Steps said last, those in which the forecast makes its curve
 
     def look(self) -> EqualSteps | None:
         """The coming Steps that are equal, as far as it is known; None: perhaps none.
@@ -55,15 +59,13 @@ class Foresight:
             return None
         if any(table.writes_shared_block(slots, positions) for table in books.tables):
             return None  # samples part: blocks are copied, which a Step says and these do not
-        if not self._with_room(slots, positions, 1) or not self._nobody_starts(slots, positions):
-            return None
         num_steps = int((state.max_len[slots] - state.num_tokens[slots]).min())
-        return EqualSteps(
-            books.builder.released,
-            slots,
-            positions,
-            self._with_room(slots, positions, num_steps),
-        )
+        num_steps = self._with_room(slots, positions, num_steps)
+        closed = self._closed(slots, positions, num_steps)
+        if not closed.num_steps:
+            return None
+        self._num_made = closed.num_made
+        return EqualSteps(books.builder.released, slots, positions, closed.num_steps)
 
     def take(self, steps: EqualSteps, results: EqualResults) -> Update:
         """Books as if some of these Steps had been made and their results taken in."""
@@ -91,6 +93,7 @@ class Foresight:
         self._stats.num_steps += num_steps
         self._stats.num_computed_tokens += num_steps * len(slots)
         books.builder.skip(num_steps)
+        self._forecast.skip_steps(num_steps, self._num_made)
         state.num_computed[slots] = ends
         state.num_tokens[slots] += np.int32(num_steps)
         return self._intake.take_equal(slots, results.ordinary_ids, results.token_ids, num_steps)
@@ -107,7 +110,7 @@ class Foresight:
             def fits(steps: int, table: BlockTable = table, room: int = room) -> bool:
                 return _growth(table, slots, starts, steps) <= room
 
-            num_steps = _most(num_steps, fits)
+            num_steps = most_steps(num_steps, fits)
         return num_steps
 
     def _may_lack(self, table: BlockTable, slots: Int32Array, num_steps: int) -> bool:
@@ -123,15 +126,21 @@ class Foresight:
         """
         return len(self._books.tables) == 1 and self._books.tables[0].window is None
 
-    def _nobody_starts(self, slots: Int32Array, starts: Int32Array) -> bool:
-        """Whether nothing can be admitted, neither now nor while only these rows grow."""
+    def _closed(self, slots: Int32Array, starts: Int32Array, num_steps: int) -> Closed:
+        """For how many of these Steps nothing starts."""
+        if not num_steps:
+            return Closed(0, 0)
         evicts_first = any(
             self._may_lack(table, slots, 1)
             and _growth(table, slots, starts, 1) > table.pool.num_free
             for table in self._books.tables
         )
         budget = self._limits.max_tokens - len(slots)
-        return self._admission.stays_closed(budget, may_ask_plan=not evicts_first)
+
+        def growth(table: BlockTable, num_steps: int) -> int:
+            return _growth(table, slots, starts, num_steps)
+
+        return self._closed_steps.look(budget, num_steps, growth, may_ask_plan=not evicts_first)
 
 
 def _parts(num_steps: int, table: BlockTable) -> Iterator[tuple[np.int32, np.int32]]:
@@ -144,14 +153,3 @@ def _parts(num_steps: int, table: BlockTable) -> Iterator[tuple[np.int32, np.int
 def _growth(table: BlockTable, slots: Int32Array, starts: Int32Array, num_steps: int) -> int:
     """Blocks that these rows are given in so many Steps."""
     return int(table.num_blocks_to_grow(slots, starts, starts + np.int32(num_steps)).sum())
-
-
-def _most(largest: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `largest` that fits, if all smaller ones do; 0 if 1 does not."""
-    if largest < 1 or fits(largest):
-        return max(largest, 0)
-    low, high = 0, largest
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

@@ -10,6 +10,7 @@ import numpy as np
 
 from batchwright.request import Int32Array
 from batchwright.sched.books import Books
+from batchwright.sched.forecast import Forecast
 from batchwright.sched.intake import Intake, SchedulerStats
 from batchwright.sched.limits import StepLimits
 from batchwright.sched.slots import Slots
@@ -20,10 +21,16 @@ class Progress:
     """Divides the budget among slots and writes down what they compute."""
 
     def __init__(
-        self, books: Books, limits: StepLimits, intake: Intake, stats: SchedulerStats
+        self,
+        books: Books,
+        limits: StepLimits,
+        forecast: Forecast,
+        intake: Intake,
+        stats: SchedulerStats,
     ) -> None:
         self._books = books
         self._limits = limits
+        self._forecast = forecast
         self._intake = intake
         self._stats = stats
 
@@ -130,7 +137,8 @@ class Progress:
     def _fork_siblings(self, slot: int) -> None:
         """The prompt is computed: samples 1..n-1 share its blocks and draw from its logits.
 
-        Siblings that find no slot wait as sequences of their own and share the full blocks.
+        Siblings that find no slot, or no memory until they end, wait as sequences of their own
+        and share the full blocks.
         """
         books = self._books
         parent = books.occupant(slot)
@@ -138,16 +146,32 @@ class Progress:
         for sibling in siblings:
             if sibling.finish_reason is not None:
                 continue
-            if not self.num_free_slots:
+            computed = int(books.slots.num_computed[slot])
+            if not self.num_free_slots or not self._has_room_to_fork(slot, sibling, computed):
                 books.waiting.put_back(sibling)
                 continue
-            computed = int(books.slots.num_computed[slot])
             child = books.slots.occupy(sibling, computed, write_from=0)
             for table in books.tables:
                 table.fork(slot, child)
             self.book_start(sibling, num_cached=computed)
             books.slots.num_tokens[child] += 1
             books.builder.add_fork(child, slot)
+            self._forecast.holds(child)
+
+    def _has_room_to_fork(self, slot: int, sibling: Sequence, computed: int) -> bool:
+        """Whether a sibling fits until its expected end; if so the forecast counts it."""
+        if self._forecast.surely_fits(sibling, num_spare=1):  # see is_first_fork
+            return True
+        self._forecast.make()
+        self._forecast.holds(slot)
+        num_full = computed // self._books.block_size
+        shared = [table.table[slot, table.start[slot] : num_full] for table in self._books.tables]
+        table = self._books.tables[0]
+        unfinished = table.table[slot, min(num_full, int(table.end[slot]) - 1)]
+        is_first = computed % self._books.block_size > 0 and table.pool.ref_counts[unfinished] == 1
+        return self._forecast.reserve(
+            sibling, computed, shared, num_full, is_first_fork=bool(is_first)
+        )
 
     def _preempt(self, slot: int) -> None:
         """Send a slot back to waiting."""

@@ -19,12 +19,17 @@ import numpy as np
 
 from batchwright.errors import RequestError
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
+from batchwright.plan.expected_lengths import ExpectedLengths
+from batchwright.plan.length_predictor import LengthPredictor
+from batchwright.plan.lengths.subtree import Predictor as Subtree
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import FinishReason
 from batchwright.sched.admission import Admission
 from batchwright.sched.books import Books
+from batchwright.sched.closed_steps import ClosedSteps
 from batchwright.sched.equal_steps import Foresight
+from batchwright.sched.forecast import Forecast
 from batchwright.sched.intake import Ending, Intake, SchedulerStats, Update
 from batchwright.sched.limits import StepLimits
 from batchwright.sched.progress import Progress
@@ -44,6 +49,7 @@ class Scheduler:
         max_model_len: most tokens of a sequence.
         prefix_sharing: whether prompts share blocks.
         order: in which order rows start, a function of `plan/orders`.
+        lengths: guesses output lengths, by default from the rows that have ended.
 
     Attributes:
         order: as given.
@@ -51,6 +57,7 @@ class Scheduler:
         stats: counts since the start.
         books: what is known about sequences.
         num_unfinished: sequences that have not ended.
+        expected: how long outputs will be.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class Scheduler:
         max_model_len: int,
         prefix_sharing: bool = True,
         order: OrderFunction = fcfs,
+        lengths: LengthPredictor | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self._groups = groups
@@ -70,6 +78,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._prefix_sharing = prefix_sharing
         self.order = order
+        self.expected = ExpectedLengths(lengths or Subtree())
         self.block_size = block_size
         self.limits = StepLimits(max_num_seqs, max_num_batched_tokens)
         self.stats = SchedulerStats()
@@ -83,19 +92,28 @@ class Scheduler:
             max_num_seqs=self._max_num_seqs,
             max_model_len=self._max_model_len,
             order=self.order,
+            expected=self.expected,
         )
         self.num_unfinished = 0
         self._in_flight: deque[InFlight] = deque()
         self._intake = Intake(self.books.slots, self.stats, self._finish_all)
-        self._progress = Progress(self.books, self.limits, self._intake, self.stats)
-        self._admission = Admission(self.books, self.limits, self._progress)
+        self._forecast = Forecast(self.books.slots, self.books.tables, self.limits)
+        self._progress = Progress(self.books, self.limits, self._forecast, self._intake, self.stats)
+        self._admission = Admission(self.books, self.limits, self._progress, self._forecast)
         self._foresight = Foresight(
-            self.books, self.limits, self._admission, self._intake, self.stats
+            self.books,
+            self.limits,
+            ClosedSteps(self.books, self._admission, self._forecast),
+            self._forecast,
+            self._intake,
+            self.stats,
         )
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, *, is_first: bool = False) -> None:
         """Make a sequence (with its siblings) known; it waits in the plan.
 
+        Args:
+            is_first: it waits ahead of all in the plan.
         Raises:
             RequestError: it would not fit into KV memory even alone.
         """
@@ -112,7 +130,10 @@ class Scheduler:
         draws_a_token = sequence.max_len > sequence.num_prompt_tokens or not sequence.samples
         assert draws_a_token and sequence.first_needed_position < sequence.compute_end
         self._register(sequence)
-        self.books.waiting.append(sequence)
+        if is_first:
+            self.books.waiting.put_back(sequence)
+        else:
+            self.books.waiting.append(sequence)
 
     def _register(self, sequence: Sequence) -> None:
         family = [sequence, *sequence.siblings]
@@ -129,6 +150,7 @@ class Scheduler:
 
         With results outstanding, None may only mean that nothing can go on without them.
         """
+        self._forecast.begin_step(is_late=bool(self._in_flight))
         self._progress.make_way()
         num_tokens, preempted = self._progress.advance_running()
         if not preempted:  # what preemption freed belongs to the rows that needed it
@@ -183,6 +205,8 @@ class Scheduler:
         slots = [ending.sequence.slot for ending in endings if ending.sequence.slot != NO_SLOT]
         if slots:
             self.books.leave(*slots)
+        for ending in endings:
+            self.expected.note_end(ending.sequence)
         self.books.tree.forget(*(ending.sequence.nodes for ending in endings))
         for ending in endings:
             siblings = ending.sequence.siblings

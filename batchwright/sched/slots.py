@@ -24,6 +24,7 @@ class Slots:
         num_computed: tokens whose KV is scheduled.
         compute_end: where computing stops.
         max_len: number of tokens at which the sequence ends.
+        expected_len: number of tokens at which it probably ends.
         num_prompt: prompt length.
         sampled_from: positions from here on were sampled by the executor during this occupation.
         write_from: tokens before it lie in shared blocks and are never written.
@@ -44,7 +45,7 @@ class Slots:
         self.num_tokens, self.num_known, self.num_computed = zeros(), zeros(), zeros()
         self.compute_end, self.max_len, self.num_prompt = zeros(), zeros(), zeros()
         self.sampled_from, self.write_from, self.score_from = zeros(), zeros(), zeros()
-        self.computed_once = zeros()
+        self.computed_once, self.expected_len = zeros(), zeros()
         self.samples = np.zeros(max_num_seqs, np.bool_)
         self.watched = np.zeros(max_num_seqs, np.bool_)
         self.constrained = np.zeros(max_num_seqs, np.bool_)
@@ -86,6 +87,7 @@ class Slots:
         self.num_computed[slot], self.write_from[slot] = num_computed, write_from
         self.compute_end[slot], self.max_len[slot] = sequence.compute_end, sequence.max_len
         self.num_prompt[slot] = sequence.num_prompt_tokens
+        self.expected_len[slot] = sequence.expected_len
         self.score_from[slot] = score_start or NEVER
         self.computed_once[slot] = sequence.num_computed_once
         self.samples[slot], self.watched[slot] = samples, sequence.is_watched
@@ -103,6 +105,7 @@ class Slots:
         assert sequence is not None
         sequence.token_ids = self.token_ids[slot, : self.num_known[slot]].copy()
         sequence.num_in_flight = int(self.num_tokens[slot] - self.num_known[slot])
+        sequence.expected_len = int(self.expected_len[slot])
         sequence.num_computed_once = int(max(self.num_computed[slot], self.computed_once[slot]))
         sequence.slot = NO_SLOT
         self.sequences[slot] = None

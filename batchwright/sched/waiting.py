@@ -10,7 +10,7 @@ import numpy as np
 from batchwright.plan.job_tree import Int64Array
 from batchwright.plan.plan import Plan
 from batchwright.request import Int32Array
-from batchwright.sequence import Sequence
+from batchwright.sequence import NO_NODES, Sequence
 
 
 class Waiting:
@@ -54,22 +54,36 @@ class Waiting:
         else:
             self._held.append(sequence)
 
-    def next(self) -> Sequence | None:
-        """The sequence to start next, which waits no more; None if there is none."""
+    def next(self, num_running: int = 0) -> Sequence | None:
+        """The sequence to start next, which waits no more; None if there is none.
+
+        Args:
+            num_running: sequences that run.
+        """
         while self._returned:
             *_, sequence = heapq.heappop(self._returned)
             if sequence.finish_reason is None:
                 assert not sequence.num_in_flight
                 return sequence
-        return self._plan.next_admission() if self._only is None else None
+        return self._plan.next_admission(num_running) if self._only is None else None
+
+    def all(self) -> list[Sequence]:
+        """Sequences that wait; of a row that has not started only the first."""
+        returned = [s for *_, s in self._returned if s.finish_reason is None]
+        return returned + self._plan.waiting()
 
     def next_use(self, nodes: Int32Array) -> Int64Array:
         """[num_nodes] int64, how soon each node will be used again; the smaller the sooner."""
         use = self._plan.next_use(nodes)
-        waiting = [s.nodes for *_, s in self._returned if s.finish_reason is None]
-        if waiting:
-            use[np.isin(nodes, np.concatenate(waiting))] = -1
+        returned = self.returned_nodes()
+        if len(returned):
+            use[np.isin(nodes, returned)] = -1
         return use
+
+    def returned_nodes(self) -> Int32Array:
+        """Nodes of those that go ahead of the plan, which are used again first."""
+        returned = (s.nodes for *_, s in self._returned if s.finish_reason is None)
+        return np.concatenate([NO_NODES, *returned])
 
     def admit_only(self, request_ids: frozenset[str] | None) -> None:
         """See Scheduler.admit_only."""

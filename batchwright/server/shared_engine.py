@@ -196,6 +196,10 @@ class SharedEngine:
         """End a row now; its result comes out of a later step."""
         self._engine.cancel(request_id)
 
+    def note_earlier(self, request: Request, num_output: int) -> None:
+        """A row that was answered before has had so many output tokens."""
+        self._engine.note_earlier(request, num_output)
+
     def waiting_ids(self) -> list[str]:
         """Rows of the job that have not started."""
         return [id for id in self._engine.waiting_ids() if id in self._rows]

@@ -316,6 +316,7 @@ def test_a_job_that_was_begun_differently(command: Command, source: Path) -> Non
         (["--max-num-seqs", "0"], "'0' is not a whole number of at least 1"),
         (["--max-num-seqs", "8", "--max-num-batched-tokens", "4"], "below max_num_seqs 8"),
         (["--order", "random"], "order is 'random'"),
+        (["--lengths", "best"], "length_predictor is 'best', must be one of buckets, declared"),
         (["--limit", "2", "--sample", "2"], "limit and sample exclude each other"),
         (["--prices", "missing.toml"], "cannot read missing.toml"),
         (["--prices", "bad.toml"], "[own] has hours"),

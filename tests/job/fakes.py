@@ -83,6 +83,7 @@ class FakeEngine:
     running: dict[str, tuple[Request, int]] = field(default_factory=dict)
     done: list[Result] = field(default_factory=list)
     most_unfinished: int = 0
+    earlier: dict[str, int] = field(default_factory=dict)
     stats: Any = field(
         default_factory=lambda: SimpleNamespace(
             num_steps=0,
@@ -114,6 +115,9 @@ class FakeEngine:
             num_waiting_seqs=len(self.waiting),
             kv_used_fraction=len(self.running) / self.max_running,
         )
+
+    def note_earlier(self, request: Request, num_output: int) -> None:
+        self.earlier[request.id] = num_output
 
     def waiting_ids(self) -> list[str]:
         return [request.id for request in self.waiting]

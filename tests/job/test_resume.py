@@ -302,3 +302,14 @@ def test_a_sample_has_its_number_of_rows(tmp_path: Path, num_rows: int) -> None:
     chosen = select_ids(tmp_path, rows, lambda all_rows: select.sample(all_rows, limit))
     assert len(chosen) == min(num_rows, 16)
     assert chosen == sorted(chosen)
+
+
+def test_a_job_that_goes_on_knows_how_long_finished_rows_were(tmp_path: Path) -> None:
+    """Of those that are still in the input, for what it asks; the engine does not run them."""
+    rows = [*rows_named("abcdef"), chat_row("two", max_tokens=2, n=2)]
+    go(tmp_path, rows[:3] + rows[6:])
+    engine = Recording(max_running=2)
+    changed = chat_row("c", "Something else", max_tokens=2)
+    go(tmp_path, [rows[0], changed, *rows[3:]], engine)
+    assert engine.earlier == {"a": 2, "two": 2}
+    assert engine.given == ["c", "d", "e", "f"]

@@ -104,7 +104,10 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             first = first_block(window, num_matched, row.limit)
             blocks = self.cache._blocks[group, matched[first:]]
             num_only = np.count_nonzero(table.pool.ref_counts[blocks] == 1)
-            assert self.cache.num_adopted(group, matched, row.limit) == (len(blocks), num_only)
+            adopted = self.cache.adopted(group, matched, row.limit)
+            assert len(adopted) == len(blocks)
+            refs = self.cache._tables[group].pool.ref_counts[adopted]
+            assert np.count_nonzero(refs == 1) == num_only
         self.cache.adopt(slot, matched, row.limit)
         row.slot, row.write_from = slot, num_matched * BLOCK_SIZE
         row.num_computed = min(row.write_from, row.limit)

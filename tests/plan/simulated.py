@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,10 +11,11 @@ from batchwright.clock import VirtualClock
 from batchwright.engine import Engine
 from batchwright.exec.sim import SimExecutor
 from batchwright.kv.groups import KVGroup
+from batchwright.plan.length_predictor import LengthPredictor
 from batchwright.plan.order import find_order
 from batchwright.request import Request, Result, SamplingParams
 from batchwright.sched.scheduler import Scheduler
-from batchwright.step import Step, StepResult
+from batchwright.step import NewSequence, Step, StepResult
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 256
@@ -96,6 +97,9 @@ def simulated_engine(
     max_num_seqs: int = 8,
     budget: int = 32,
     sharing: bool = True,
+    lengths: LengthPredictor | None = None,
+    true_length: Callable[[NewSequence], int | None] = lambda new: None,
+    look_ahead: int = 0,
 ) -> tuple[Engine, Watched, VirtualClock]:
     scheduler = Scheduler(
         [KVGroup(None, num_blocks)],
@@ -105,10 +109,18 @@ def simulated_engine(
         max_model_len=MAX_MODEL_LEN,
         prefix_sharing=sharing,
         order=find_order(order),
+        lengths=lengths,
     )
     clock = VirtualClock()
-    watched = Watched(SimExecutor(clock), scheduler)
-    engine = Engine(scheduler, watched, NoText(), max_model_len=MAX_MODEL_LEN, vocab_size=1_000_000)
+    watched = Watched(SimExecutor(clock, output_length=true_length), scheduler)
+    engine = Engine(
+        scheduler,
+        watched,
+        NoText(),
+        max_model_len=MAX_MODEL_LEN,
+        vocab_size=1_000_000,
+        look_ahead=look_ahead,
+    )
     return engine, watched, clock
 
 

@@ -165,6 +165,16 @@ def test_outputs_of_unknown_length(share: float | None) -> None:
     assert lengths.likely.max() >= 198  # some use all that they may
 
 
+def test_each_row_may_have_a_share_of_its_own() -> None:
+    params = SamplingParams(max_tokens=200, temperature=1.0)
+    rows = job_rows([request(i, [i], params=params) for i in range(2000)])
+    shares = np.where(np.arange(2000) < 1000, 0.2, 0.8)
+    lengths = output_lengths(rows.columns(), shares)
+    assert lengths.likely[:1000].mean() == pytest.approx(40, rel=0.03)
+    assert lengths.likely[1000:].mean() == pytest.approx(160, rel=0.03)
+    assert (lengths.share, lengths.is_measured) == (pytest.approx(0.5), True)
+
+
 def test_min_tokens_are_the_least() -> None:
     params = SamplingParams(max_tokens=100, min_tokens=20)
     tokens, _ = estimate(job_rows([request(0, [1], params=params)]), share=0.1)

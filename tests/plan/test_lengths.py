@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchwright.plan.lengths import lengths_from_samples
+from batchwright.plan.lengths.subtree import lengths_from_samples
 from batchwright.plan.orders.density import density
 from tests.plan.tries import branching, job_of, tree_of
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchwright.plan.length_predictor import find_predictor
 from batchwright.techniques import names
 from tests.engine.symbolic_engine import FaultyExecutor, answers, contents, mixed_job, new_engine
 from tests.plan.simulated import BLOCK_SIZE, rows, simulate, simulated_engine
@@ -85,6 +86,22 @@ def test_answers_do_not_depend_on_the_order(num_blocks: int, look_ahead: int) ->
         results = {key: contents(result) for key, result in answers(engine, mixed_job()).items()}
         expected = expected or results
         assert results == expected, order
+
+
+@pytest.mark.parametrize("lengths", names("plan.lengths"))
+@pytest.mark.parametrize("order", ["fcfs", "longest_first"])
+def test_answers_do_not_depend_on_what_lengths_are_expected(order: str, lengths: str) -> None:
+    engine, _ = new_engine(num_blocks=16)
+    expected = {key: contents(result) for key, result in answers(engine, mixed_job()).items()}
+    for num_blocks, look_ahead in ((16, 0), (22, 1)):
+        engine, _ = new_engine(
+            num_blocks=num_blocks,
+            look_ahead=look_ahead,
+            order=order,
+            lengths=find_predictor(lengths),
+        )
+        results = {key: contents(result) for key, result in answers(engine, mixed_job()).items()}
+        assert results == expected
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -14,6 +14,7 @@ import numpy as np
 from batchwright.errors import RequestError
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
 from batchwright.kv.prefix_cache import ABSENT
+from batchwright.plan.length_predictor import find_predictor
 from batchwright.request import FinishReason, Request, SamplingParams, Task
 from batchwright.sched.intake import Update
 from batchwright.sched.scheduler import Scheduler
@@ -50,8 +51,12 @@ def family(
     namespace: str = "",
     grammar: GrammarSpec | None = None,
     urgent: bool = False,
+    expected: int | None = None,
 ) -> Sequence:
-    """The first sequence of a request, with its siblings, as the engine makes them."""
+    """The first sequence of a request, with its siblings, as the engine makes them.
+
+    `expected`: output tokens that it is expected to have, rightly or not; None: all it may.
+    """
     generates = task is Task.GENERATE
     request = Request(
         id=f"r{order}",
@@ -81,6 +86,8 @@ def family(
         )
         for index in range(n if generates else 1)
     ]
+    for member in members:
+        member.expected_len = min(member.max_len, len(prompt) + (expected or MAX_MODEL_LEN))
     members[0].siblings = members[1:]
     return members[0]
 
@@ -109,6 +116,7 @@ class Harness:
         look_ahead=0,
         sharing=True,
         order="fcfs",
+        lengths="subtree",
     ):
         self.scheduler = Scheduler(
             [KVGroup(w, n) for w, n in zip(windows, num_blocks, strict=True)],
@@ -118,6 +126,7 @@ class Harness:
             max_model_len=MAX_MODEL_LEN,
             prefix_sharing=sharing,
             order=getattr(find("plan.orders", order), order),
+            lengths=find_predictor(lengths),
         )
         self.order = order
         self.executor = SymbolicExecutor(

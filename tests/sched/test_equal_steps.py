@@ -21,6 +21,7 @@ from batchwright.plan.cost import (
     Product,
     RateCurve,
 )
+from batchwright.plan.length_predictor import find_predictor
 from batchwright.plan.order import find_order
 from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Request, SamplingParams, Task
@@ -42,7 +43,7 @@ class Outcome:
     stats: SchedulerStats
     seconds: float = 0.0
     ends: list[tuple] = field(default_factory=list)  # (row, sample, steps, tokens, free blocks)
-    num_free: list[list[int]] = field(default_factory=list)  # after every round, by step
+    states: list[tuple] = field(default_factory=list)  # after every round, by step
     num_rounds: int = 0
 
 
@@ -94,6 +95,7 @@ def run(
     cost: Callable[[], StepCost],
     at_once: bool,
     horizon: int = 10**6,
+    lengths: str = "subtree",
 ) -> Outcome:
     longest = max(len(row.prompt) + row.limit for row in rows)
     groups = [
@@ -107,20 +109,28 @@ def run(
         max_num_batched_tokens=BUDGET,
         max_model_len=longest,
         order=find_order(order),
+        lengths=find_predictor(lengths),
     )
     clock = VirtualClock()
     executor = SimExecutor(clock, cost(), lambda new: rows[new.noise_key].length)
     outcome = Outcome(scheduler.stats)
     coming = families(rows)[::-1]
 
-    def pools() -> list[int]:
-        return [table.pool.num_free for table in scheduler.books.tables]
+    def state() -> tuple:
+        """Free blocks, and what is expected of rows."""
+        books, forecast, expected = scheduler.books, scheduler._forecast, scheduler.expected
+        free = [table.pool.num_free for table in books.tables]
+        slots = books.slots.running
+        places = books.slots.order[slots].tolist(), books.slots.expected_len[slots].tolist()
+        waiting = sorted((s.order, s.expected_len, s.expected_output) for s in books.waiting.all())
+        flags = forecast.is_made, forecast.num_late, expected.is_due, expected.num_ended
+        return scheduler.stats.num_steps, free, places, waiting, flags
 
     def note(update: Update) -> None:
         for sequence in update.finished:
             key = (sequence.request.id, sequence.sample_index, scheduler.stats.num_steps)
             outcome.ends.append((*key, sequence.token_ids.tolist(), sequence.finish_reason))
-        outcome.num_free.append([scheduler.stats.num_steps, *pools()])
+        outcome.states.append(state())
 
     while True:
         while coming and scheduler.num_unfinished < horizon:
@@ -191,9 +201,12 @@ def both(
     assert many.stats == one.stats
     assert many.ends == one.ends
     assert many.seconds == pytest.approx(one.seconds, rel=1e-9)
-    single = {line[0]: line for line in one.num_free}
-    assert all(line == single[line[0]] for line in many.num_free)
+    single = {line[0]: line for line in one.states}
+    assert [single[line[0]] for line in many.states] == many.states
     return many
+
+
+PREDICTORS = [name for name in names("plan.lengths") if name != "self_report"]
 
 
 @st.composite
@@ -216,7 +229,7 @@ def jobs(draw) -> list[Row]:
     return rows
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     rows=jobs(),
     windows=st.sampled_from([(None,), (None,), (7,), (16,), (None, 9), (None, 5, 16)]),
@@ -225,9 +238,10 @@ def jobs(draw) -> list[Row]:
     order=st.sampled_from(names("plan.orders")),
     horizon=st.sampled_from([3, 6, 10**6]),
     cost=st.sampled_from(sorted(COSTS)),
+    lengths=st.sampled_from([*PREDICTORS, "subtree", "subtree"]),
 )
 def test_steps_at_once_are_steps_one_by_one(
-    rows, windows, num_blocks, max_num_seqs, order, horizon, cost
+    rows, windows, num_blocks, max_num_seqs, order, horizon, cost, lengths
 ) -> None:
     both(
         rows,
@@ -237,6 +251,7 @@ def test_steps_at_once_are_steps_one_by_one(
         order=order,
         horizon=horizon,
         cost=lambda: COSTS[cost](windows),
+        lengths=lengths,
     )
 
 
@@ -254,7 +269,8 @@ def test_rows_that_end_apart_take_two_rounds_each() -> None:
 
 
 def test_where_blocks_run_out_in_the_middle_rows_are_preempted_at_the_same_step() -> None:
-    rows = [Row((index + 1,) * 8, 60, None) for index in range(8)]
+    rows = [Row((index + 1,) * 8, 60, 5) for index in range(12)]  # all are taken to be like these
+    rows += [Row((index + 20,) * 8, 60, None) for index in range(12)]
     outcome = both(rows, num_blocks=30, max_num_seqs=4, order="fcfs")
     assert outcome.stats.num_preemptions > 0
     assert outcome.num_rounds < outcome.stats.num_steps / 3

@@ -28,6 +28,7 @@ generate = st.fixed_dictionaries(
         "logprobs": st.just(0),
         "grammar": st.just(json_object()),
         "urgent": st.just(True),
+        "expected": st.integers(1, 20),
     },
 )
 score = st.fixed_dictionaries({"task": st.just(Task.SCORE)})

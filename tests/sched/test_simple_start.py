@@ -47,16 +47,16 @@ def test_steps_are_those_of_one_by_one(seed, monkeypatch):
     num_simple = 0
     is_simple = Admission._is_simple
 
-    def counted(self, sequence):
+    def counted(self, sequence, budget):
         nonlocal num_simple
-        simple = is_simple(self, sequence)
+        simple = is_simple(self, sequence, budget)
         num_simple += simple
         return simple
 
     monkeypatch.setattr(Admission, "_is_simple", counted)
     together = job(seed).steps
     assert num_simple > 0, "nothing was started together"
-    monkeypatch.setattr(Admission, "_is_simple", lambda self, sequence: False)
+    monkeypatch.setattr(Admission, "_is_simple", lambda self, sequence, budget: False)
     one_by_one = job(seed).steps
     assert len(together) == len(one_by_one)
     for ours, theirs in zip(together, one_by_one):

@@ -1,0 +1,1 @@
+"""How long outputs will be: one class `Predictor` per file; see `plan/length_predictor.py`."""
