@@ -44,7 +44,7 @@ class EngineConfig:
         block_size: tokens per KV block, a multiple of 32.
         prefix_sharing: prompts with a common beginning compute and store it once.
         order: in which order rows start, a file of `batchwright/plan/orders`, or "auto", which
-            tries them on a sample of the rows with a simulated model.
+            measures the machine and tries them on a sample of the rows, if there is enough to do.
         attention: backend, a file of `batchwright/attention/backends`.
         seed: keys the randomness of rows that have no seed of their own.
         num_threads: threads of matrix products and kernels, at most the cores there are.
@@ -59,7 +59,7 @@ class EngineConfig:
     kv_tokens: int | None = None
     block_size: int = BLOCK_SIZE
     prefix_sharing: bool = True
-    order: str = "fcfs"
+    order: str = AUTO_ORDER
     attention: str = "numba"
     seed: int = 0
     num_threads: int | None = None

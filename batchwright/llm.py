@@ -18,6 +18,7 @@ from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.engine import Engine
 from batchwright.errors import ConfigError, RequestError
 from batchwright.exec.local import LocalExecutor
+from batchwright.exec.machine_cost import machine_cost
 from batchwright.exec.memory import available_memory_bytes
 from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
@@ -222,6 +223,7 @@ def build_engine(
     kv_dtype = backend.kv_dtype(dtype)
     model = load_model(checkpoint, dtype=dtype, max_positions=resolved.max_model_len)
     ensure_row_invariance(model, resolved.max_num_batched_tokens)
+    shape = shape_of(model)
     windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
     sizes = _block_bytes(model, group_of_layer, resolved, kv_dtype)
     groups = resolved.kv_groups(windows, sizes)
@@ -252,7 +254,9 @@ def build_engine(
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         max_model_len=resolved.max_model_len,
         prefix_sharing=resolved.prefix_sharing,
-        order=chosen_order(resolved, groups),
+        order=chosen_order(
+            resolved, groups, shape, lambda: machine_cost(checkpoint.config, shape, resolved)
+        ),
     )
     engine = Engine(
         scheduler,
@@ -263,7 +267,7 @@ def build_engine(
         job_seed=resolved.seed,
         look_ahead=resolved.look_ahead,
         grammars=GrammarCompiler(tokenizer, model_config["vocab_size"]),
-        shape=shape_of(model),
+        shape=shape,
     )
     return engine, resolved
 

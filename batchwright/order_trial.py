@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -12,8 +13,10 @@ from batchwright import techniques
 from batchwright.config import AUTO_ORDER, ResolvedConfig
 from batchwright.exec.sim import LinearCost, StepCost
 from batchwright.kv.groups import KVGroup
-from batchwright.plan.auto_order import AutoOrder, Prediction, shared_tokens
-from batchwright.plan.order import JobFacts, OrderFunction, find_order
+from batchwright.plan.auto_order import AutoOrder, Measured, Prediction, shared_tokens
+from batchwright.plan.cost import CostModel, ModelShape
+from batchwright.plan.order import JobFacts, OrderFunction, find_order, rates_of
+from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Request, SamplingParams, Task
 from batchwright.sequence import Sequence
 from batchwright.simulate import EngineSizes, Simulation
@@ -23,10 +26,22 @@ CROWDS = 4
 of it if not, lest its beginning and end, when few rows run, be all there is."""
 
 
-def chosen_order(config: ResolvedConfig, groups: Seq[KVGroup]) -> OrderFunction:
-    """The order in which an engine with these settings starts rows."""
+def chosen_order(
+    config: ResolvedConfig,
+    groups: Seq[KVGroup],
+    shape: ModelShape,
+    measure: Callable[[], CostModel],
+) -> OrderFunction:
+    """The order in which an engine with these settings starts rows.
+
+    Args:
+        shape: the model's.
+        measure: what the model costs on this machine; asked at most once, if that pays.
+    """
     if config.order != AUTO_ORDER:
         return find_order(config.order)
+    from batchwright.exec.machine_cost import calibration_s, least_token_s
+
     engine = EngineSizes(
         groups=groups,
         block_size=config.block_size,
@@ -34,7 +49,18 @@ def chosen_order(config: ResolvedConfig, groups: Seq[KVGroup]) -> OrderFunction:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
     )
-    return AutoOrder(Trial(engine, LinearCost()), techniques.names("plan.orders"))
+
+    def measured() -> Measured:
+        start_s = time.perf_counter()
+        cost = measure()
+        return Measured(Trial(engine, cost), rates_of(cost), time.perf_counter() - start_s)
+
+    return AutoOrder(
+        measured,
+        techniques.names("plan.orders"),
+        measure_s=calibration_s(shape, config.num_threads),
+        token_s=least_token_s(shape, config.num_threads),
+    )
 
 
 class Trial:
@@ -44,11 +70,11 @@ class Trial:
         engine: its order is left aside, and all rows of the sample are known from the start.
     """
 
-    def __init__(self, engine: EngineSizes, cost: StepCost) -> None:
+    def __init__(self, engine: EngineSizes, cost: LinearCost | CostModel) -> None:
         self._engine, self._cost = engine, cost
 
     def __call__(self, job: JobFacts, order: OrderFunction, share: float = 1.0) -> Prediction:
-        """Time of a job whose outputs are as long as expected.
+        """Time of a job whose outputs are as long as expected, on a machine as busy as it was.
 
         Args:
             share: of the job's rows, that these are; the time is that of all.
@@ -57,9 +83,15 @@ class Trial:
         longest = max((sequence.max_len for sequence in sequences), default=1)
         part = min(1.0, job.num_rows / (CROWDS * self._crowd(job))) if share < 1 else 1.0
         engine = replace(self._engine.scaled(part, longest), order=order, horizon=None)
-        simulation = Simulation(iter(sequences), engine, self._cost)
+        simulation = Simulation(iter(sequences), engine, self._costs())
         simulation.run()
-        return Prediction(simulation.clock.now() / share, simulation.num_rounds)
+        busy = self._cost.hardware.busy if isinstance(self._cost, CostModel) else 1.0
+        return Prediction(busy * simulation.clock.now() / share, simulation.num_rounds)
+
+    def _costs(self) -> StepCost:
+        if isinstance(self._cost, CostModel):
+            return StepCosts(self._cost, self._engine.block_size)
+        return self._cost
 
     def _crowd(self, job: JobFacts) -> float:
         """Rows that run at once, by slots or by memory."""

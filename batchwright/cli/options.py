@@ -70,7 +70,7 @@ KVTokens = Annotated[
 ]
 Order = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="In which order rows start (fcfs); docs/orders.md."),
+    typer.Option(metavar="NAME", help="In which order rows start (auto); docs/orders.md."),
 ]
 Dtype = Annotated[DtypeName, typer.Option(help="Number format to compute in.")]
 Seed = Annotated[

@@ -14,6 +14,8 @@ from batchwright.report.amounts import duration
 FORMAT_VERSION = 1
 ENDS = ("low", "likely", "high")
 WIDTH = 10
+BUSY = 1.1
+"""Times as long, from which on it is worth saying that others use the machine."""
 
 
 def plan_as_text(
@@ -116,6 +118,8 @@ def _time_lines(plan: JobPlan) -> Iterator[str]:
     how = "all rows" if whole else f"{number:,} rows at least, scaled up by their work"
     threads = "thread" if plan.num_threads == 1 else "threads"
     yield _line("", f"simulated on {how}; {plan.machine}, {plan.num_threads} {threads}")
+    if plan.busy >= BUSY:
+        yield _line("", f"others use the machine: work takes {plan.busy:.1f} times as long now")
 
 
 def _money_lines(plan: JobPlan, prices: PriceList) -> Iterator[str]:
@@ -176,6 +180,7 @@ def plan_as_json(
         "simulated_rows": _ends([one.num_simulated for one in plan.predictions]),
         "machine": plan.machine,
         "threads": plan.num_threads,
+        "busy": plan.busy,
         "plan_seconds": plan.plan_s,
         "money": None if prices is None else _money(plan, prices),
     }

@@ -68,7 +68,7 @@ def serve(
         "max_num_batched_tokens": max_num_batched_tokens,
         "kv_cache_bytes": kv_cache_memory,
         "kv_tokens": kv_tokens,
-        "order": order,
+        "order": order or "fcfs",  # single calls wait for nothing
         "num_threads": threads,
         "seed": seed,
         "prefix_sharing": not no_prefix_sharing,

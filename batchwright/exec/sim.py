@@ -24,7 +24,7 @@ NEVER = np.iinfo(np.int32).max
 
 
 class StepCost(Protocol):
-    """How long a Step takes: `LinearCost`, or `plan.cost.CostModel`."""
+    """How long a Step takes: `LinearCost`, or `CostModel` or `StepCosts` of `plan/`."""
 
     def seconds(self, step: Step) -> float:
         """Time of one Step."""

@@ -88,6 +88,7 @@ class JobPlan:
         load_s: until the first step.
         bytes_written: to the disk.
         machine, num_threads: the processor, and how many threads of it are used.
+        busy: seconds by the clock for one of the machine's own, when it was measured.
         plan_s: seconds that planning took.
     """
 
@@ -104,13 +105,14 @@ class JobPlan:
     bytes_written: Range
     machine: str
     num_threads: int
+    busy: float
     plan_s: float
 
     @property
     def run_s(self) -> Range:
-        """Seconds of running the rows."""
+        """Seconds of running the rows: if others leave the machine, go on as they do, use more."""
         low, likely, high = (one.seconds for one in self.predictions)
-        return Range(low, likely, SLOWEST * high)
+        return Range(low, self.busy * likely, SLOWEST * self.busy * high)
 
     @property
     def total_s(self) -> Range:
@@ -147,7 +149,8 @@ def plan_job(
         InputError, ResourceError: the input cannot be read, or its tokens have no room.
     """
     start_s = time.perf_counter()
-    engine, job_rows = engine_sizes(model), JobRows()
+    cost = cost_model(model)
+    engine, job_rows = engine_sizes(model, cost), JobRows()
     with job_rows.store:
         counts = _read(rows, job_rows, model, engine, check, finished)
         columns = job_rows.columns()
@@ -159,7 +162,6 @@ def plan_job(
             sharing=engine.prefix_sharing,
         )
         lengths = output_lengths(columns, used_share)
-        cost = cost_model(model)
         work, predictions = _predict(job_rows, columns, savings, lengths, engine, cost)
     tokens = count_tokens(columns, savings, lengths)
     return JobPlan(
@@ -176,12 +178,17 @@ def plan_job(
         bytes_written=Range(*(bytes_written(len(columns), output) for output in tokens.output)),
         machine=cost.hardware.name,
         num_threads=cost.hardware.num_threads,
+        busy=cost.hardware.busy,
         plan_s=time.perf_counter() - start_s,
     )
 
 
-def engine_sizes(model: OpenedModel) -> EngineSizes:
-    """The sizes of the engine that will run the model."""
+def engine_sizes(model: OpenedModel, cost: CostModel) -> EngineSizes:
+    """The sizes of the engine that will run the model.
+
+    Args:
+        cost: what the model costs, for orders that ask.
+    """
     from batchwright.order_trial import chosen_order
     from batchwright.simulate import EngineSizes
 
@@ -194,36 +201,15 @@ def engine_sizes(model: OpenedModel) -> EngineSizes:
         max_model_len=config.max_model_len,
         prefix_sharing=config.prefix_sharing,
         horizon=HORIZON_ROWS,
-        order=chosen_order(config, model.groups),
+        order=chosen_order(config, model.groups, model.shape, lambda: cost),
     )
 
 
 def cost_model(model: OpenedModel) -> CostModel:
     """What the model costs on this machine, measured now."""
-    import torch
+    from batchwright.exec.machine_cost import machine_cost
 
-    from batchwright import kernels, techniques
-    from batchwright.exec.calibrate import calibrate
-
-    config = model.config
-    kernels.set_num_threads(config.num_threads)
-    torch.set_num_threads(config.num_threads)  # after the kernels': starting theirs resets it
-    hardware = calibrate(
-        model.checkpoint.config,
-        model.shape,
-        dtype=model.dtype,
-        attention=config.attention,
-        num_threads=config.num_threads,
-    )
-    backend = techniques.find("attention.backends", config.attention).Backend()
-    heads = model.shape.attention[0]
-    return CostModel(
-        model.shape,
-        hardware,
-        model.dtype.itemsize,
-        model.kv_dtype.itemsize,
-        backend.rows_per_load(heads.num_q_heads, heads.num_kv_heads),
-    )
+    return machine_cost(model.checkpoint.config, model.shape, model.config)
 
 
 def _read(

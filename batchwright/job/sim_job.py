@@ -20,7 +20,7 @@ from batchwright.plan.cost import CostModel, ModelShape
 from batchwright.plan.estimate import folded_rows, output_lengths
 from batchwright.plan.hardware import device_hardware, find_device, kv_memory_bytes
 from batchwright.plan.job_rows import JobRows
-from batchwright.plan.order import OrderFunction, find_order
+from batchwright.plan.order import OrderFunction, find_order, rates_of
 from batchwright.simulate import EngineSizes
 from batchwright.synthetic import Workload
 
@@ -125,10 +125,10 @@ def this_machine(model: OpenedModel, longest: int) -> Machine:
     """
     from batchwright.job.plan_job import cost_model, engine_sizes
 
-    engine = replace(engine_sizes(model), order=find_order("fcfs"))
+    cost = cost_model(model)
+    engine = replace(engine_sizes(model, cost), order=find_order("fcfs"))
     _check_room(engine.groups, longest, engine.max_num_batched_tokens)
     engine = replace(engine, max_model_len=max(engine.max_model_len, longest))
-    cost = cost_model(model)
     return Machine(name=cost.hardware.name, engine=engine, cost=cost)
 
 
@@ -176,14 +176,17 @@ def orders_for(names: Sequence[str], machine: Machine) -> list[tuple[str, OrderF
         ConfigError: there is no such order.
     """
     from batchwright.order_trial import Trial
-    from batchwright.plan.auto_order import AutoOrder
+    from batchwright.plan.auto_order import AutoOrder, Measured
+
+    def measured() -> Measured:
+        return Measured(Trial(machine.engine, machine.cost), rates_of(machine.cost), 0.0)
 
     known = techniques.names("plan.orders")
     wanted = names or [*sorted(known, key=lambda name: (name != "fcfs", name)), AUTO_ORDER]
     found: list[tuple[str, OrderFunction]] = []
     for name in dict.fromkeys(wanted):
         if name == AUTO_ORDER:
-            found.append((name, AutoOrder(Trial(machine.engine, machine.cost), known)))
+            found.append((name, AutoOrder(measured, known, measure_s=0.0, token_s=1.0)))
         else:
             found.append((name, find_order(name)))
     return found

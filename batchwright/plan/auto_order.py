@@ -1,19 +1,21 @@
 """AutoOrder: an order that tries the others on a sample of the rows and takes the best.
 
 Not a file of `plan/orders/`, because it remembers its choice: trying costs far more than ordering,
-so it is done when the first rows are known, and again when they have become many more.
+so it is done when the first rows are known, and again when they have become many more. The machine
+is measured before the first trial, and only then.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from batchwright.plan.job_tree import Int64Array, JobTree, build_job_tree
-from batchwright.plan.order import JobFacts, Order, OrderFunction, find_order
+from batchwright.plan.order import JobFacts, Order, OrderFunction, Rates, find_order
 from batchwright.request import Int32Array
 
 logger = logging.getLogger(__name__)
@@ -21,15 +23,18 @@ logger = logging.getLogger(__name__)
 YARDSTICK = "fcfs"
 
 UNTRIED = "prefix_dfs"
-"""For jobs too short to try anything: it computes no more than the yardstick."""
+"""For jobs that share something but are too short to try: it computes no more than YARDSTICK."""
 
 MAX_SHARE_OF_RUN = 0.02
-"""Of the predicted run time, what trying may take."""
+"""Of the predicted run time, what measuring the machine and trying may take together."""
 
 SIMULATED_ROUND_S = 4e-4
 """What simulating one round takes, roughly; counted, not measured, so that choices can be repeated.
 
 0.1 to 0.35 ms on one core of a Sapphire Rapids server (benchmarks/orders.py)."""
+
+MOST_ROUNDS = 20_000
+"""Rounds simulated in all, about: however long the job is, some seconds are enough to choose."""
 
 LEAST_GAIN = 0.01
 """Less than this share of the time is no reason to leave the order in which rows came."""
@@ -61,6 +66,20 @@ Predict = Callable[[JobFacts, OrderFunction, float], Prediction]
 """(sample, order, the sample's share of the job) -> what a simulation says of the whole job."""
 
 
+class Measured(NamedTuple):
+    """A machine that was measured.
+
+    Attributes:
+        predict: simulates on it.
+        rates: what tokens cost on it.
+        seconds: that measuring took.
+    """
+
+    predict: Predict
+    rates: Rates
+    seconds: float
+
+
 class Choice(NamedTuple):
     """An order, what each candidate was predicted to take, for how many rows."""
 
@@ -70,7 +89,7 @@ class Choice(NamedTuple):
 
     def __str__(self) -> str:
         if self.name not in self.seconds:
-            return f"order {self.name}: {self.num_rows:,} rows are too few to try others"
+            return f"order {self.name}: {self.num_rows:,} rows are too little work to try others"
         others = ", ".join(
             f"{name} {seconds:.1f} s"
             for name, seconds in sorted(self.seconds.items(), key=lambda item: item[1])
@@ -86,16 +105,28 @@ class AutoOrder:
     """Orders rows as the best candidate does.
 
     Args:
-        predict: simulates.
+        measure: measures the machine.
         candidates: orders to try, YARDSTICK among them.
+        measure_s: seconds that measuring will take, about.
+        token_s: less than what a computed token takes; jobs that these make too short for measuring
+            are not tried.
 
     Attributes:
         choice: the latest; None before there was one.
     """
 
-    def __init__(self, predict: Predict, candidates: Sequence[str]) -> None:
+    def __init__(
+        self,
+        measure: Callable[[], Measured],
+        candidates: Sequence[str],
+        *,
+        measure_s: float,
+        token_s: float,
+    ) -> None:
         assert YARDSTICK in candidates
-        self._predict, self._candidates = predict, candidates
+        self._measure, self._candidates = measure, candidates
+        self._measure_s, self._token_s = measure_s, token_s
+        self._measured: Measured | None = None
         self.choice: Choice | None = None
 
     def __call__(self, job: JobFacts) -> Order:
@@ -103,12 +134,19 @@ class AutoOrder:
         if job.num_rows >= FEW_ROWS and job.num_rows > REPEAT_GROWTH * num_tried:
             self.choice = self._choose(job)
             logger.info("%s", self.choice)
-        return find_order(self.choice.name if self.choice else YARDSTICK)(job)
+        name = self.choice.name if self.choice else YARDSTICK
+        return find_order(name)(self._with_rates(job))
+
+    def _with_rates(self, job: JobFacts) -> JobFacts:
+        if self._measured is None:
+            return job
+        return replace(job, make_tree=lambda: job.tree, rates=self._measured.rates)
 
     def _choose(self, job: JobFacts) -> Choice:
         sample = self._affordable_sample(job)
         if sample is None:
-            return Choice(UNTRIED, {}, job.num_rows)
+            shares = job.tree.num_distinct_tokens() < job.tree.depth[job.tree.node_of_row].sum()
+            return Choice(UNTRIED if shares else YARDSTICK, {}, job.num_rows)
         seconds = self._try(sample, sample.num_rows / job.num_rows)
         best = min(seconds, key=lambda name: (seconds[name], name))
         if seconds[best] > (1 - LEAST_GAIN) * seconds[YARDSTICK]:
@@ -117,6 +155,8 @@ class AutoOrder:
 
     def _try(self, sample: JobFacts, share: float) -> dict[str, float]:
         """Predicted seconds of every candidate; orders that agree are simulated once."""
+        assert self._measured is not None
+        predict = self._measured.predict
         seconds: dict[str, float] = {}
         tried: dict[bytes, float] = {}
         for name in self._candidates:
@@ -124,19 +164,35 @@ class AutoOrder:
             order = function(sample)
             key = order.rows.tobytes() if order.units is None else name.encode()
             if key not in tried:
-                tried[key] = self._predict(sample, function, share).seconds
+                tried[key] = predict(sample, function, share).seconds
             seconds[name] = tried[key]
         return seconds
 
     def _affordable_sample(self, job: JobFacts) -> JobFacts | None:
         """As many rows as trying all candidates may take time for, judged by a few."""
+        spent_s = 0.0
+        if self._measured is None:
+            if MAX_SHARE_OF_RUN * self._token_s * _least_tokens(job) < self._measure_s:
+                return None
+            self._measured = self._measure()
+            spent_s = self._measured.seconds
+        job = self._with_rates(job)
         few = sample_of(job, GUESS_ROWS)
-        guess = self._predict(few, find_order(YARDSTICK), few.num_rows / job.num_rows)
-        cost_s = len(self._candidates) * guess.num_rounds * SIMULATED_ROUND_S
-        affordable = MAX_SHARE_OF_RUN * guess.seconds / cost_s
+        predict = self._measured.predict
+        guess = predict(few, find_order(YARDSTICK), few.num_rows / job.num_rows)
+        num_rounds = len(self._candidates) * guess.num_rounds
+        affordable = (MAX_SHARE_OF_RUN * guess.seconds - spent_s) / (num_rounds * SIMULATED_ROUND_S)
         if affordable < 1:
             return None
-        return sample_of(job, int(affordable * few.num_rows))
+        most = max(MOST_ROUNDS / num_rounds, 1)
+        return sample_of(job, int(min(affordable, most) * few.num_rows))
+
+
+def _least_tokens(job: JobFacts) -> float:
+    """Tokens that any order computes."""
+    tree = job.tree
+    alone = (job.num_prompt_tokens - tree.depth[tree.node_of_row]).sum()
+    return float(alone + tree.num_distinct_tokens() + job.num_output_tokens.sum())
 
 
 def sample_of(job: JobFacts, num_rows: int) -> JobFacts:

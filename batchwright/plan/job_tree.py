@@ -86,9 +86,9 @@ class JobTree:
         sums = np.concatenate(([0.0], np.cumsum(values, dtype=np.float64)))
         return sums[self.subtree_end] - sums[:-1]
 
-    def sum_over_path(self, values: np.ndarray) -> Int64Array:
-        """[num_nodes] int64, sums of integers [num_nodes] over each node and all above it."""
-        changes = np.zeros(self.num_nodes + 1, np.int64)
+    def sum_over_path(self, values: np.ndarray, dtype: type = np.int64) -> np.ndarray:
+        """[num_nodes] `dtype`, sums of values [num_nodes] over each node and all above it."""
+        changes: np.ndarray = np.zeros(self.num_nodes + 1, dtype)
         changes[:-1] = values
         np.subtract.at(changes, self.subtree_end, values)
         return np.cumsum(changes)[:-1]

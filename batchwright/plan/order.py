@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from batchwright.plan.cost import CostModel
 from batchwright.plan.job_tree import Float64Array, Int64Array, JobTree
 from batchwright.request import Int32Array
 from batchwright.techniques import find
@@ -25,14 +26,29 @@ class Rates(NamedTuple):
         compute_s_per_token: products with the weights.
         compute_s_per_pair: attention of a prompt, per pair of its tokens.
         memory_s_per_key: reading one token's keys and values while decoding.
+        rows_per_load: rows that share keys for which these are read once, at most; 1: none.
     """
 
     compute_s_per_token: float = 1.0
     compute_s_per_pair: float = 0.0
     memory_s_per_key: float = 1.0
+    rows_per_load: int = 1
 
 
 EQUAL_RATES = Rates()
+
+
+def rates_of(cost: CostModel) -> Rates:
+    """What tokens cost in large steps of a model on a machine."""
+    hardware, shape = cost.hardware, cost.shape
+    kv_bytes = shape.kv_elements_per_token() * cost.kv_bytes
+    return Rates(
+        compute_s_per_token=shape.layer_flops_per_token / hardware.layers.best + hardware.token_s,
+        # A prompt of p tokens has about p^2 / 2 pairs.
+        compute_s_per_pair=shape.attention_flops_per_key / hardware.attention_flops_per_s / 2,
+        memory_s_per_key=kv_bytes / hardware.kv_bytes_per_s,
+        rows_per_load=cost.rows_per_load,
+    )
 
 
 @dataclass(frozen=True, eq=False)

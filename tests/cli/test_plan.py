@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,22 @@ def test_text(command: Command, source: Path, how: list[str]) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["in.jsonl", "prices.toml"]
 
 
+def test_a_busy_machine(command: Command, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likely time is as long as it takes now, the high one half as long again."""
+    seconds = []
+    for busy in (1.0, 4.0):
+        hardware = replace(HARDWARE, busy=busy)
+        monkeypatch.setattr("batchwright.exec.calibrate.calibrate", lambda *_, h=hardware, **__: h)
+        out = command("plan", source, "--model", "smollm2")[1]
+        line = "others use the machine: work takes 4.0 times as long now"
+        assert (line in out) == (busy == 4)
+        seconds.append(json.loads(command("plan", source, "--model", "smollm2", "--json")[1]))
+    quiet, busy = (one["seconds"]["run"] for one in seconds)
+    assert busy["low"] == pytest.approx(quiet["low"])
+    assert busy["likely"] == pytest.approx(4 * quiet["likely"])
+    assert busy["high"] == pytest.approx(4 * quiet["high"])
+
+
 @pytest.mark.parametrize("how", [["plan"], ["run", "-o", "-", "--dry-run"]], ids=["plan", "run"])
 def test_json(command: Command, source: Path, how: list[str]) -> None:
     Path("prices.toml").write_text(PRICES)
@@ -175,6 +192,7 @@ def test_json(command: Command, source: Path, how: list[str]) -> None:
         "simulated_rows": {"low": 5, "likely": 5, "high": 5},
         "machine": "made-up processor",
         "threads": 2,
+        "busy": 1.0,
     }
     assert seconds["load"] == 3
     assert 0 < seconds["run"]["low"] < seconds["run"]["likely"] < seconds["run"]["high"]

@@ -58,6 +58,17 @@ def row_work(
     return compute, rates.memory_s_per_key * (prompts * outputs + outputs**2 / 2)
 
 
+def read_once_tokens(tree: JobTree, rows_per_load: int) -> Float64Array:
+    """[num_rows] tokens of each prompt that others read for it, when attention shares reads.
+
+    A token that g rows share costs each of them 1/g of a read, g being at most `rows_per_load`:
+    rows of a subtree run together.
+    """
+    group = np.minimum(np.maximum(tree.num_users, 1), rows_per_load)
+    saved = (tree.depth - tree.start) * (1 - 1 / group)
+    return tree.sum_over_path(saved, np.float64)[tree.node_of_row]
+
+
 def density_of(compute_s: np.ndarray, memory_s: np.ndarray) -> Float64Array:
     """Compute per memory traffic, at most MAX_DENSITY; 0 for no work at all."""
     floor = np.maximum(compute_s / MAX_DENSITY, np.finfo(np.float64).tiny)
@@ -81,6 +92,9 @@ def node_work(job: JobFacts) -> NodeWork:
     """What the rows below each node take."""
     tree, per_token = job.tree, job.rates.compute_s_per_token
     compute, memory = row_work(job.rates, job.num_prompt_tokens, job.num_output_tokens)
+    if job.rates.rows_per_load > 1:
+        unread = read_once_tokens(tree, job.rates.rows_per_load)
+        memory = memory - job.rates.memory_s_per_key * unread * job.num_output_tokens
     saved = np.maximum(tree.num_users - 1, 0) * (tree.depth - tree.start).astype(np.float64)
     shared_below = tree.sum_over_subtree(saved) - saved
     shared_above = np.maximum(tree.num_users - 1, 0) * tree.depth.astype(np.float64)

@@ -1,5 +1,7 @@
 """Golden values of BlendServe's densities, and what parting may cost."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,6 +67,20 @@ def test_work_of_nodes_counts_shared_tokens_once(prompts, data: st.DataObject) -
         assert work.compute_s[node] == pytest.approx(compute_s)
         memory_s = sum(len(prompts[r]) * outputs[r] + outputs[r] ** 2 / 2 for r in users)
         assert work.memory_s[node] == pytest.approx(memory_s)
+
+
+@settings(max_examples=150)
+@given(PROMPTS, st.data(), st.integers(2, 4))
+def test_shared_keys_are_read_once_where_attention_does_so(prompts, data, rows_per_load) -> None:
+    """d p_unique + d^2 / 2 + d p_shared / g, with g the users of each token, at most so many."""
+    outputs = data.draw(st.lists(st.integers(0, 5), min_size=len(prompts), max_size=len(prompts)))
+    job = replace(job_of(prompts, outputs), rates=Rates(rows_per_load=rows_per_load))
+    memory_s = 0.0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        users = [sum(p[:end] == prompt[:end] for p in prompts) for end in range(1, len(prompt) + 1)]
+        memory_s += output**2 / 2 + sum(output / min(g, rows_per_load) for g in users)
+    assert node_work(job).memory_s[ROOT] == pytest.approx(memory_s)
+    assert node_work(job).own_memory_s.sum() == pytest.approx(memory_s)
 
 
 @settings(max_examples=150)
