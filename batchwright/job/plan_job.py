@@ -29,6 +29,7 @@ from batchwright.plan.estimate import (
 )
 from batchwright.plan.job_rows import TASKS, JobRows, RowColumns
 from batchwright.plan.prices import Billed, Price
+from batchwright.prompt_cache.compose import PromptSchemas
 
 if TYPE_CHECKING:
     from batchwright.opened_model import OpenedModel
@@ -132,6 +133,7 @@ def plan_job(
     rows: Iterator[InputRow | RowError],
     model: OpenedModel,
     *,
+    schemas: PromptSchemas | None = None,
     check: Callable[[ParsedRow], None] = lambda row: None,
     finished: FinishedRows | None = None,
     used_share: float | None = None,
@@ -139,6 +141,8 @@ def plan_job(
     """Read all rows, count what they will compute, and predict how long it takes.
 
     Args:
+        schemas: those that rows may name in prompt_cache. Such rows are counted as whole prompts,
+            which is more than is computed.
         check: a further check of each row, in input order; raises RequestError.
         finished: rows that an earlier run has finished.
         used_share: share of their allowed output tokens that those used.
@@ -148,7 +152,7 @@ def plan_job(
     start_s = time.perf_counter()
     engine, job_rows = engine_sizes(model), JobRows()
     with job_rows.store:
-        counts = _read(rows, job_rows, model, engine, check, finished)
+        counts = _read(rows, job_rows, model, engine, schemas, check, finished)
         columns = job_rows.columns()
         savings = find_savings(
             job_rows,
@@ -222,6 +226,7 @@ def _read(
     into: JobRows,
     model: OpenedModel,
     engine: EngineSizes,
+    schemas: PromptSchemas | None,
     check: Callable[[ParsedRow], None],
     finished: FinishedRows | None,
 ) -> RowCounts:
@@ -236,6 +241,7 @@ def _read(
             model.tokenizer,
             ModelLimits(model.config.max_model_len, vocab_size),
             grammars=grammars,
+            schemas=schemas,
             check=check,
             finished=finished,
             fits=lambda num_tokens: engine.most_at_once(num_tokens) > 0,
