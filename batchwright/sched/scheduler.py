@@ -105,8 +105,9 @@ class Scheduler:
             if layout is not None:  # its segments must be there when it starts
                 need += segment_blocks(layout.segments, self.block_size)
             if need > table.pool.num_blocks:
+                also = f" and its modules take {layout.num_imported} more" if layout else ""
                 raise RequestError(
-                    f"prompt and output may reach {sequence.max_len} tokens, KV memory holds "
+                    f"prompt and output may reach {sequence.max_len} tokens{also}, KV memory holds "
                     f"{table.pool.num_blocks * self.block_size}; lower max_tokens, shorten the "
                     "prompt or give more KV memory",
                     code="kv_capacity_exceeded",
