@@ -40,8 +40,8 @@ def parse_call(value: Any) -> PromptCall:
     schema = value.get("schema")
     if schema is not None:
         schema = checks.text("prompt_cache.schema", schema, max_chars=100)
-    modules = checks.items("prompt_cache.modules", value.get("modules") or [], MAX_MODULES)
-    arguments = value.get("parameters") or {}
+    modules, arguments = value.get("modules", []), value.get("parameters", {})
+    checks.items("prompt_cache.modules", modules, MAX_MODULES)
     if not isinstance(arguments, dict):
         checks.fail("prompt_cache.parameters", f"must be an object, not {checks.shown(arguments)}")
     return PromptCall(
