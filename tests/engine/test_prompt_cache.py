@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -322,3 +323,70 @@ def test_params_are_those_of_the_row(tmp_path):
     alone = run(tmp_path, [row])
     beside = run(tmp_path, [*job(), dataclasses.replace(row, id="other"), row][:-1])
     assert beside.tokens()["other"] == alone.tokens()["ab"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_jobs_in_little_memory_answer_as_in_much(seed, tmp_path):
+    """Random segments, forks, budgets, cancels: the same bits, nothing lost or held twice."""
+    make_checkpoint("llama", tmp_path)
+    rng = np.random.default_rng(seed)
+
+    def tokens(num: int) -> list[int]:
+        return rng.integers(3, 90, num).tolist()
+
+    starts = np.cumsum([0, *rng.integers(1, 45, 5)]).tolist()
+    segments = [
+        Segment.of(tokens(int(rng.integers(1, end - start + 1))), ((start, 0),))
+        for start, end in pairwise(starts)
+    ]
+    segments = [
+        dataclasses.replace(s, runs=((s.runs[0][0], s.num_tokens),)) for s in segments
+    ]  # each somewhat shorter than its place
+    rows = []
+    for index in range(16):
+        chosen = tuple(s for s in segments if rng.random() < 0.4)
+        text, most = tokens(int(rng.integers(1, 20))), int(rng.integers(1, 30))
+        n = int(rng.integers(1, 4)) if rng.random() < 0.3 else 1
+        if rng.random() < 0.2:
+            ids = [i for s in chosen for i in s.token_ids.tolist()] + text
+            rows.append(request(f"r{index}", ids, most, n=n, seed=index))
+        else:
+            at = max([p + c for s in chosen for p, c in s.runs], default=0)
+            rows.append(importing(f"r{index}", chosen, text, at, max_tokens=most, n=n, seed=index))
+    expected = run(tmp_path, rows)
+    assert all(result.error is None for result in expected.results.values())
+    cancelled = {row.id for row in rows if rng.random() < 0.15}
+
+    def cancel_and_check(engine):
+        step = engine.step
+
+        def checked():
+            for id in sorted(cancelled):
+                if rng.random() < 0.1 and id in engine._open:
+                    engine.cancel(id)
+            engine.check_integrity()
+            return step()
+
+        engine.step = checked
+
+    need = max(
+        -(-(len(r.prompt_token_ids) + r.params.max_tokens) // 32)
+        + sum(-(-s.num_tokens // 32) for s in (r.layout.segments if r.layout else ()))
+        for r in rows
+    )
+    tight = run(
+        tmp_path,
+        rows,
+        prepare=cancel_and_check,
+        kv_cache_bytes=(need + seed % 3) * bytes_of_a_block(tmp_path),
+        max_num_batched_tokens=int(rng.integers(8, 60)),
+        max_num_seqs=8,
+        look_ahead=seed % 2,
+    )
+    stats, segments_there = tight.engine.stats, tight.engine._scheduler.books.segments
+    print(seed, need, stats.num_preemptions, segments_there.num_encoded, sorted(cancelled))
+    assert set(tight.results) == {row.id for row in rows}
+    assert tight.logits.items() <= expected.logits.items()
+    for id, result in tight.results.items():
+        if id not in cancelled:
+            assert tight.tokens()[id] == expected.tokens()[id] and result.error is None, id
