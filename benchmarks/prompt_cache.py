@@ -249,6 +249,27 @@ def measure_saving(num_rows: int, repeat: int) -> list[dict[str, Any]]:
     return lines
 
 
+def measure_copy(num_tokens: int = 600, repeat: int = 5) -> dict[str, float]:
+    """CPU seconds of copying so many tokens' KV in all layers, and of computing them; the least."""
+    llm = LLM("smollm2", max_model_len=2048)
+    layers = llm.engine._executor._kv_layers  # type: ignore[attr-defined]
+    tokens = np.arange(num_tokens, dtype=np.int32)
+    pairs = np.stack((tokens, tokens + 10 * num_tokens + 5), axis=1)
+    copy_s, compute_s = [], []
+    for turn in range(repeat):
+        start_s = time.process_time()
+        for layer in layers:
+            layer.copy_tokens(pairs)
+        copy_s.append(time.process_time() - start_s)
+        prompt = np.full(num_tokens, 50 + turn, np.int32)
+        params = SamplingParams(temperature=0.0, max_tokens=1)
+        start_s = time.process_time()
+        run(llm, [Request(id="0", prompt_token_ids=prompt, params=params)])
+        compute_s.append(time.process_time() - start_s)
+    llm.engine.close()
+    return {"tokens": num_tokens, "copy_cpu_s": min(copy_s), "compute_cpu_s": min(compute_s)}
+
+
 def main() -> None:
     """Measure, print the tables and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -267,7 +288,14 @@ def main() -> None:
         print(
             f"{name:18} {own[0]['computed_tokens']:7,} of {own[0]['prompt_tokens']:,} prompt tokens"
             f" and outputs computed, median {statistics.median(seconds):6.1f} s"
-            f" ({min(seconds):.1f} to {max(seconds):.1f})"
+            f" ({min(seconds):.1f} to {max(seconds):.1f}), of CPU"
+            f" {statistics.median([line['cpu_s'] for line in own]):.1f} s"
+        )
+    copy = measure_copy() if arguments.repeat else None
+    if copy is not None:
+        print(
+            f"copying {copy['tokens']} tokens takes {copy['copy_cpu_s']:.4f} s of CPU, computing "
+            f"them {copy['compute_cpu_s']:.2f} s"
         )
     print(
         json.dumps(
@@ -277,6 +305,7 @@ def main() -> None:
                 "rows": arguments.rows,
                 "loss": loss,
                 "saving": saving,
+                "copy": copy,
                 "machine": describe_machine(),
                 "versions": describe_versions("torch", "numpy", "numba"),
                 "commit": describe_commit(),
