@@ -77,6 +77,12 @@ class ModelLimits:
                 code="context_length_exceeded",
                 param="prompt",
             )
+        if any(segment.namespace != request.namespace for segment in layout.segments):
+            raise RequestError(
+                f"a segment is of another namespace than the request, {request.namespace!r}; "
+                "give both the same",
+                param="prompt_cache",
+            )
         first_needed = request.score_start - 1
         if request.task is Task.EMBED or request.params.prompt_logprobs is not None:
             first_needed = 0

@@ -29,7 +29,7 @@ class Segment:
     Attributes:
         token_bytes: the token ids, as the bytes of an int32 array.
         runs: their positions, which rise from token to token.
-        namespace: segments of different namespaces are never taken for one another.
+        namespace: that of the requests that import it.
     """
 
     token_bytes: bytes

@@ -252,10 +252,11 @@ def test_what_it_cannot_do_is_told(tmp_path):
     too_far = importing("far", (A,), TEXTS[1], 253)
     embed = dataclasses.replace(importing("e", (A,), TEXTS[1], 50), task=Task.EMBED)
     scored = importing("p", (A,), TEXTS[1], 50, prompt_logprobs=0)
-    results = run(tmp_path, [too_far, embed, scored]).results
+    foreign = dataclasses.replace(importing("f", (A,), TEXTS[1], 50), namespace="other")
+    results = run(tmp_path, [too_far, embed, scored, foreign]).results
     assert "position 257" in results["far"].error.message
     assert results["far"].error.code == "context_length_exceeded"
-    for id in ("e", "p"):
+    for id in ("e", "p", "f"):
         assert isinstance(results[id].error, RequestError)
         assert results[id].error.param == "prompt_cache"
     at_the_end = run(tmp_path, [importing("end", (A,), TEXTS[1], 245, max_tokens=50)]).results
