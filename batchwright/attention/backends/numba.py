@@ -36,6 +36,12 @@ class NumbaKV:
         self.keys[pairs[:, 1]] = self.keys[pairs[:, 0]]
         self.values[pairs[:, 1]] = self.values[pairs[:, 0]]
 
+    def copy_tokens(self, pairs: Int32Array) -> None:
+        """Copy single tokens: pairs [n, 2] of KV slots; no source is a destination."""
+        (source, to), (offset, to_offset) = divmod(pairs.T, self.keys.shape[3])
+        self.keys[to, :, :, to_offset] = self.keys[source, :, :, offset]
+        self.values[to, :, to_offset] = self.values[source, :, offset]
+
 
 @dataclass(slots=True, eq=False)
 class _StepPlan:
@@ -98,7 +104,7 @@ class Backend:
             values,
             kv.keys,
             kv.values,
-            plan.batch.positions,
+            plan.batch.position_ids,
             plan.batch.groups[group].slot_mapping,
             None if table is None else view_numpy(table.cos),
             None if table is None else view_numpy(table.sin),
