@@ -12,10 +12,11 @@ import torch
 import batchwright.kernels  # noqa: F401
 from batchwright.errors import ConfigError, ShapeError
 from batchwright.kernels.paged_attention import numba as kernel
+from batchwright.kernels.paged_attention import plan as plan_module
 from batchwright.kernels.paged_attention.layout import cache_shapes
 from batchwright.kernels.paged_attention.naive import merge_attention
 from batchwright.kernels.paged_attention.numba import paged_attention
-from batchwright.kernels.paged_attention.plan import plan_attention
+from batchwright.kernels.paged_attention.plan import loaded_keys, plan_attention
 from tests.kernels.paged_case import Case, Shape, make_case, page, run_naive, run_step, run_whole
 
 pytestmark = pytest.mark.cpu
@@ -197,8 +198,10 @@ def test_rows_with_common_blocks_share_items() -> None:
     assert len(items) == 9
 
 
-def test_wide_trees_fill_items() -> None:
-    """64 rows over one prompt: items of 16 tokens, no more, each a whole prompt shared."""
+@pytest.mark.parametrize(("threads", "tokens"), [(1, 32), (2, 24), (64, 8)])
+def test_wide_trees_fill_items(monkeypatch: pytest.MonkeyPatch, threads: int, tokens: int) -> None:
+    """64 rows over one prompt: large items that share it whole, but some for every thread."""
+    monkeypatch.setattr(plan_module, "get_num_threads", lambda: threads)
     parents = dict.fromkeys(range(1, 64), (0, 256))
     case = make_case(Shape(head_dim=8), [(260, 1)] * 64, parents=parents)
     shared = page(case, share=True)
@@ -206,8 +209,8 @@ def test_wide_trees_fill_items() -> None:
         np.arange(65, dtype=np.int32), shared.slots, np.full(64, 260, np.int32),
         num_q_heads=9, num_kv_heads=3, block_table=shared.block_table, block_size=32,
     )  # fmt: skip
-    assert len(plan.items) == 4 * 3
-    assert (plan.items[:, 3] == 256).all()
+    assert len(plan.items) == -(-64 // tokens) * 3
+    assert loaded_keys(plan) == -(-64 // tokens) * 256 + 64 * 5
     assert_same_bits(run_whole(case, page(case)), run_whole(case, shared))
 
 

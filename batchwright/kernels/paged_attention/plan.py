@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from numba import get_num_threads, njit
 
 from batchwright.request import Int32Array
 
-MAX_ROWS = 48
-"""Query rows (tokens x heads of a group) that share the loaded keys and values of one item."""
+MAX_ROWS = 96
+"""Most query rows (tokens x heads of a group) that share the loaded keys and values of one item."""
+
+FEW_ROWS = 24
+"""Items are cut to this, if need be, until every thread has some: products are still fast."""
+
+ITEMS_PER_THREAD = 4
+"""Aimed at: with few large items a thread would wait for the last one of another."""
 
 TILE = 128
 """Keys of one softmax update. Part of the arithmetic: changing it changes results by rounding."""
@@ -82,8 +88,7 @@ def plan_attention(
         order = np.arange(len(row_slots))
         shared = np.zeros(len(row_slots), np.int64)
     else:
-        order = _order_by_blocks(block_table, row_slots, -(-int(key_end.max()) // block_size))
-        shared = _shared_keys(cu_seqlens_q, row_slots, key_end, block_table, block_size, order)
+        order, shared = sort_rows(cu_seqlens_q, row_slots, positions, block_table, block_size)
     items, costs, tokens, slots = _cut(
         cu_seqlens_q,
         row_slots,
@@ -91,7 +96,7 @@ def plan_attention(
         order,
         shared,
         num_kv_heads,
-        max(1, MAX_ROWS // (num_q_heads // num_kv_heads)),
+        _tokens_per_item(len(positions), num_q_heads, num_kv_heads),
     )
     dearest_first = np.argsort(-costs, kind="stable")
     return AttentionPlan(
@@ -102,6 +107,48 @@ def plan_attention(
         key_end[tokens],
         int(costs.sum()),
     )
+
+
+def sort_rows(
+    cu_seqlens_q: Int32Array,
+    row_slots: Int32Array,
+    positions: Int32Array,
+    block_table: Int32Array,
+    block_size: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows so that those with a common beginning are neighbours.
+
+    Returns:
+        (order [num_rows], shared [num_rows]): shared[i] leading keys, in whole tiles, are in the
+        same blocks for rows order[i] and order[i + 1] and before all their query tokens.
+    """
+    key_end = positions + np.int32(1)
+    order = _order_by_blocks(block_table, row_slots, -(-int(key_end.max()) // block_size))
+    return order, _shared_keys(cu_seqlens_q, row_slots, key_end, block_table, block_size, order)
+
+
+def loaded_keys(plan: AttentionPlan) -> int:
+    """Keys that a step loads from memory for each kv head; a value comes with each key.
+
+    With sharing it is less than what its rows see: for rows of lengths L over a common prefix of P
+    keys P + sum(L - P), once per item.
+    """
+    total = 0
+    for _, first, end, shared in plan.items[plan.items[:, 0] == 0].tolist():
+        starts, ends = plan.key_start[first:end], plan.key_end[first:end]
+        total += max(0, min(shared, int(ends.max())) - int(starts.min()))
+        if shared < ALL_KEYS:
+            slots = plan.slots[first:end]
+            for run in np.split(np.arange(len(slots)), np.flatnonzero(np.diff(slots)) + 1):
+                total += max(0, int(ends[run].max()) - max(shared, int(starts[run].min())))
+    return total
+
+
+def _tokens_per_item(num_tokens: int, num_q_heads: int, num_kv_heads: int) -> int:
+    """Most tokens that share keys, so that items are large but enough for all threads."""
+    rows_per_item = num_tokens * num_q_heads // (ITEMS_PER_THREAD * get_num_threads())
+    rows = min(max(rows_per_item, FEW_ROWS), MAX_ROWS)
+    return max(1, rows // (num_q_heads // num_kv_heads))
 
 
 def _order_by_blocks(
