@@ -1,6 +1,6 @@
-"""Attention of one item: a kv head and a few query tokens that read the same keys.
+"""Attention of one item: a kv head and a few query tokens.
 
-The item's query rows (tokens x heads of the group) share every key and value that is loaded. Keys
+Query rows (tokens x heads of the group) of a segment share every key and value that is loaded. Keys
 are taken in tiles of 128 aligned to the position in the sequence: scores of the tile, the softmax
 step, then o += weights @ values. Scores are in units of log2, so that exp is exp2.
 """
@@ -16,7 +16,7 @@ from numba import njit
 
 from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE as SUB
 from batchwright.kernels.paged_attention.online_softmax import RowState, weigh_tile
-from batchwright.kernels.paged_attention.plan import ALL_KEYS, TILE, AttentionPlan
+from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
 from batchwright.kernels.paged_attention.tile import fma_tile
 from batchwright.kernels.simd import LANES, div, horizontal_sum, load, mul, splat, store
 
@@ -44,21 +44,16 @@ def attend_item(
 ) -> None:
     """Write out and lse of the item's tokens and heads; `state` is scratch."""
     head, first = np.int64(plan.items[item, 0]), np.int64(plan.items[item, 1])
-    end, shared = np.int64(plan.items[item, 2]), np.int64(plan.items[item, 3])
+    end = np.int64(plan.items[item, 2])
     group = q.shape[1] // k_cache.shape[1]
     _begin(q, plan, first, end, head * group, group, scale, soft_cap, sinks, state)
-    # Keys that all entries share, then each sequence's own. `shared` is a multiple of the tile, so
-    # a row goes through the same tiles whether it shares some or not.
-    _attend_keys(k_cache, v_cache, block_table, plan, first, first, end, 0, shared, head, group,
-                 soft_cap, state)  # fmt: skip
-    entry = first
-    while entry < end and shared < ALL_KEYS:
-        stop = entry + 1
-        while stop < end and plan.slots[stop] == plan.slots[entry]:
-            stop += 1
-        _attend_keys(k_cache, v_cache, block_table, plan, first, entry, stop, shared, ALL_KEYS,
+    # Segments begin at multiples of the tile, so a row goes through the same tiles in the same
+    # order whatever it shares.
+    for i in range(plan.items[item, 3], plan.items[item, 4]):
+        start, stop = np.int64(plan.segments[i, 0]), np.int64(plan.segments[i, 1])
+        first_key, end_key = np.int64(plan.segments[i, 2]), np.int64(plan.segments[i, 3])
+        _attend_keys(k_cache, v_cache, block_table, plan, first, start, stop, first_key, end_key,
                      head, group, soft_cap, state)  # fmt: skip
-        entry = stop
     _finish(plan, first, end, head * group, group, state, out, lse)
 
 

@@ -83,6 +83,7 @@ def paged_attention(
         v_cache,
         block_table,
         plan.items,
+        plan.segments,
         plan.tokens,
         plan.slots,
         plan.key_start,
@@ -105,6 +106,7 @@ def _kernel() -> Any:
             types.Array(f32, 3, "A"),
             types.Array(f32, 4, "C"),
             types.Array(f32, 4, "C"),
+            types.Array(i32, 2, "C"),
             types.Array(i32, 2, "C"),
             types.Array(i32, 2, "C"),
             types.Array(i32, 1, "C"),
@@ -141,6 +143,7 @@ def _attend(
     v_cache: Any,
     block_table: Any,
     items: Any,
+    segments: Any,
     tokens: Any,
     slots: Any,
     key_start: Any,
@@ -156,15 +159,15 @@ def _attend(
     counter[0] = 0
     if num_threads == 1:
         _work(
-            q, k_cache, v_cache, block_table, items, tokens, slots, key_start, key_end, scale,
-            soft_cap, sinks, out, lse, counter,
+            q, k_cache, v_cache, block_table, items, segments, tokens, slots, key_start, key_end,
+            scale, soft_cap, sinks, out, lse, counter,
         )  # fmt: skip
         return
     # Threads take the next dearest item when they are free: no static split fits a ragged step.
     for _ in prange(num_threads):
         _work(
-            q, k_cache, v_cache, block_table, items, tokens, slots, key_start, key_end, scale,
-            soft_cap, sinks, out, lse, counter,
+            q, k_cache, v_cache, block_table, items, segments, tokens, slots, key_start, key_end,
+            scale, soft_cap, sinks, out, lse, counter,
         )  # fmt: skip
 
 
@@ -175,6 +178,7 @@ def _work(
     v_cache: Any,
     block_table: Any,
     items: Any,
+    segments: Any,
     tokens: Any,
     slots: Any,
     key_start: Any,
@@ -199,7 +203,7 @@ def _work(
         _aligned(max_rows * LANES),
         _aligned(max_rows),
     )
-    plan = AttentionPlan(items, tokens, slots, key_start, key_end, 0)
+    plan = AttentionPlan(items, segments, tokens, slots, key_start, key_end, 0)
     i = _next_item(counter)
     while i < len(items):
         attend_item(

@@ -1,21 +1,26 @@
-"""Shared-prefix attention by matrix products of the BLAS: the queries of a node's rows, stacked.
+"""Shared-prefix attention by matrix products: the rival of benchmarks/shared_prefix.py.
 
-Level rounding: a product's bits depend on how many rows share the node, so a row's bits depend on
-its neighbours. The paged kernel, which shares loads only, is the one at level bits.
-Source: Hydragen (arXiv:2402.05099).
+Hydragen (arXiv:2402.05099) in its hierarchical form, with groups of any sizes: keys of a node of
+the tree of block tables are attended once for the stacked queries of its rows by products of the
+BLAS, all other keys by the paged kernel, and the parts are merged by their log-sum-exp. Every query
+token of a node comes after all its keys, so no mask is needed.
+
+Level rounding: a product's bits depend on how many rows share the node. The paged kernel, which
+shares loads only, keeps level bits, and was faster wherever we looked (docs/experiments.md).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import njit, prange
 
-from batchwright.kernels.shared_prefix_attention.plan import SharedNode
+from batchwright.kernels.paged_attention.plan import AttentionPlan, plan_attention, sort_rows
 from batchwright.kernels.simd import (
     LANES,
     add,
@@ -30,6 +35,7 @@ from batchwright.kernels.simd import (
     sub,
 )
 from batchwright.kernels.simd_math import exp2, tanh
+from batchwright.request import Int32Array
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -38,12 +44,69 @@ SCORES_AT_ONCE = 2**17
 """Half a MiB of fp32: they stay in a core's cache between the two products."""
 
 
+class Node(NamedTuple):
+    """Keys that are attended once for several query tokens.
+
+    Attributes:
+        tokens: [num] int32, the query tokens.
+        slot: a line of the block table that holds these keys; all users' lines do.
+        start, end: positions [start, end) of the keys, multiples of the tile of 128.
+    """
+
+    tokens: Int32Array
+    slot: int
+    start: int
+    end: int
+
+
+def find_nodes(
+    row_slots: Int32Array,
+    positions: Int32Array,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    block_table: Int32Array,
+    block_size: int,
+    min_rows: int,
+) -> tuple[list[Node], AttentionPlan]:
+    """Nodes of a step of one token per row that `min_rows` rows share, and the plan of the rest.
+
+    Args: as in `plan_attention`, without a window.
+    """
+    num_rows = len(row_slots)
+    cu_seqlens_q = np.arange(num_rows + 1, dtype=np.int32)
+    rest = plan_attention(
+        cu_seqlens_q,
+        row_slots,
+        positions,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        block_table=block_table,
+        block_size=block_size,
+    )
+    order, shared = sort_rows(cu_seqlens_q, row_slots, positions, block_table, block_size)
+    nodes, starts = [], np.zeros(num_rows, np.int32)
+    stack = [(0, num_rows, 0)]
+    while stack:  # ranges of rows whose keys from `start` on are open
+        first, end, start = stack.pop()
+        if end - first < max(2, min_rows):
+            starts[order[first:end]] = start
+            continue
+        common = int(shared[first : end - 1].min())
+        if common > start:
+            rows = order[first:end].astype(np.int32)
+            nodes.append(Node(rows, int(row_slots[rows[0]]), start, common))
+        cuts = [first, *(np.flatnonzero(shared[first : end - 1] == common) + first + 1), end]
+        stack += [(a, b, common) for a, b in itertools.pairwise(cuts)]
+    return nodes, rest._replace(key_start=starts[rest.tokens])
+
+
 def add_nodes(
     q: torch.Tensor,
     k_cache: Any,
     v_cache: Any,
     block_table: Any,
-    nodes: Iterable[SharedNode],
+    nodes: Iterable[Node],
     *,
     scale: float,
     soft_cap: float | None = None,
@@ -55,7 +118,7 @@ def add_nodes(
     Args:
         q: [num_tokens, num_q_heads, head_dim] fp32, rotated.
         k_cache, v_cache, block_table: numpy arrays, as in paged attention.
-        nodes: from `plan_shared_prefixes`.
+        nodes: from `find_nodes`.
         scale, soft_cap: as in paged attention.
         out: [num_tokens, num_q_heads, head_dim] fp32, already normalised; merged into.
         lse: [num_tokens, num_q_heads] fp32, natural log; merged into. A query without other keys
