@@ -1,4 +1,4 @@
-"""Rows over a tree of long prompts: attention shares its nodes, and no bit of the logits changes."""
+"""Rows over a tree of long prompts: attention shares its nodes and changes no bit of the logits."""
 
 from __future__ import annotations
 

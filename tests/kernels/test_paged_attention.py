@@ -19,6 +19,7 @@ from batchwright.kernels.paged_attention.numba import paged_attention
 from batchwright.kernels.paged_attention.plan import (
     ALL_KEYS,
     AttentionPlan,
+    distinct_keys,
     loaded_keys,
     plan_attention,
 )
@@ -248,11 +249,13 @@ def test_random_trees_load_shared_keys_once_and_change_no_bit(
         case = make_case(Shape(num_q_heads=2, num_kv_heads=1, head_dim=8), lengths, seed, parents)
         paged = page(case, seed, share=True)
         positions = [np.arange(len(k) - len(q), len(k)) for k, q in zip(case.k, case.q)]
-        plan = plan_attention(
-            np.cumsum([0, *map(len, case.q)]).astype(np.int32), paged.slots,
-            np.concatenate(positions).astype(np.int32), num_q_heads=2, num_kv_heads=1,
-            block_table=paged.block_table, block_size=32,
-        )  # fmt: skip
+        where = (
+            np.cumsum([0, *map(len, case.q)]).astype(np.int32),
+            paged.slots,
+            np.concatenate(positions).astype(np.int32),
+        )
+        blocks = {"block_table": paged.block_table, "block_size": 32}
+        plan = plan_attention(*where, num_q_heads=2, num_kv_heads=1, **blocks)
         # a tile of keys is known by its blocks; a row's last queries are not before all of a tile
         tiles = set()
         for k, q, slot in zip(case.k, case.q, paged.slots, strict=True):
@@ -260,7 +263,7 @@ def test_random_trees_load_shared_keys_once_and_change_no_bit(
                 tiles.add(tuple(paged.block_table[slot, : end // 32].tolist()))
         tails = sum(len(k) - (len(k) - len(q) + 1) // 128 * 128 for k, q in zip(case.k, case.q))
         assert any(len(tokens) > 2 for tokens, _, _ in segments_of(plan))
-        assert loaded_keys(plan) == 128 * len(tiles) + tails
+        assert loaded_keys(plan) == distinct_keys(*where, **blocks) == 128 * len(tiles) + tails
         assert_same_bits(run_whole(case, page(case, seed)), run_whole(case, paged))
 
 
@@ -410,6 +413,22 @@ def test_items_cover_every_token_and_head_once() -> None:
     np.testing.assert_array_equal(plan.tokens, np.arange(137))
     np.testing.assert_array_equal(plan.key_end, positions + 1)
     np.testing.assert_array_equal(plan.key_start, np.maximum(positions - 19, 0))
+
+
+def test_loaded_keys_of_chunks_windows_and_empty_rows() -> None:
+    """Tokens of a chunk load their keys once; a row without tokens loads none and shares none."""
+    slots = np.array([0, 1, 2, 0], np.int32)
+    cu, positions = np.array([0, 4, 4, 5, 5], np.int32), np.array([96, 97, 98, 99, 299], np.int32)
+    heads = {"num_q_heads": 4, "num_kv_heads": 2}
+    assert loaded_keys(plan_attention(cu, slots, positions, **heads)) == 100 + 300
+    assert loaded_keys(plan_attention(cu, slots, positions, window=10, **heads)) == 13 + 10
+    table = np.arange(30, dtype=np.int32).reshape(3, 10)
+    table[:, :8] = table[0, :8]  # 256 keys are common, but a row has no more than its own
+    blocks = {"block_table": table, "block_size": 32}
+    assert distinct_keys(cu, slots, positions, **blocks) == 100 + 300
+    assert distinct_keys(cu, slots, positions + np.int32(200), **blocks) == 256 + 44 + 244
+    none = np.empty(0, np.int32)
+    assert distinct_keys(np.zeros(1, np.int32), none, none, **blocks) == 0
 
 
 @pytest.mark.parametrize("block_size", [0, 16, 48, -32])

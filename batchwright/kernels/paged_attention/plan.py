@@ -121,15 +121,37 @@ def sort_rows(
     block_table: Int32Array,
     block_size: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows so that those with a common beginning are neighbours.
+    """Rows that have tokens, so that those with a common beginning are neighbours.
 
     Returns:
-        (order [num_rows], shared [num_rows]): shared[i] leading keys, in whole tiles, are in the
+        (order [num], shared [num]): shared[i] leading keys, in whole tiles, are in the
         same blocks for rows order[i] and order[i + 1] and before all their query tokens.
     """
     key_end = positions + np.int32(1)
-    order = _order_by_blocks(block_table, row_slots, -(-int(key_end.max()) // block_size))
+    rows = np.flatnonzero(np.diff(cu_seqlens_q))
+    num_blocks = -(-int(key_end.max()) // block_size)
+    order = rows[_order_by_blocks(block_table, row_slots[rows], num_blocks)]
     return order, _shared_keys(cu_seqlens_q, row_slots, key_end, block_table, block_size, order)
+
+
+def distinct_keys(
+    cu_seqlens_q: Int32Array,
+    row_slots: Int32Array,
+    positions: Int32Array,
+    block_table: Int32Array,
+    block_size: int,
+) -> int:
+    """Keys that a step without windows needs for each kv head, shared ones once: what it may cost.
+
+    The nodes of a tree hold what its sorted rows hold, less what neighbours share. A step loads
+    more, `loaded_keys`, where the rows of a node are too many for one item.
+    """
+    if not len(positions):
+        return 0
+    _, shared = sort_rows(cu_seqlens_q, row_slots, positions, block_table, block_size)
+    first_tokens = cu_seqlens_q[:-1][np.diff(cu_seqlens_q) > 0]
+    ends = np.maximum.reduceat(positions, first_tokens).astype(np.int64) + 1
+    return int(ends.sum() - shared.sum())
 
 
 def loaded_keys(plan: AttentionPlan) -> int:
@@ -198,7 +220,7 @@ def _cut(
 ) -> Any:
     """(items, segments, the items' costs, tokens and slots in the order of entries)."""
     items = np.empty((len(num_keys) * num_kv_heads, 5), np.int32)
-    segments = np.empty((2 * (len(num_keys) + len(order)), 4), np.int32)
+    segments = np.empty((2 * len(num_keys), 4), np.int32)
     costs = np.empty(len(items), np.int64)
     tokens, slots = np.empty(len(num_keys), np.int32), np.empty(len(num_keys), np.int32)
     entries = np.zeros(len(order) + 1, np.int64)  # of row order[i]: from entries[i] on
@@ -268,7 +290,7 @@ def _add_segments(
         common = np.int64(ALL_KEYS)
         for row in range(begin, stop - 1):
             common = min(common, shared[row])
-        if common > start and entries[begin] < entries[stop]:
+        if common > start:
             segment = segments[num_segments]
             segment[0], segment[1] = entries[begin], entries[stop]
             segment[2], segment[3] = start, common
