@@ -72,11 +72,12 @@ def _begin(
 ) -> None:
     """Gather the item's query rows, scaled to log2 units (or to the cap's), and reset its state."""
     factor = F32(scale * LOG2_E) if soft_cap == 0.0 else F32(scale / soft_cap)
-    for i in range(len(state.o)):
+    num_rows = (end - first) * group
+    for i in range(num_rows * (len(state.o) // len(state.row_max))):
         state.o[i] = 0.0
-    for i in range(len(state.row_sum)):
+    for i in range(num_rows * LANES):
         state.row_sum[i] = 0.0
-    for i in range(len(state.row_max)):
+    for i in range(num_rows):
         state.row_max[i] = F32(-np.inf)
     dim = q.shape[2]
     factors = splat(factor)
