@@ -14,11 +14,11 @@ from batchwright.plan.cost import CostModel
 from batchwright.plan.job_rows import JobRows, RowColumns
 from batchwright.plan.job_tree import build_job_tree
 from batchwright.plan.order import OrderFunction
+from batchwright.plan.shared_keys import StepCosts
 from batchwright.predict import families
-from batchwright.request import Int32Array
 from batchwright.sched.work import work_flops
 from batchwright.simulate import EngineSizes, Simulation
-from batchwright.step import Step
+from batchwright.step import EqualSteps, Step
 
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
@@ -137,7 +137,7 @@ def unique_prompt_tokens(rows: JobRows, chosen: Int64Array, block_size: int) -> 
 
 
 def _run(name: str, job: _Job, engine: EngineSizes, cost: CostModel) -> OrderRun:
-    watcher, columns, output = _Watcher(cost), job.columns, job.output
+    watcher, columns, output = _Watcher(cost, engine.block_size), job.columns, job.output
     run = Simulation(
         families(job.rows, columns, columns.most_output, job.chosen, end_token_ids=(END_TOKEN,)),
         engine,
@@ -173,19 +173,21 @@ def _run(name: str, job: _Job, engine: EngineSizes, cost: CostModel) -> OrderRun
 class _Watcher:
     """Charges a run's Steps, and notes after each round what has been done until then."""
 
-    def __init__(self, cost: CostModel) -> None:
-        self._cost = cost
+    def __init__(self, cost: CostModel, block_size: int) -> None:
+        self._cost, self._costs = cost, StepCosts(cost, block_size)
         self._num_bytes = 0.0
         names = ("seconds", "prompt", "output", "flops", "bytes", "kv_s", "running_s")
         self._columns = {name: array("d", [0.0]) for name in names}
 
     def seconds(self, step: Step) -> float:
-        self._num_bytes += self._cost.num_bytes(step)
-        return self._cost.seconds(step)
+        shared = self._costs.follow(step)
+        self._num_bytes += self._cost.num_bytes(step, shared)
+        return self._cost.seconds(step, shared)
 
-    def equal_seconds(self, positions: Int32Array, num_steps: int) -> float:
-        self._num_bytes += self._cost.equal_bytes(positions, num_steps)
-        return self._cost.equal_seconds(positions, num_steps)
+    def equal_seconds(self, steps: EqualSteps) -> float:
+        shared = self._costs.follow_equal(steps)
+        self._num_bytes += self._cost.equal_bytes(steps, shared)
+        return self._cost.equal_seconds(steps, shared)
 
     def note(self, run: Simulation) -> None:
         """A round is over; rows that ended with it have left."""

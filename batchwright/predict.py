@@ -14,6 +14,7 @@ import numpy as np
 
 from batchwright.plan.cost import CostModel
 from batchwright.plan.job_rows import TASKS, Int64Array, JobRows, RowColumns
+from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Request, SamplingParams, Task
 from batchwright.sched.intake import SchedulerStats
 from batchwright.sequence import Sequence
@@ -66,7 +67,11 @@ def predict(
     """
     chosen = choose_rows(columns.at(computed), output[computed], engine)
     is_whole = len(chosen) == len(computed)
-    run = Simulation(families(rows, columns, output, computed[chosen]), engine, cost)
+    run = Simulation(
+        families(rows, columns, output, computed[chosen]),
+        engine,
+        StepCosts(cost, engine.block_size),
+    )
     run.run()
     seconds = run.clock.now()
     started_work_s = _work_s(cost, run.started)

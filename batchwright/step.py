@@ -118,3 +118,34 @@ class StepResult:
     sample_logprobs: TokenLogprobs | None = None  # lines for all samples, if any slot asked
     score_logprobs: TokenLogprobs | None = None  # [num_scored] lines
     embeddings: dict[int, Float32Array] | None = None  # slot -> [hidden_size], for pool_done rows
+
+
+class EqualSteps(NamedTuple):
+    """Coming Steps in which the same rows compute one token each, for a simulator.
+
+    What a row is given to write to is its own; nothing is copied.
+
+    Attributes:
+        finished_slots: [n] int32, released since the last Step.
+        slots: [num_rows] int32, in the order of their rows.
+        positions: [num_rows] int32, of each row's token in the first of these Steps.
+        num_steps: at least 1; no row reaches its limit before the last.
+    """
+
+    finished_slots: Int32Array
+    slots: Int32Array
+    positions: Int32Array
+    num_steps: int
+
+
+class EqualResults(NamedTuple):
+    """What the first `num_steps` of EqualSteps drew.
+
+    Attributes:
+        ordinary_ids: [num_rows] int32, drawn in all of them but the last; ends no row.
+        token_ids: [num_rows] int32, drawn in the last.
+    """
+
+    num_steps: int
+    ordinary_ids: Int32Array
+    token_ids: Int32Array

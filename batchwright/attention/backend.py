@@ -65,6 +65,10 @@ class AttentionBackend(Protocol):
         """KV memory of one layer; pages are touched when first written."""
         ...
 
+    def rows_per_load(self, num_q_heads: int, num_kv_heads: int) -> int:
+        """Tokens of rows that share keys, that use these while they are loaded once; 1: none."""
+        ...
+
     def plan(self, batch: AttentionBatch) -> Any:
         """Work shared by all layers of a step, done once."""
         ...

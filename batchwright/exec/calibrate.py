@@ -1,8 +1,10 @@
-"""How fast this machine runs a model, measured in about two seconds without its weights.
+"""How fast this machine runs a model, measured in some three seconds without its weights.
 
-Products are timed with weights made for it; attention, norms, activations and draws in steps of a
-hollow model (`hollow.py`) on the executor itself; scheduling in an engine whose model is simulated.
-Usual times, not the best, and nothing is kept: a machine that is busy now may stay so.
+Products are timed with weights made for it; then whole steps of a few of its layers on the executor
+itself (`hollow_steps.py`), which correct the products' rates and tell what all the rest takes;
+scheduling in an engine whose model is simulated. Usual times of the thread, not the best; how much
+longer they took by the clock, because others use the machine, is told apart (`Hardware.busy`).
+Nothing is kept.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from batchwright.exec.hollow_steps import measure_rest
+from batchwright.exec.hollow_steps import measure_steps
+from batchwright.exec.layer_slice import Remedies
 from batchwright.exec.product_rates import (
     cold_weights,
     distinct,
@@ -47,34 +51,57 @@ def calibrate(
         attention: name of the attention backend.
         num_threads: set for torch and the kernels beforehand.
     """
-    layers, best = _layer_rates(shape, dtype)
+    remedies = {
+        (product.in_features, product.out_features): _remedy(product, dtype)
+        for product in distinct((*shape.products, shape.head))
+    }
+    layers, best = _layer_rates(shape, remedies, dtype)
     head = product_rates(
         shape.head,
-        _linears(shape.head, dtype),
+        _linears(shape.head, remedies, dtype),
         HEAD_ROWS,
         dtype,
         S_PER_POINT,
         LONGEST_CALL_S,
         usual_time_s,
     )
-    rest = measure_rest(config, shape, dtype=dtype, attention=attention)
+    measured = measure_steps(config, shape, remedies, dtype=dtype, attention=attention)
+    is_dense = all(product.share == 1 for product in shape.products)
     return Hardware(
         name=processor(),
         num_threads=num_threads,
-        layers=layers,
+        layers=_corrected(layers, measured.products, shape) if is_dense else layers,
         head=head,
         ceiling_flops_per_s=best,
         memory_bytes_per_s=_bandwidth(),
-        **rest._asdict(),
+        busy=measured.busy,
+        **measured.rest._asdict(),
     )
 
 
-def _layer_rates(shape: ModelShape, dtype: torch.dtype) -> tuple[RateCurve, float]:
+def _corrected(
+    curve: RateCurve, products: Sequence[tuple[int, float]], shape: ModelShape
+) -> RateCurve:
+    """The curve as products run in steps, between other kernels.
+
+    Args:
+        products: (rows, seconds of all products of the layers) as steps had them.
+    """
+    num_rows = [rows for rows, _ in products]
+    flops = shape.layer_flops_per_token
+    slower = [seconds / curve.seconds(rows, flops) for rows, seconds in products]
+    rates = np.array(curve.flops_per_s) / np.interp(np.log(curve.rows), np.log(num_rows), slower)
+    return RateCurve(curve.rows, tuple(rates.tolist()))
+
+
+def _layer_rates(
+    shape: ModelShape, remedies: Remedies, dtype: torch.dtype
+) -> tuple[RateCurve, float]:
     """(the curve of all products of the layers together, the best single rate)."""
     curves: list[tuple[float, RateCurve]] = []
     for product in distinct(shape.products):
         flops = sum(p.flops_per_token for p in shape.products if _same_shape(p, product))
-        curve = _rates(product, LAYER_ROWS, dtype)
+        curve = _rates(product, remedies, dtype)
         curves.append((flops, curve))
     rows = max((curve.rows for _, curve in curves), key=len)
     total = sum(flops for flops, _ in curves)
@@ -85,10 +112,10 @@ def _layer_rates(shape: ModelShape, dtype: torch.dtype) -> tuple[RateCurve, floa
     return RateCurve(rows, tuple(rates)), max(curve.best for _, curve in curves)
 
 
-def _rates(product: Product, row_counts: Sequence[int], dtype: torch.dtype) -> RateCurve:
-    multiply = _linears(product, dtype)
+def _rates(product: Product, remedies: Remedies, dtype: torch.dtype) -> RateCurve:
+    multiply = _linears(product, remedies, dtype)
     return product_rates(
-        product, multiply, row_counts, dtype, S_PER_POINT, LONGEST_CALL_S, usual_time_s
+        product, multiply, LAYER_ROWS, dtype, S_PER_POINT, LONGEST_CALL_S, usual_time_s
     )
 
 
@@ -96,20 +123,29 @@ def _same_shape(a: Product, b: Product) -> bool:
     return (a.in_features, a.out_features) == (b.in_features, b.out_features)
 
 
-def _linears(product: Product, dtype: torch.dtype) -> list[Linear]:
-    """Products as the engine makes them: padded or tiled as this BLAS needs it."""
-    linears = []
-    for weight in cold_weights(product, dtype):
-        with torch.device("meta"):
-            linear = Linear(product.in_features, product.out_features)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linears.append(linear)
-    if dtype == torch.float32:
-        linears[0].weight.normal_(0, 0.05)  # rounding does not show in equal numbers
-        remedy = find_remedy(linears[0], max(LAYER_ROWS)) or REMEDIES[0]
-        for linear in linears:
-            linear.min_rows, linear.tile_rows = remedy
+def _remedy(product: Product, dtype: torch.dtype) -> tuple[int, int | None]:
+    """How products of this shape are padded or tiled, as this BLAS needs it."""
+    if dtype != torch.float32:
+        return REMEDIES[0]
+    shape = (product.out_features, product.in_features)
+    linear = _linear(torch.empty(shape).normal_(0, 0.05))  # rounding hides in equal numbers
+    return find_remedy(linear, max(LAYER_ROWS)) or REMEDIES[0]
+
+
+def _linears(product: Product, remedies: Remedies, dtype: torch.dtype) -> list[Linear]:
+    """Products as the engine makes them."""
+    linears = [_linear(weight) for weight in cold_weights(product, dtype)]
+    for linear in linears:
+        linear.min_rows, linear.tile_rows = remedies[product.in_features, product.out_features]
     return linears
+
+
+def _linear(weight: torch.Tensor) -> Linear:
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        linear = Linear(in_features, out_features)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
 
 
 def _bandwidth() -> float:

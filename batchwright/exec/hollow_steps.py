@@ -1,6 +1,6 @@
-"""Steps of a hollow model on the real executor, and what their times say.
+"""Steps of a few layers of a model on the real executor, and what their times say.
 
-Five kinds of steps, whose times are sums of the same five parts:
+Five kinds of steps, whose times beside their products are sums of the same five parts:
 
     few, many    4 or 64 rows of one token, each with few keys   step + rows x (token + draw)
     far          8 rows of one token, each with many keys        the same + bytes of keys and values
@@ -10,7 +10,7 @@ Five kinds of steps, whose times are sums of the same five parts:
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ import torch
 from batchwright import techniques
 from batchwright.attention.backend import AttentionBackend
 from batchwright.clock import VirtualClock
-from batchwright.exec.hollow import hollow_model
+from batchwright.exec.layer_slice import NUM_LAYERS, LayerSlice, Remedies, SliceSeconds
 from batchwright.exec.local import LocalExecutor
-from batchwright.exec.product_rates import usual_time_s
 from batchwright.exec.sim import SimExecutor
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, windows_of_layers
+from batchwright.models.causal_lm import CausalLM
 from batchwright.plan.cost import ModelShape, row_keys
 from batchwright.request import Int32Array, Request, SamplingParams
 from batchwright.sched.scheduler import Scheduler
@@ -35,13 +35,17 @@ FEW, MANY, FAR_ROWS = 4, 64, 8
 NEAR = BLOCK_SIZE
 """Keys of a row that has few."""
 
-FAR = 512
+FAR = 2048
 """Keys of a row that has many, if memory allows."""
 
-KV_BYTES = 192 * 2**20
+RUN = 256
+"""Tokens of a run, if rows have as many."""
+
+KV_BYTES = 96 * 2**20
 """Keys and values that the far rows read: more than caches hold."""
 
-S_PER_STEP = 0.06
+S_PER_STEP = 0.12
+MIN_STEPS = 3
 NUM_DECODED = 16
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_DECODED, ignore_eos=True)
 NOTHING: Int32Array = np.empty(0, np.int32)
@@ -59,25 +63,42 @@ class Rest(NamedTuple):
     attention_flops_per_s: float
 
 
-def measure_rest(
+class Measured(NamedTuple):
+    """What was measured in steps.
+
+    Attributes:
+        products: (tokens of a step, seconds of the products of all layers), tokens ascending.
+        busy: time by the clock, for one second of the thread's own.
+    """
+
+    rest: Rest
+    products: tuple[tuple[int, float], ...]
+    busy: float
+
+
+def measure_steps(
     config: Mapping[str, Any],
     shape: ModelShape,
+    remedies: Remedies,
     *,
     dtype: torch.dtype,
     attention: str,
-) -> Rest:
+) -> Measured:
     """Time the five kinds of steps and solve for the parts.
 
     Args:
         config, shape: a model's config.json, and its shape.
+        remedies: how its products are padded.
         attention: name of the attention backend.
     """
     backend: AttentionBackend = techniques.find("attention.backends", attention).Backend()
     kv_itemsize = backend.kv_dtype(dtype).itemsize
-    block_bytes = shape.kv_elements_per_token() * kv_itemsize * BLOCK_SIZE
-    blocks_per_row = min(max(KV_BYTES // (block_bytes * FAR_ROWS), 1), FAR // BLOCK_SIZE)
+    num_layers = min(NUM_LAYERS, shape.num_layers)
+    token_bytes = shape.kv_elements_per_token() * kv_itemsize * num_layers / shape.num_layers
+    blocks_per_row = int(KV_BYTES / (token_bytes * BLOCK_SIZE * FAR_ROWS))
+    blocks_per_row = min(max(blocks_per_row, 2), FAR // BLOCK_SIZE)
     far = blocks_per_row * BLOCK_SIZE
-    run = far // 2
+    run = min(RUN, far // 2)
     kinds = {
         "few": [(NEAR - 1, NEAR)] * FEW,
         "many": [(NEAR - 1, NEAR)] * MANY,
@@ -85,25 +106,36 @@ def measure_rest(
         "first": [(0, run)],
         "last": [(far - run, far)],
     }
-    executor = _executor(config, shape, backend, dtype, far, max(run, MANY))
-    executor.execute(_step(kinds["many"], len(shape.attention), blocks_per_row, new=True))
-    equations, times_s = [], []
+    part = LayerSlice(config, remedies, dtype=dtype, max_positions=far, max_tokens=max(run, MANY))
+    executor, num_groups = _executor(part.model, shape, backend, dtype, far)
+    executor.execute(_step(kinds["many"], num_groups, blocks_per_row, new=True))
+    clock_s, own_s = time.perf_counter(), time.thread_time()
+    equations, times_s, products = [], [], []
     for name, rows in kinds.items():
-        step = _step(rows, len(shape.attention), blocks_per_row)
+        step = _step(rows, num_groups, blocks_per_row)
         equations.append(_equation(step, shape, kv_itemsize))
-        seconds = usual_time_s(partial(_execute, executor, step), S_PER_STEP)
-        times_s.append(seconds + scheduling_s(MANY if name == "many" else FEW))
+        seconds = _usual(part, partial(executor.execute, step))
+        products.append((step.num_tokens, seconds.products))
+        times_s.append(seconds.rest + scheduling_s(MANY if name == "many" else FEW))
+    busy = (time.perf_counter() - clock_s) / (time.thread_time() - own_s)
     executor.close()
     scale = np.abs(equations).max(axis=0)
     parts = np.linalg.solve(np.array(equations) / scale, times_s) / scale
-    return Rest(
+    rest = Rest(
         *np.maximum(parts[:3], 0.0).tolist(),
         *(1 / np.maximum(parts[3:], LEAST)).tolist(),
     )
+    return Measured(rest, tuple(sorted(products)), max(busy, 1.0))
 
 
-def _execute(executor: LocalExecutor, step: Step, turn: int) -> None:
-    executor.execute(step)
+def _usual(part: LayerSlice, execute: Callable[[], object]) -> SliceSeconds:
+    """The median of what a step takes."""
+    part.seconds(execute)
+    seconds: list[SliceSeconds] = []
+    end = time.thread_time() + S_PER_STEP
+    while len(seconds) < MIN_STEPS or time.thread_time() < end:
+        seconds.append(part.seconds(execute))
+    return SliceSeconds(*(sorted(one)[len(one) // 2] for one in zip(*seconds, strict=True)))
 
 
 def _equation(step: Step, shape: ModelShape, kv_itemsize: int) -> list[float]:
@@ -118,14 +150,13 @@ def _equation(step: Step, shape: ModelShape, kv_itemsize: int) -> list[float]:
 
 
 def _executor(
-    config: Mapping[str, Any],
+    model: CausalLM,
     shape: ModelShape,
     backend: AttentionBackend,
     dtype: torch.dtype,
     far: int,
-    max_tokens: int,
-) -> LocalExecutor:
-    model = hollow_model(config, dtype=dtype, max_positions=far, max_tokens=max_tokens)
+) -> tuple[LocalExecutor, int]:
+    """(an executor for the model, its number of KV groups)."""
     windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
     num_blocks = max(FAR_ROWS * far // BLOCK_SIZE, MANY)
     executor = LocalExecutor(
@@ -142,7 +173,7 @@ def _executor(
     for layer in executor._kv_layers:  # pages that were never written are not read from memory
         for values in (layer.keys, layer.values):  # type: ignore[attr-defined]
             values[:] = 0.01
-    return executor
+    return executor, len(windows)
 
 
 def _step(
@@ -208,12 +239,12 @@ def scheduling_s(num_rows: int) -> float:
     executor = SimExecutor(VirtualClock())
     times_s = []
     while scheduler.num_unfinished:
-        start_s = time.perf_counter()
+        start_s = time.thread_time()
         step = scheduler.schedule()
         assert step is not None
-        scheduled_s = time.perf_counter()
+        scheduled_s = time.thread_time()
         result = executor.execute(step)
-        executed_s = time.perf_counter()
+        executed_s = time.thread_time()
         scheduler.update(result)
-        times_s.append(time.perf_counter() - executed_s + scheduled_s - start_s)
+        times_s.append(time.thread_time() - executed_s + scheduled_s - start_s)
     return sorted(times_s)[len(times_s) // 4]

@@ -22,6 +22,8 @@ COLD_BYTES = 128 * 2**20
 """Products take turns at so many bytes of weights: these come from memory then, as a model's do."""
 
 MIN_CALLS, MAX_CALLS = 3, 200
+LONGEST_WAIT = 3
+"""Times the seconds of a point, that it may take by the clock when others use the machine."""
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 Timer = Callable[[Callable[[int], object], float], float]
@@ -115,17 +117,28 @@ def quick_time_s(call: Callable[[int], object], seconds: float) -> float:
 
 
 def usual_time_s(call: Callable[[int], object], seconds: float) -> float:
-    """What a call usually takes, the median; as `quick_time_s`."""
-    times_s = _times_s(call, seconds)
+    """What a call usually takes of this thread's own time, the median; as `quick_time_s`.
+
+    The time of the thread, not of the clock: on a machine that others use, a long call is
+    interrupted every time, and its time by the clock says more about the others. A thread that
+    waits for its helpers spins, so with several threads it is about the time of all of them.
+    """
+    times_s = _times_s(call, seconds, time.thread_time)
     return sorted(times_s)[len(times_s) // 2]
 
 
-def _times_s(call: Callable[[int], object], seconds: float) -> list[float]:
+def _times_s(
+    call: Callable[[int], object],
+    seconds: float,
+    now: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     call(0)
     times_s: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times_s) < MIN_CALLS or (time.perf_counter() < end and len(times_s) < MAX_CALLS):
-        start = time.perf_counter()
+    end, last = now() + seconds, time.perf_counter() + LONGEST_WAIT * seconds
+    while len(times_s) < MIN_CALLS or (
+        now() < end and time.perf_counter() < last and len(times_s) < MAX_CALLS
+    ):
+        start = now()
         call(len(times_s) + 1)
-        times_s.append(time.perf_counter() - start)
+        times_s.append(now() - start)
     return times_s

@@ -13,9 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from batchwright.clock import VirtualClock
+from batchwright.plan.cost import keys_by_step
 from batchwright.request import Int32Array
-from batchwright.sched.equal_steps import EqualResults, EqualSteps
-from batchwright.step import NewSequence, Step, StepResult
+from batchwright.step import EqualResults, EqualSteps, NewSequence, Step, StepResult
 
 ORDINARY_TOKEN = 0
 """What a sequence draws before its end, or the next larger id that does not end it."""
@@ -30,8 +30,8 @@ class StepCost(Protocol):
         """Time of one Step."""
         ...
 
-    def equal_seconds(self, positions: Int32Array, num_steps: int) -> float:
-        """Time of Steps of one token a row, at `positions` [num_rows] in the first of them."""
+    def equal_seconds(self, steps: EqualSteps) -> float:
+        """Time of equal Steps, all of them."""
         ...
 
 
@@ -51,13 +51,10 @@ class LinearCost:
         num_keys = int(step.positions[step.cu_seqlens_q[1:] - 1].sum()) + step.num_rows
         return self.step_s + self.token_s * step.num_tokens + self.key_s * num_keys
 
-    def equal_seconds(self, positions: Int32Array, num_steps: int) -> float:
-        """Time of Steps of one token a row; see `StepCost`."""
-        num_rows = len(positions)
-        first_keys = int(positions.sum(dtype=np.int64)) + num_rows
-        num_keys = num_steps * first_keys + num_rows * num_steps * (num_steps - 1) // 2
-        fixed_s = num_steps * (self.step_s + self.token_s * num_rows)
-        return fixed_s + self.key_s * num_keys
+    def equal_seconds(self, steps: EqualSteps) -> float:
+        """Time of equal Steps, all of them."""
+        fixed_s = self.step_s + self.token_s * len(steps.slots)
+        return steps.num_steps * fixed_s + self.key_s * int(keys_by_step(steps, None).sum())
 
 
 class SimExecutor:
@@ -95,7 +92,7 @@ class SimExecutor:
         """Execute equal Steps at once, up to the first in which a row reaches its true length."""
         slots, left = steps.slots, self._last_position[steps.slots] - steps.positions
         num_steps = min(steps.num_steps, max(int(left.min()), 1))
-        self._clock.advance(self._cost.equal_seconds(steps.positions, num_steps))
+        self._clock.advance(self._cost.equal_seconds(steps._replace(num_steps=num_steps)))
         ordinary = self._ordinary_token[slots]
         token_ids = np.where(left <= num_steps, self._end_token[slots], ordinary)
         return EqualResults(num_steps, ordinary, token_ids)

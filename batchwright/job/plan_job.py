@@ -217,7 +217,7 @@ def cost_model(model: OpenedModel) -> CostModel:
     """What the model costs on this machine, measured now."""
     import torch
 
-    from batchwright import kernels
+    from batchwright import kernels, techniques
     from batchwright.exec.calibrate import calibrate
 
     config = model.config
@@ -230,7 +230,15 @@ def cost_model(model: OpenedModel) -> CostModel:
         attention=config.attention,
         num_threads=config.num_threads,
     )
-    return CostModel(model.shape, hardware, model.dtype.itemsize, model.kv_dtype.itemsize)
+    backend = techniques.find("attention.backends", config.attention).Backend()
+    heads = model.shape.attention[0]
+    return CostModel(
+        model.shape,
+        hardware,
+        model.dtype.itemsize,
+        model.kv_dtype.itemsize,
+        backend.rows_per_load(heads.num_q_heads, heads.num_kv_heads),
+    )
 
 
 def _read(

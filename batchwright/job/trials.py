@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,13 +16,12 @@ from batchwright.job.runner import HORIZON_ROWS
 from batchwright.order_trial import chosen_order
 from batchwright.plan.advise.batch_size import BATCH_SIZES, ProfilePoint
 from batchwright.plan.advise.knobs import Knobs, Trial
-from batchwright.plan.cost import CostModel, ModelShape
+from batchwright.plan.cost import CostModel, ModelShape, SharedReads
 from batchwright.plan.estimate import Int64Array, Savings, count_work
 from batchwright.plan.job_rows import JobRows, RowColumns
 from batchwright.predict import predict
-from batchwright.request import Int32Array
 from batchwright.simulate import EngineSizes
-from batchwright.step import Step
+from batchwright.step import EqualSteps, Step
 
 
 class MeteredCost:
@@ -42,18 +41,23 @@ class MeteredCost:
         """Mean seconds between two tokens of a sequence."""
         return self.waited_s / max(self.num_drawn, 1)
 
-    def seconds(self, step: Step) -> float:
+    @property
+    def rows_per_load(self) -> int:
+        """As that of the cost model."""
+        return self.cost.rows_per_load
+
+    def seconds(self, step: Step, shared: Sequence[SharedReads] = ()) -> float:
         """Time of a Step."""
-        seconds = self.cost.seconds(step)
+        seconds = self.cost.seconds(step, shared)
         self.waited_s += seconds * len(step.sample_tokens)
         self.num_drawn += len(step.sample_tokens)
         return seconds
 
-    def equal_seconds(self, positions: Int32Array, num_steps: int) -> float:
-        """Time of Steps of one token a row."""
-        seconds = self.cost.equal_seconds(positions, num_steps)
-        self.waited_s += seconds * len(positions)
-        self.num_drawn += num_steps * len(positions)
+    def equal_seconds(self, steps: EqualSteps, shared: Sequence[SharedReads] = ()) -> float:
+        """Time of equal Steps."""
+        seconds = self.cost.equal_seconds(steps, shared)
+        self.waited_s += seconds * len(steps.slots)
+        self.num_drawn += steps.num_steps * len(steps.slots)
         return seconds
 
     def work_s(self, *counts: Any) -> float:

@@ -52,6 +52,11 @@ class BlockTable:
             self._set(*ragged_ranges(slots[growing], self.end[slots[growing]], growth[growing]))
             self.end[slots[growing]] += growth[growing]
 
+    def writes_shared_block(self, slots: Int32Array, write_starts: Int32Array) -> bool:
+        """Whether any of these slots will copy the block that its next token falls into."""
+        ends = write_starts + np.int32(1)
+        return bool(self._writes_shared_block(slots, write_starts, ends).any())
+
     def adopt(self, slot: int, start: int, block_ids: Int32Array) -> None:
         """Let an empty slot hold shared blocks as its entries [start, start + len)."""
         self.pool.share(block_ids)

@@ -23,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from batchwright.request import Int32Array
-from batchwright.step import NO_WRITE, Step
+from batchwright.step import NO_WRITE, EqualSteps, Step
 
 Int64Array = npt.NDArray[np.int64]
+Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,10 @@ class Hardware:
         step_s: fixed time of a step.
         draw_s: drawing one token from its logits.
         tile_rows: rows of a product are rounded up to a multiple of this.
-        overlap: share of the shorter of compute and reading keys that the longer one hides, 0 to 1.
+        busy: seconds by the clock for one of the machine's own, as others used it when it was
+            measured; no part of a step's time here.
+        overlap: share of the shorter of compute and reading keys that the longer one hides, 0 to 1;
+            while weights are read, keys are not.
     """
 
     name: str
@@ -191,6 +195,19 @@ class Hardware:
     draw_s: float = 0.0
     tile_rows: int = 1
     overlap: float = 0.0
+    busy: float = 1.0
+
+
+class SharedReads(NamedTuple):
+    """Keys in blocks that more than one row uses, in one KV group; see `plan/shared_keys.py`.
+
+    Attributes:
+        num_reads: keys, counted for each row that reads them.
+        num_loads: keys, counted as often as attention loads them.
+    """
+
+    num_reads: int
+    num_loads: int
 
 
 class AttentionSeconds(NamedTuple):
@@ -227,53 +244,77 @@ class CostModel:
 
     Attributes:
         weight_bytes, kv_bytes: of one element of the weights, and of keys and values.
+        rows_per_load: tokens that use keys while these are loaded once, of rows that share them
+            (Hydragen, arXiv:2402.05099); 1: attention loads every row's keys for itself.
     """
 
     shape: ModelShape
     hardware: Hardware
     weight_bytes: int = 4
     kv_bytes: int = 4
+    rows_per_load: int = 1
 
-    def seconds(self, step: Step) -> float:
-        """Time of a Step; what `SimExecutor` asks."""
-        return self.parts(step).total
+    def seconds(self, step: Step, shared: Sequence[SharedReads] = ()) -> float:
+        """Time of a Step; what `SimExecutor` asks. For `shared` see `parts`."""
+        return self.parts(step, shared).total
 
-    def equal_seconds(self, positions: Int32Array, num_steps: int) -> float:
-        """Time of Steps of one token a row, at `positions` [num_rows] in the first of them."""
-        num_rows, hardware = len(positions), self.hardware
+    def equal_seconds(self, steps: EqualSteps, shared: Sequence[SharedReads] = ()) -> float:
+        """Time of equal Steps, all of them; `shared` as in `parts`, the same in each."""
+        num_rows, hardware = len(steps.slots), self.hardware
         products_s = self._layers_s(num_rows) + self._head_s(num_rows)
         other_s = hardware.step_s + num_rows * (hardware.token_s + hardware.draw_s)
-        compute_s, memory_s = np.full(num_steps, products_s), np.zeros(num_steps)
-        for attention in self.shape.attention:
-            keys = keys_by_step(positions, num_steps, attention.window)
-            compute, load = self._key_s(attention)
-            if load > compute:
-                memory_s += load * keys
-            else:
-                compute_s += compute * keys
-        hidden_s = hardware.overlap * np.minimum(compute_s, memory_s)
-        return num_steps * other_s + float((compute_s + memory_s - hidden_s).sum())
+        compute_s = np.full(steps.num_steps, products_s)
+        memory_s = np.zeros(steps.num_steps)
+        for group, attention in enumerate(self.shape.attention):
+            num_read = keys_by_step(steps, attention.window)
+            flops_s, load_s = self._key_s(attention)
+            if load_s <= flops_s:
+                compute_s += flops_s * num_read
+                continue
+            memory_s += load_s * num_read
+            if shared and shared[group].num_reads:
+                num_reads = np.minimum(shared[group].num_reads, num_read)
+                num_loads = shared[group].num_loads * num_reads / shared[group].num_reads
+                memory_s -= load_s * num_reads
+                computes = flops_s * num_reads > load_s * num_loads
+                compute_s += np.where(computes, flops_s * num_reads, 0.0)
+                memory_s += np.where(computes, 0.0, load_s * num_loads)
+        hidden_s = self._hidden_s(compute_s, memory_s)
+        return steps.num_steps * other_s + float((compute_s + memory_s - hidden_s).sum())
 
-    def equal_bytes(self, positions: Int32Array, num_steps: int) -> float:
-        """`num_bytes` of the Steps of `equal_seconds`."""
-        num_rows = len(positions)
+    def equal_bytes(self, steps: EqualSteps, shared: Sequence[SharedReads] = ()) -> float:
+        """`num_bytes` of equal Steps, all of them."""
+        num_rows, num_steps = len(steps.slots), steps.num_steps
         kv = 0
-        for attention in self.shape.attention:
-            keys = int(keys_by_step(positions, num_steps, attention.window).sum())
-            kv += attention.kv_elements * (keys + num_rows * num_steps)
+        for group, attention in enumerate(self.shape.attention):
+            num_keys = int(keys_by_step(steps, attention.window).sum()) + num_rows * num_steps
+            kv += attention.kv_elements * (num_keys - num_steps * _num_spared(shared, group))
         weights = self.shape.weight_elements_read(num_rows) + self.shape.head.num_elements
         return num_steps * weights * self.weight_bytes + kv * self.kv_bytes
+
+    def _hidden_s(self, compute_s: Float64Array, memory_s: Float64Array) -> Float64Array:
+        """What products and the reading of keys do at the same time.
+
+        While weights are read, which products wait for when rows are few, keys are not.
+        """
+        weights_s = self._layers_s(1) + self._head_s(1)
+        free_s = np.maximum(compute_s - weights_s, 0.0)
+        return self.hardware.overlap * np.minimum(free_s, memory_s)
 
     def _key_s(self, attention: AttentionShape) -> tuple[float, float]:
         """Time of one token's attention to one key: its FLOPs, and its reading."""
         compute_s = attention.flops_per_key / self.hardware.attention_flops_per_s
         return compute_s, attention.kv_elements * self.kv_bytes / self.hardware.kv_bytes_per_s
 
-    def parts(self, step: Step) -> StepSeconds:
-        """Time of a Step by where it goes."""
+    def parts(self, step: Step, shared: Sequence[SharedReads] = ()) -> StepSeconds:
+        """Time of a Step by where it goes.
+
+        Args:
+            shared: what rows share, by KV group, which a Step does not say; `StepCosts` follows it.
+        """
         hardware = self.hardware
         layers, head = self._layers_s(step.num_tokens), self._head_s(_num_logits(step))
-        attention = self._attention_s(step)
+        attention = self._attention_s(step, shared)
         return StepSeconds(
             layers=layers,
             head=head,
@@ -281,7 +322,13 @@ class CostModel:
             other=hardware.step_s
             + hardware.token_s * step.num_tokens
             + hardware.draw_s * len(step.sample_tokens),
-            hidden=hardware.overlap * min(layers + head + attention.compute, attention.memory),
+            hidden=0.0
+            if not hardware.overlap
+            else float(
+                self._hidden_s(
+                    np.array(layers + head + attention.compute), np.array(attention.memory)
+                )
+            ),
         )
 
     def work_s(
@@ -301,15 +348,14 @@ class CostModel:
             + num_draws * hardware.draw_s
         )
 
-    def num_bytes(self, step: Step) -> float:
+    def num_bytes(self, step: Step, shared: Sequence[SharedReads] = ()) -> float:
         """Memory traffic of a Step: weights, and keys and values read and written."""
         _, read = row_keys(step, self.shape.attention)
-        kv = sum(
-            attention.kv_elements * (int(keys.sum()) + int((slots != NO_WRITE).sum()))
-            for attention, keys, slots in zip(
-                self.shape.attention, read, step.kv_slots, strict=True
-            )
-        )
+        kv = 0
+        for group, attention in enumerate(self.shape.attention):
+            num_written = int((step.kv_slots[group] != NO_WRITE).sum())
+            num_read = max(int(read[group].sum()) - _num_spared(shared, group), 0)
+            kv += attention.kv_elements * (num_read + num_written)
         head = self.shape.head.num_elements if _num_logits(step) else 0
         weights = self.shape.weight_elements_read(step.num_tokens) + head
         return weights * self.weight_bytes + kv * self.kv_bytes
@@ -332,16 +378,29 @@ class CostModel:
         tile = self.hardware.tile_rows
         return num_rows if tile == 1 else ceil(num_rows / tile) * tile
 
-    def _attention_s(self, step: Step) -> AttentionSeconds:
-        """Each row takes as long as its FLOPs or as reading its keys, whichever is longer."""
+    def _attention_s(self, step: Step, shared: Sequence[SharedReads]) -> AttentionSeconds:
+        """Each row takes as long as its FLOPs or as reading its keys, whichever is longer.
+
+        Keys that several of the rows that wait for them share are loaded once for `rows_per_load`
+        of them, and take as long as this or as the FLOPs of all.
+        """
         pairs, read = row_keys(step, self.shape.attention)
         compute_s = memory_s = 0.0
-        for attention, num_pairs, num_read in zip(self.shape.attention, pairs, read, strict=True):
-            compute_key_s, load_key_s = self._key_s(attention)
-            compute, load = num_pairs * compute_key_s, num_read * load_key_s
+        for group, attention in enumerate(self.shape.attention):
+            flops_s, load_s = self._key_s(attention)
+            compute, load = pairs[group] * flops_s, read[group] * load_s
             waits = load > compute
             compute_s += float(compute[~waits].sum())
             memory_s += float(load[waits].sum())
+            if not shared or not shared[group].num_reads:
+                continue
+            num_reads = min(shared[group].num_reads, int(read[group][waits].sum()))
+            num_loads = shared[group].num_loads * num_reads / shared[group].num_reads
+            memory_s -= num_reads * load_s
+            if num_reads * flops_s > num_loads * load_s:
+                compute_s += num_reads * flops_s
+            else:
+                memory_s += num_loads * load_s
         return AttentionSeconds(compute_s, memory_s)
 
 
@@ -359,8 +418,9 @@ def num_keys(num_tokens: Int32Array | Int64Array, window: int | None) -> Int64Ar
     return inside * (inside + 1) // 2 + (count - inside) * window
 
 
-def keys_by_step(positions: Int32Array, num_steps: int, window: int | None) -> Int64Array:
-    """[num_steps] keys seen by rows of one token, at `positions` [num_rows] in the first Step."""
+def keys_by_step(steps: EqualSteps, window: int | None) -> Int64Array:
+    """[num_steps] keys that all rows of each of these Steps visit together."""
+    positions, num_steps = steps.positions, steps.num_steps
     if window is None:
         first = int(positions.sum(dtype=np.int64)) + len(positions)
         return first + len(positions) * np.arange(num_steps, dtype=np.int64)
@@ -369,6 +429,11 @@ def keys_by_step(positions: Int32Array, num_steps: int, window: int | None) -> I
     seen = np.minimum(positions + 1, window).sum(dtype=np.int64)
     growing = len(positions) - np.searchsorted(missing, np.arange(num_steps - 1), "right")
     return np.concatenate(([seen], seen + np.cumsum(growing))).astype(np.int64)
+
+
+def _num_spared(shared: Sequence[SharedReads], group: int) -> int:
+    """Keys that need not be loaded, since rows that share them use them together."""
+    return shared[group].num_reads - shared[group].num_loads if shared else 0
 
 
 def _num_logits(step: Step) -> int:

@@ -11,7 +11,6 @@ Only the ids of new blocks may be dealt out to rows in another order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,33 +20,7 @@ from batchwright.sched.admission import Admission
 from batchwright.sched.books import Books
 from batchwright.sched.intake import Intake, SchedulerStats, Update
 from batchwright.sched.limits import StepLimits
-
-
-class EqualSteps(NamedTuple):
-    """Coming Steps in which the same rows compute one token each.
-
-    Attributes:
-        slots: [num_rows] int32, in the order of their rows.
-        positions: [num_rows] int32, of each row's token in the first of these Steps.
-        num_steps: at least 1; no row reaches its limit before the last.
-    """
-
-    slots: Int32Array
-    positions: Int32Array
-    num_steps: int
-
-
-class EqualResults(NamedTuple):
-    """What the first `num_steps` of EqualSteps drew.
-
-    Attributes:
-        ordinary_ids: [num_rows] int32, drawn in all of them but the last; ends no row.
-        token_ids: [num_rows] int32, drawn in the last.
-    """
-
-    num_steps: int
-    ordinary_ids: Int32Array
-    token_ids: Int32Array
+from batchwright.step import EqualResults, EqualSteps
 
 
 class Foresight:
@@ -80,10 +53,17 @@ class Foresight:
         is_fed = (state.num_tokens[slots] == positions + 1) & (positions >= state.num_prompt[slots])
         if not is_fed.all() or state.watched[slots].any() or books.waiting.is_urgent:
             return None
+        if any(table.writes_shared_block(slots, positions) for table in books.tables):
+            return None  # samples part: blocks are copied, which a Step says and these do not
         if not self._with_room(slots, positions, 1) or not self._nobody_starts(slots, positions):
             return None
         num_steps = int((state.max_len[slots] - state.num_tokens[slots]).min())
-        return EqualSteps(slots, positions, self._with_room(slots, positions, num_steps))
+        return EqualSteps(
+            books.builder.released,
+            slots,
+            positions,
+            self._with_room(slots, positions, num_steps),
+        )
 
     def take(self, steps: EqualSteps, results: EqualResults) -> Update:
         """Books as if some of these Steps had been made and their results taken in."""
@@ -132,7 +112,7 @@ class Foresight:
 
     def _may_lack(self, table: BlockTable, slots: Int32Array, num_steps: int) -> bool:
         """False: there are as many free blocks as any rows take in so many Steps."""
-        touched = (num_steps + table.block_size - 2) // table.block_size + 1  # by one row, at most
+        touched = num_steps // table.block_size + 1  # blocks that one row is given, at most
         return len(slots) * touched > table.pool.num_free
 
     @property

@@ -24,13 +24,13 @@ from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import FinishReason
 from batchwright.sched.admission import Admission
 from batchwright.sched.books import Books
-from batchwright.sched.equal_steps import EqualResults, EqualSteps, Foresight
+from batchwright.sched.equal_steps import Foresight
 from batchwright.sched.intake import Ending, Intake, SchedulerStats, Update
 from batchwright.sched.limits import StepLimits
 from batchwright.sched.progress import Progress
 from batchwright.sched.step_builder import InFlight
 from batchwright.sequence import NO_SLOT, Sequence
-from batchwright.step import Step, StepResult
+from batchwright.step import EqualResults, EqualSteps, Step, StepResult
 
 
 class Scheduler:

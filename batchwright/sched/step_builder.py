@@ -90,7 +90,7 @@ class StepBuilder:
         changes = [table.take_changes() for table in self._tables]
         step = Step(
             step_id=self._next_id,
-            finished_slots=np.array(self._released, np.int32),
+            finished_slots=self.released,
             new_sequences=tuple(self._new_sequence(slot) for slot in self._new),
             table_updates=tuple(update for update, _ in changes),
             block_copies=tuple(copies for _, copies in changes),
@@ -119,9 +119,15 @@ class StepBuilder:
         self._drop_rows()
         return step, record
 
+    @property
+    def released(self) -> Int32Array:
+        """[n] slots that lost their occupants since the last Step."""
+        return np.array(self._released, np.int32)
+
     def skip(self, num_steps: int) -> None:
-        """So many Steps were not built."""
+        """So many Steps were not built; who skipped them knows what was released before."""
         self._next_id += num_steps
+        self._released = []
 
     def reset(self) -> None:
         """No slot has an occupant any more, and nothing is to be computed."""

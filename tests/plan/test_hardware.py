@@ -58,14 +58,16 @@ def test_time_never_falls_with_more_rows_or_keys():
 
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 1.0])
 def test_overlap_hides_its_share_of_the_shorter(overlap):
-    """400 tokens of a prompt compute while 200 rows of 8,000 keys read."""
+    """400 tokens of a prompt compute while 200 rows of 8,000 keys read, not the weights."""
     step = make_step([(0, 400), *[(7999, 8000)] * 200], samples=[400])
     cost = model(overlap=overlap)
     parts = cost.parts(step)
     memory = 200 * 8000 * LLAMA.kv_elements_per_token() * 2 / 1.73e12
     compute = parts.layers + parts.head + parts.attention - memory
     assert compute > 0
-    expected = parts.other + max(compute, memory) + (1 - overlap) * min(compute, memory)
+    one = cost.parts(make_step([(0, 1)], samples=[0]))  # as long as reading the weights
+    hidden = overlap * min(compute - one.layers - one.head, memory)
+    expected = parts.other + compute + memory - hidden
     assert cost.seconds(step) == pytest.approx(expected, rel=1e-9)
 
 

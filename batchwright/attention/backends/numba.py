@@ -15,7 +15,11 @@ from batchwright.attention.backend import AttentionBatch, view_numpy
 from batchwright.attention.spec import AttentionSpec
 from batchwright.kernels.paged_attention.layout import cache_shapes
 from batchwright.kernels.paged_attention.numba import paged_attention
-from batchwright.kernels.paged_attention.plan import AttentionPlan, plan_attention
+from batchwright.kernels.paged_attention.plan import (
+    AttentionPlan,
+    plan_attention,
+    tokens_per_item,
+)
 from batchwright.kernels.rotary_kv_write.numba import rotary_kv_write
 from batchwright.request import Float32Array, Int32Array
 
@@ -68,6 +72,9 @@ class Backend:
         shapes = cache_shapes(num_blocks, spec.num_kv_heads, spec.head_dim, block_size)
         # np.zeros takes pages only when they are first written
         return NumbaKV(*(np.zeros(shape, np.float32) for shape in shapes))
+
+    def rows_per_load(self, num_q_heads: int, num_kv_heads: int) -> int:
+        return tokens_per_item(num_q_heads, num_kv_heads)
 
     def plan(self, batch: AttentionBatch) -> _StepPlan:
         return _StepPlan(batch)

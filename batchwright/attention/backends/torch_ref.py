@@ -41,6 +41,9 @@ class Backend:
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         return TorchKV(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
 
+    def rows_per_load(self, num_q_heads: int, num_kv_heads: int) -> int:
+        return 1
+
     def plan(self, batch: AttentionBatch) -> AttentionBatch:
         return batch
 

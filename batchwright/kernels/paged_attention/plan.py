@@ -91,7 +91,7 @@ def plan_attention(
         order,
         shared,
         num_kv_heads,
-        max(1, MAX_ROWS // (num_q_heads // num_kv_heads)),
+        tokens_per_item(num_q_heads, num_kv_heads),
     )
     dearest_first = np.argsort(-costs, kind="stable")
     return AttentionPlan(
@@ -102,6 +102,11 @@ def plan_attention(
         key_end[tokens],
         int(costs.sum()),
     )
+
+
+def tokens_per_item(num_q_heads: int, num_kv_heads: int) -> int:
+    """Query tokens that share the loaded keys of one item, at most."""
+    return max(1, MAX_ROWS // (num_q_heads // num_kv_heads))
 
 
 def _order_by_blocks(

@@ -1,0 +1,132 @@
+"""The first layers of a model, to learn what a step takes in all of them.
+
+Products of these layers are real, with weights that mean nothing, and are timed as they run:
+between other kernels, which drive each other's data from the caches, they take longer than one
+after another. The rest of the model is hollow (`hollow.py`). Times are those of the calling thread,
+see `usual_time_s`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from batchwright.exec.hollow import hollow_model
+from batchwright.exec.product_rates import COLD_BYTES
+from batchwright.models.layers import Linear
+
+NUM_LAYERS = 4
+
+Remedies = Mapping[tuple[int, int], tuple[int, int | None]]
+"""(min_rows, tile_rows) by (in_features, out_features); see `models/row_invariance.py`."""
+
+
+class SliceSeconds(NamedTuple):
+    """What a step would take in all layers of the model: their products, and everything else."""
+
+    products: float
+    rest: float
+
+
+class LayerSlice:
+    """A hollow model of few layers, whose products are real.
+
+    Args:
+        config: the model's config.json.
+        remedies: how its products are padded.
+        max_tokens: most tokens of a step.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        remedies: Remedies,
+        *,
+        dtype: torch.dtype,
+        max_positions: int,
+        max_tokens: int,
+    ) -> None:
+        self.model = hollow_model(
+            config, dtype=dtype, max_positions=max_positions, max_tokens=max_tokens
+        )
+        specs = self.model.attention_specs
+        layers = next(
+            module
+            for module in self.model.modules()
+            if isinstance(module, nn.ModuleList) and len(module) == len(specs)
+        )
+        self._num_layers = len(layers)
+        del layers[NUM_LAYERS:]
+        self.model.attention_specs = specs[:NUM_LAYERS]
+        self._layer_s = [0.0] * len(layers)
+        self._product_s = [0.0] * len(layers)
+        linears = [m for m in layers.modules() if isinstance(m, Linear)]
+        pool = _Pool(max(COLD_BYTES // dtype.itemsize, *(m.weight.numel() for m in linears)), dtype)
+        for index, layer in enumerate(layers):
+            for module in layer.modules():
+                if isinstance(module, Linear):
+                    _make_real(module, pool, remedies)
+                    _time(module, self._product_s, index)
+            _time(layer, self._layer_s, index)
+
+    def seconds(self, execute: Callable[[], object]) -> SliceSeconds:
+        """Run a step, and tell what it would take in all layers.
+
+        The first layer also plans attention for the others: what it takes more is taken once.
+        """
+        self._layer_s[:] = self._product_s[:] = [0.0] * len(self._layer_s)
+        start = time.thread_time()
+        execute()
+        total = time.thread_time() - start
+        others = slice(1, None) if len(self._layer_s) > 1 else slice(None)
+        layer_s, product_s = _mean(self._layer_s[others]), _mean(self._product_s[others])
+        once = total - len(self._layer_s) * layer_s
+        return SliceSeconds(
+            products=self._num_layers * product_s,
+            rest=once + self._num_layers * (layer_s - product_s),
+        )
+
+
+class _Pool:
+    """Weights are cut from one piece of memory, one after another, and from its beginning again."""
+
+    def __init__(self, num_elements: int, dtype: torch.dtype) -> None:
+        self._memory = torch.full((num_elements,), 0.01, dtype=dtype)
+        self._next = 0
+
+    def take(self, shape: torch.Size) -> torch.Tensor:
+        if self._next + shape.numel() > len(self._memory):
+            self._next = 0
+        start, self._next = self._next, self._next + shape.numel()
+        return self._memory[start : self._next].view(shape)
+
+
+def _time(module: nn.Module, into: list[float], index: int) -> None:
+    """Let every call of a module add what it takes to into[index]."""
+    forward = type(module).forward
+
+    def timed(*args: Any) -> Any:
+        start = time.thread_time()
+        result = forward(module, *args)
+        into[index] += time.thread_time() - start
+        return result
+
+    module.forward = timed  # type: ignore[method-assign]
+
+
+def _make_real(linear: Linear, pool: _Pool, remedies: Remedies) -> None:
+    out_features, in_features = linear.weight.shape
+    linear.weight = nn.Parameter(pool.take(linear.weight.shape), requires_grad=False)
+    if linear.bias is not None:
+        bias = torch.zeros(out_features, dtype=linear.weight.dtype)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    if (in_features, out_features) in remedies:
+        linear.min_rows, linear.tile_rows = remedies[in_features, out_features]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

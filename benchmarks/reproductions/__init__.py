@@ -1,0 +1,1 @@
+"""Published results repeated by simulation: one script per paper; docs/reproductions.md."""
