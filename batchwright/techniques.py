@@ -9,6 +9,7 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -45,8 +46,8 @@ def describe() -> str:
     lines = [
         "# Techniques",
         "",
-        "Made from docstrings by `python -m batchwright.techniques`. Levels: *bits*, a row's bits do "
-        "not depend on it; *rounding*, the same mathematics summed in another order; *lossy*.",
+        "Made from docstrings by `python -m batchwright.techniques`. Levels: *bits*, a row's bits "
+        "do not depend on it; *rounding*, the same mathematics summed in another order; *lossy*.",
     ]
     for family, what in FAMILIES.items():
         lines += ["", f"## {family.replace('.', '/')}", "", what]
@@ -65,4 +66,4 @@ def describe() -> str:
 
 
 if __name__ == "__main__":
-    print(describe(), end="")
+    sys.stdout.write(describe())
