@@ -20,6 +20,7 @@ from batchwright.open_requests import OpenRequests
 from batchwright.outputs import RunningRequest, Stream, failed
 from batchwright.parts import Parts
 from batchwright.plan.cost import ModelShape
+from batchwright.plan.order import OrderFunction
 from batchwright.recovery import Isolation, describe
 from batchwright.request import Request, Result, Task
 from batchwright.sampling.noise import noise_key
@@ -109,6 +110,11 @@ class Engine:
         return self._limits.vocab_size
 
     @property
+    def order(self) -> OrderFunction:
+        """In which order requests are started."""
+        return self._scheduler.order
+
+    @property
     def stats(self) -> SchedulerStats:
         """Counts since the start."""
         return self._scheduler.stats
@@ -120,7 +126,7 @@ class Engine:
         num_running = self._scheduler.books.slots.num_running
         return EngineLoad(
             num_running_seqs=num_running,
-            num_waiting_seqs=self._scheduler.num_unfinished - num_running,
+            num_waiting_seqs=max(self._scheduler.num_unfinished - num_running, 0),
             kv_used_fraction=max(1 - pool.num_free / pool.num_blocks for pool in pools),
         )
 
@@ -218,7 +224,11 @@ class Engine:
             try:
                 result = self._execute(step)
             except Exception as error:  # noqa: BLE001 - recovery finds the row that causes it
-                suspects = self._scheduler.requests_of(step)
+                suspects = [
+                    request_id
+                    for request_id in self._scheduler.requests_of(step)
+                    if request_id in self._open.running  # an encoder may outlive its row
+                ]
                 self._outstanding.clear()
                 self._scheduler.requeue_running()
                 self._recover(error, suspects)

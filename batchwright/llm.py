@@ -28,6 +28,7 @@ from batchwright.models.shape import shape_of
 from batchwright.opened_model import answer_identity, engine_settings
 from batchwright.order_trial import chosen_order
 from batchwright.plan.cost import ModelShape
+from batchwright.plan.order import OrderFunction
 from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.structured.compile import GrammarCompiler
@@ -191,6 +192,11 @@ class LLM:
     def shape(self) -> ModelShape | None:
         """The model's sizes."""
         return self.engine.shape
+
+    @property
+    def order(self) -> OrderFunction:
+        """In which order the engine starts rows."""
+        return self.engine.order
 
     @staticmethod
     def compile_s() -> float:

@@ -31,28 +31,30 @@ def chosen_order(
     groups: Seq[KVGroup],
     shape: ModelShape,
     measure: Callable[[], CostModel],
+    *,
+    is_told: bool = True,
 ) -> OrderFunction:
     """The order in which an engine with these settings starts rows.
 
     Args:
         shape: the model's.
         measure: what the model costs on this machine; asked at most once, if that pays.
+        is_told: see `AutoOrder`.
     """
     if config.order != AUTO_ORDER:
         return find_order(config.order)
     from batchwright.exec.machine_cost import calibration_s, least_token_s
 
-    engine = EngineSizes(
-        groups=groups,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-    )
-
     def measured() -> Measured:
         start_s = time.perf_counter()
         cost = measure()
+        engine = EngineSizes(
+            groups=groups,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+        )
         return Measured(Trial(engine, cost), rates_of(cost), time.perf_counter() - start_s)
 
     return AutoOrder(
@@ -60,6 +62,7 @@ def chosen_order(
         techniques.names("plan.orders"),
         measure_s=calibration_s(shape, config.num_threads),
         token_s=least_token_s(shape, config.num_threads),
+        is_told=is_told,
     )
 
 

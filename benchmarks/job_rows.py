@@ -8,6 +8,7 @@ The limit expected is the one Python thread that schedules and writes.
     python -m benchmarks.job_rows --rows 100k --rows 1m
     python -m benchmarks.job_rows --rows 1m --random-ids   ids in no order: harder on the journal
     python -m benchmarks.job_rows --rows 1m --kill         kill -9 at half, go on, count the ids
+    python -m benchmarks.job_rows --order prefix_dfs       with an order over the whole file
 
 Afterwards the output is read: each id must be there once.
 """
@@ -55,48 +56,23 @@ def write_rows(path: Path, num_rows: int, *, random_ids: bool = False) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def run_one(folder: Path) -> dict:
+def run_one(folder: Path, order: str) -> dict:
     """The job, in this process."""
-    from batchwright.clock import VirtualClock
-    from batchwright.engine import Engine
-    from batchwright.exec.sim import SimExecutor
     from batchwright.job.directory import JobDirectory
+    from batchwright.job.formats.arranged_lines import Arrangement
     from batchwright.job.formats.read_input import read_input
     from batchwright.job.run_job import JobPaths, run_job
     from batchwright.job.runner import JobOptions
-    from batchwright.kv.groups import KVGroup
-    from batchwright.sched.scheduler import Scheduler
-    from batchwright.text.token_bytes import token_bytes
-    from batchwright.text.tokenizer import load_tokenizer
-    from batchwright.weights.locate import locate_model
+    from benchmarks.simulated_model import SimulatedModel
 
-    tokenizer = load_tokenizer(locate_model("smollm2"))
-    scheduler = Scheduler(
-        [KVGroup(None, 4096)],
-        block_size=32,
-        max_num_seqs=256,
-        max_num_batched_tokens=8192,
-        max_model_len=2048,
-    )
-    engine = Engine(
-        scheduler, SimExecutor(VirtualClock()), tokenizer, max_model_len=2048, vocab_size=49152
-    )
-
-    class Model:
-        def __init__(self) -> None:
-            self.engine, self.tokenizer, self.grammars = engine, tokenizer, None
-            self.token_bytes = token_bytes(tokenizer.backend)
-
-        def identity(self) -> dict:
-            return {"model": "simulated"}
-
+    model = SimulatedModel(kv_blocks=4096, order=order)
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     with JobDirectory(folder / "out.jsonl.job") as directory:
         summary = run_job(
-            read_input(str(folder / "in.jsonl")),
+            read_input(str(folder / "in.jsonl"), arrangement=Arrangement(model.order)),
             JobPaths(str(folder / "out.jsonl"), str(folder / "out.errors.jsonl")),
             directory,
-            Model(),
+            model,
             JobOptions(model_name="simulated", created=0),
         )
     seconds = time.perf_counter() - start_s
@@ -119,22 +95,22 @@ def peak_bytes() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def run_apart(folder: Path) -> dict:
+def run_apart(folder: Path, order: str) -> dict:
     """The job in a process of its own, to its end."""
-    done = subprocess.run(child(folder), check=True, capture_output=True, text=True)
+    done = subprocess.run(child(folder, order), check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(folder: Path) -> list[str]:
+def child(folder: Path, order: str) -> list[str]:
     """The command that runs the job in `folder`, or goes on with it."""
-    return [sys.executable, "-m", "benchmarks.job_rows", "--folder", str(folder)]
+    return [sys.executable, "-m", "benchmarks.job_rows", "--folder", str(folder), "--order", order]
 
 
-def kill_at_half(folder: Path, num_rows: int) -> int:
+def kill_at_half(folder: Path, num_rows: int, order: str) -> int:
     """Start the job and kill it when half of the rows are done; returns how many are."""
     from batchwright.job.journal import RowState, count_states, read_only
 
-    process = subprocess.Popen(child(folder), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(child(folder, order), stdout=subprocess.DEVNULL)
     job = folder / "out.jsonl.job"
     num_done = 0
     while process.poll() is None and num_done < num_rows // 2:
@@ -155,13 +131,13 @@ def count_ids(folder: Path, num_rows: int, *, random_ids: bool) -> None:
     assert not missing, f"{len(missing)} rows are missing"
 
 
-def measure(num_rows: int, *, random_ids: bool, kill: bool) -> dict:
+def measure(num_rows: int, order: str, *, random_ids: bool, kill: bool) -> dict:
     """One line of the table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "in.jsonl", num_rows, random_ids=random_ids)
-        killed = {"rows_when_killed": kill_at_half(folder, num_rows)} if kill else {}
-        result = {**run_apart(folder), "random_ids": random_ids, **killed}
+        killed = {"rows_when_killed": kill_at_half(folder, num_rows, order)} if kill else {}
+        result = {**run_apart(folder, order), "order": order, "random_ids": random_ids, **killed}
         assert result["rows_skipped"] == killed.get("rows_when_killed", 0)
         count_ids(folder, num_rows, random_ids=random_ids)
     print(
@@ -178,13 +154,14 @@ def main() -> None:
     parser.add_argument("--rows", type=parse_count, action="append", default=None)
     parser.add_argument("--random-ids", action="store_true")
     parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--order", default="fcfs", help="a file of batchwright/plan/orders")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder is not None:
-        print(json.dumps(run_one(arguments.folder)))
+        print(json.dumps(run_one(arguments.folder, arguments.order)))
         return
     results = [
-        measure(num_rows, random_ids=arguments.random_ids, kill=arguments.kill)
+        measure(num_rows, arguments.order, random_ids=arguments.random_ids, kill=arguments.kill)
         for num_rows in arguments.rows or [100_000, 1_000_000]
     ]
     print(

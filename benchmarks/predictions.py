@@ -79,7 +79,7 @@ def lines(requests: Sequence[WorkRequest]) -> Iterator[dict[str, Any]]:
 
 def predicted_s(requests: Sequence[WorkRequest], model: OpenedModel, cost: CostModel) -> float:
     """The machine's own seconds, by simulation of all rows."""
-    from batchwright.job.plan_job import engine_sizes
+    from batchwright.job.plan_job import engine_sizes, job_order
     from batchwright.plan.job_rows import JobRows
     from batchwright.predict import predict
     from batchwright.request import Request, SamplingParams
@@ -99,7 +99,7 @@ def predicted_s(requests: Sequence[WorkRequest], model: OpenedModel, cost: CostM
             columns,
             columns.most_output,
             computed=np.arange(len(columns)),
-            engine=engine_sizes(model, cost),
+            engine=engine_sizes(model, job_order(model, cost)),
             cost=cost,
             total_work_s=0.0,
         )

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from batchwright.cli.advise import advise
 from batchwright.cli.plan import plan
 from batchwright.cli.report import report
 from batchwright.cli.run import run
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(plan)
+app.command()(advise)
 app.command()(sim)
 app.command()(serve)
 app.command()(validate)

@@ -39,6 +39,8 @@ def report(
     from batchwright.report.read import find_job
 
     directory = find_job(job)
+    if output not in (None, STDIO):
+        _refuse_files_of(directory, output)
     reports.measure_ceiling(directory)
     if as_json:
         text, path = _as_json(reports.report_json(directory)), output or STDIO
@@ -57,6 +59,23 @@ def page_path_for(directory: Path) -> str:
 
     name = directory.name.removesuffix(SUFFIX).removesuffix(".gz").removesuffix(".zst")
     return str(directory.with_name(f"{Path(name).stem}.report.html"))
+
+
+def _refuse_files_of(directory: Path, output: str) -> None:
+    """A report takes the place of a file that is there, but never of the job's own.
+
+    Raises:
+        ConfigError: the report would replace OUT, the error file or one of the job directory.
+    """
+    from batchwright.errors import ConfigError
+    from batchwright.job.directory import SUFFIX, error_file_of
+
+    path = Path(output).resolve()
+    result = directory.with_name(directory.name.removesuffix(SUFFIX))
+    errors = error_file_of(directory)
+    kept = [result.resolve(), *([Path(errors).resolve()] if errors else [])]
+    if path in kept or path.is_relative_to(directory.resolve()):
+        raise ConfigError(f"{output} belongs to the job itself; name another file for its report")
 
 
 def _as_json(values: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchwright.job.preflight import STDIO
-from batchwright.job.summary import JobSummary
+from batchwright.job.summary import EXPIRED_CODES, JobSummary
 
 
 def print_summary(
@@ -36,13 +36,13 @@ def _lines(summary: JobSummary, load_s: float) -> list[tuple[str, str, str]]:
     lines = [
         ("rows read", f"{summary.num_rows_read:,}", ""),
         ("  succeeded", f"{summary.num_succeeded:,}", ""),
-        ("  failed", f"{summary.num_failed:,}", _error_kinds(summary)),
+        ("  failed", f"{summary.num_failed:,}", _error_kinds(summary, expired=False)),
     ]
     if summary.num_skipped:
         note = "finished by an earlier run"
         lines.insert(1, ("  done before", f"{summary.num_skipped:,}", note))
     if summary.num_expired:
-        lines.append(("  expired", f"{summary.num_expired:,}", "they ran out of time"))
+        lines.append(("  expired", f"{summary.num_expired:,}", _error_kinds(summary, expired=True)))
     if summary.num_cancelled:
         lines.append(("  cancelled", f"{summary.num_cancelled:,}", "no answer was written"))
     if summary.num_length_limited:
@@ -71,8 +71,9 @@ def _lines(summary: JobSummary, load_s: float) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _error_kinds(summary: JobSummary) -> str:
-    return ", ".join(f"{code}: {count:,}" for code, count in summary.error_codes.most_common())
+def _error_kinds(summary: JobSummary, *, expired: bool) -> str:
+    kinds = summary.error_codes.most_common()
+    return ", ".join(f"{code}: {n:,}" for code, n in kinds if (code in EXPIRED_CODES) is expired)
 
 
 def _stopped_text(summary: JobSummary) -> str:

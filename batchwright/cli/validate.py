@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,7 @@ def validate(
     """Check every row of a file without a model, and report each one that would fail.
 
     What depends on the model (the length of a prompt in tokens, token ids, what its chat template
-    accepts) is checked when the job runs.
+    accepts) is checked when the job runs, and so are templates that rows bring.
 
     Exit status: 0 all rows are sound, 1 some are not, 2 the file cannot be read.
     """
@@ -98,18 +99,23 @@ class Findings:
         from batchwright.job.model_names import ModelNames
         from batchwright.job.rows import RowError
         from batchwright.job.validate import parse_row
+        from batchwright.structured.check import GrammarCheck
 
-        names = ModelNames(None)
-        for row in names.watch(rows):
-            self.num_rows += 1
-            try:
-                if isinstance(row, RowError):
-                    raise row.error
-                self.endpoints[row.endpoint] += 1
-                names.check(parse_row(row))
-            except RequestError as error:
-                self.codes[error.code] += 1
-                yield BadRow(row.line, row.custom_id, error)
+        names, grammars = ModelNames(None), GrammarCheck()
+        with closing(grammars):
+            for row in names.watch(rows):
+                self.num_rows += 1
+                try:
+                    if isinstance(row, RowError):
+                        raise row.error
+                    self.endpoints[row.endpoint] += 1
+                    parsed = parse_row(row)
+                    names.check(parsed)
+                    if parsed.params.grammar is not None:
+                        grammars.check(parsed.params.grammar)
+                except RequestError as error:
+                    self.codes[error.code] += 1
+                    yield BadRow(row.line, row.custom_id, error)
         self.model = names.foreign
 
     def as_text(self) -> str:

@@ -24,7 +24,7 @@ NEVER = np.iinfo(np.int32).max
 
 
 class StepCost(Protocol):
-    """How long a Step takes: `LinearCost`, or `CostModel` or `StepCosts` of `plan/`."""
+    """How long a Step takes: `LinearCost`, `plan.cost.CostModel`, `plan.shared_keys.StepCosts`."""
 
     def seconds(self, step: Step) -> float:
         """Time of one Step."""

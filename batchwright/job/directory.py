@@ -137,11 +137,7 @@ class JobDirectory:
     @property
     def error_file(self) -> str | None:
         """Where the job that was begun here writes its failures; None: it has not noted it."""
-        try:
-            name = os.fsdecode((self.path / "error_file").read_bytes())
-        except OSError:
-            return None
-        return name if is_url(name) else os.path.normpath(os.path.join(self.path, name))
+        return error_file_of(self.path)
 
     def note_error_file(self, path: str) -> None:
         """Remember where failures go, as seen from here: a job may be moved with its files.
@@ -178,6 +174,15 @@ class JobDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def error_file_of(directory: Path) -> str | None:
+    """Where the job that was begun in a directory writes its failures; None: not noted."""
+    try:
+        name = os.fsdecode((directory / "error_file").read_bytes())
+    except OSError:
+        return None
+    return name if is_url(name) else os.path.normpath(os.path.join(directory, name))
 
 
 def running_process(directory: Path) -> str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from batchwright.job.disk_space import bytes_written
+from batchwright.job.formats.arranged_lines import Arrangement
 from batchwright.job.journal import FinishedRows
 from batchwright.job.plan_rows import RowCounts, read_rows
 from batchwright.job.rows import InputRow, RowError
@@ -28,7 +29,10 @@ from batchwright.plan.estimate import (
     output_lengths,
 )
 from batchwright.plan.job_rows import TASKS, JobRows, RowColumns
+from batchwright.plan.order import OrderFunction
+from batchwright.plan.orders.fcfs import fcfs
 from batchwright.plan.prices import Billed, Price
+from batchwright.prompt_cache.compose import PromptSchemas
 
 if TYPE_CHECKING:
     from batchwright.opened_model import OpenedModel
@@ -135,6 +139,8 @@ def plan_job(
     rows: Iterator[InputRow | RowError],
     model: OpenedModel,
     *,
+    arrangement: Arrangement | None = None,
+    schemas: PromptSchemas | None = None,
     check: Callable[[ParsedRow], None] = lambda row: None,
     finished: FinishedRows | None = None,
     used_share: float | None = None,
@@ -142,6 +148,9 @@ def plan_job(
     """Read all rows, count what they will compute, and predict how long it takes.
 
     Args:
+        arrangement: of the rows; is told the order.
+        schemas: those that rows may name in prompt_cache. Such rows are counted as whole prompts,
+            which is more than is computed.
         check: a further check of each row, in input order; raises RequestError.
         finished: rows that an earlier run has finished.
         used_share: share of their allowed output tokens that those used.
@@ -150,9 +159,11 @@ def plan_job(
     """
     start_s = time.perf_counter()
     cost = cost_model(model)
-    engine, job_rows = engine_sizes(model, cost), JobRows()
+    engine, job_rows = engine_sizes(model, job_order(model, cost)), JobRows()
+    if arrangement is not None:
+        arrangement.order = engine.order
     with job_rows.store:
-        counts = _read(rows, job_rows, model, engine, check, finished)
+        counts = _read(rows, job_rows, model, engine, schemas, check, finished)
         columns = job_rows.columns()
         savings = find_savings(
             job_rows,
@@ -183,13 +194,30 @@ def plan_job(
     )
 
 
-def engine_sizes(model: OpenedModel, cost: CostModel) -> EngineSizes:
-    """The sizes of the engine that will run the model.
+def read_job_rows(
+    rows: Iterator[InputRow | RowError],
+    model: OpenedModel,
+    *,
+    check: Callable[[ParsedRow], None] = lambda row: None,
+) -> tuple[RowCounts, JobRows]:
+    """All rows of a job; whose token store is to be closed by who calls this."""
+    job_rows = JobRows()
+    try:
+        return _read(rows, job_rows, model, engine_sizes(model, fcfs), None, check, None), job_rows
+    except BaseException:
+        job_rows.store.close()
+        raise
 
-    Args:
-        cost: what the model costs, for orders that ask.
-    """
+
+def job_order(model: OpenedModel, cost: CostModel) -> OrderFunction:
+    """In which order the engine that will run the model starts rows; `cost` is for `auto`."""
     from batchwright.order_trial import chosen_order
+
+    return chosen_order(model.config, model.groups, model.shape, lambda: cost)
+
+
+def engine_sizes(model: OpenedModel, order: OrderFunction) -> EngineSizes:
+    """The sizes of the engine that will run the model."""
     from batchwright.simulate import EngineSizes
 
     config = model.config
@@ -201,7 +229,7 @@ def engine_sizes(model: OpenedModel, cost: CostModel) -> EngineSizes:
         max_model_len=config.max_model_len,
         prefix_sharing=config.prefix_sharing,
         horizon=HORIZON_ROWS,
-        order=chosen_order(config, model.groups, model.shape, lambda: cost),
+        order=order,
     )
 
 
@@ -217,6 +245,7 @@ def _read(
     into: JobRows,
     model: OpenedModel,
     engine: EngineSizes,
+    schemas: PromptSchemas | None,
     check: Callable[[ParsedRow], None],
     finished: FinishedRows | None,
 ) -> RowCounts:
@@ -231,6 +260,7 @@ def _read(
             model.tokenizer,
             ModelLimits(model.config.max_model_len, vocab_size),
             grammars=grammars,
+            schemas=schemas,
             check=check,
             finished=finished,
             fits=lambda num_tokens: engine.most_at_once(num_tokens) > 0,

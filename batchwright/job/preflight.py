@@ -13,6 +13,7 @@ from typing import Any
 from batchwright.errors import ConfigError
 from batchwright.job import select
 from batchwright.job.directory import JobDirectory
+from batchwright.job.formats.arranged_lines import Arrangement
 from batchwright.job.formats.output import check_output
 from batchwright.job.formats.read_input import input_size, read_input
 from batchwright.job.formats.row_objects import read_objects
@@ -32,6 +33,7 @@ class JobArguments:
         source: the input's path, or rows as dicts.
         output, errors: where results and failures go; by default errors lie beside the output.
         column, template, endpoint: how rows of tables become prompts; docs/formats.md.
+        prompt_schema: files of schemas that rows name; docs/prompt_cache.md.
         force: start over: forget the job and replace its files.
         in_input_order: write the output in input order, when the job ends.
         keep_failed: do not run rows again that failed before.
@@ -48,6 +50,7 @@ class JobArguments:
     column: list[str] | None = None
     template: str | None = None
     endpoint: str | None = None
+    prompt_schema: list[str] | None = None
     force: bool = False
     in_input_order: bool = False
     keep_failed: bool = False
@@ -90,15 +93,20 @@ def error_path_for(output: str) -> str:
     return f"{head}{slash}{stem.stem}.errors{stem.suffix or '.jsonl'}{packed}"
 
 
-def open_rows(arguments: JobArguments) -> tuple[Iterator[AnyRow], int | None]:
+def open_rows(
+    arguments: JobArguments, arrangement: Arrangement | None = None
+) -> tuple[Iterator[AnyRow], int | None]:
     """The rows a job is about, and the input's size in bytes if known.
 
+    Args:
+        arrangement: see `read_input`; of a limited number of rows the first ones are meant, so
+            these come as they stand.
     Raises:
         InputError: the input is missing, unreadable, or has no rows.
         ConfigError: a sample of an input that can be read only once, such as standard input.
     """
     source = arguments.source
-    rows = _shard_of(arguments)
+    rows = _shard_of(arguments, arrangement if arguments.limit is None else None)
     if arguments.sample is not None:
         if isinstance(source, Iterator) or source == STDIO or _is_pipe(source):
             raise ConfigError("a sample reads the input twice; give a file, or use limit")
@@ -116,10 +124,10 @@ def _is_pipe(source: object) -> bool:
     return isinstance(source, str) and os.path.exists(source) and Path(source).is_fifo()
 
 
-def _shard_of(arguments: JobArguments) -> Iterator[AnyRow]:
+def _shard_of(arguments: JobArguments, arrangement: Arrangement | None = None) -> Iterator[AnyRow]:
     source, settings = arguments.source, arguments.row_settings()
     if isinstance(source, str):
-        rows = read_input(source, **settings)
+        rows = read_input(source, **settings, arrangement=arrangement)
     else:
         rows = read_objects(source, **settings)
     first = next(rows)  # raises InputError now rather than after the model is loaded

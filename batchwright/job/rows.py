@@ -44,6 +44,7 @@ class InputRow:
         num_bytes: bytes of the input this row took, for progress.
         extra: columns that pass through to the output.
         memory_bytes: about what it takes in memory; 0 if its reader sees to that.
+        pause_follows: the next row has to be waited for, so this one should not wait for it.
     """
 
     line: int
@@ -53,6 +54,7 @@ class InputRow:
     num_bytes: int = 0
     extra: dict[str, Any] | None = None
     memory_bytes: int = field(default=0, compare=False)
+    pause_follows: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class RowError:
         error: why, with the line in it.
         num_bytes: bytes of the input this row took, for progress.
         extra: columns that pass through to the output.
+        pause_follows: as in InputRow.
     """
 
     line: int
@@ -72,6 +75,7 @@ class RowError:
     error: RequestError
     num_bytes: int = 0
     extra: dict[str, Any] | None = None
+    pause_follows: bool = field(default=False, compare=False)
     memory_bytes: ClassVar[int] = 0
 
 
@@ -79,7 +83,8 @@ AnyRow = InputRow | RowError
 
 
 def groups(rows: Iterator[AnyRow], max_rows: int) -> Iterator[list[AnyRow]]:
-    """Rows in lists of at most max_rows, and of about GROUP_BYTES in memory.
+    """Rows in lists of at most max_rows, and of about GROUP_BYTES in memory; rows that are there
+    do not wait for one that has still to be written.
 
     Rows before an error of the input come before the error.
     """
@@ -89,7 +94,7 @@ def groups(rows: Iterator[AnyRow], max_rows: int) -> Iterator[list[AnyRow]]:
         for row in rows:
             group.append(row)
             num_bytes += row.memory_bytes
-            if len(group) == max_rows or num_bytes >= GROUP_BYTES:
+            if len(group) == max_rows or num_bytes >= GROUP_BYTES or row.pause_follows:
                 yield group
                 group, num_bytes = [], 0
     except BatchwrightError:

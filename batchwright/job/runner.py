@@ -32,7 +32,7 @@ from batchwright.job.metrics import MetricsLog, Sample
 from batchwright.job.output_files import OutputFiles
 from batchwright.job.step_times import StepTimes
 from batchwright.job.stop import StopControl, StoppedAtOnce
-from batchwright.job.summary import JobSummary, since_now
+from batchwright.job.summary import EXPIRED_CODES, JobSummary, since_now
 from batchwright.plan.cost import ModelShape
 from batchwright.request import DEFAULT_MAX_TOKENS, FinishReason, Request, Result, Task
 
@@ -318,7 +318,7 @@ class Job:
         )
 
     def _fail(self, id: RowId, error: RequestError) -> None:
-        expired = error.code in _EXPIRED_CODES
+        expired = error.code in EXPIRED_CODES
         state = RowState.EXPIRED if expired else RowState.FAILED
         data = _encode(error_line(id.custom_id, id.line, error, id.columns)) + b"\n"
         self._journal.append(id.key, id.line, state, id.digest, data)
@@ -399,9 +399,6 @@ def _num_allowed_tokens(request: Request, max_model_len: int) -> int:
         return 0
     params, room = request.params, max_model_len - request.num_prompt_tokens
     return params.n * min(params.max_tokens or DEFAULT_MAX_TOKENS, room)
-
-
-_EXPIRED_CODES = {"batch_expired", "row_timeout"}
 
 
 def _deadline_error() -> RequestError:

@@ -20,7 +20,8 @@ from batchwright.plan.cost import CostModel, ModelShape
 from batchwright.plan.estimate import folded_rows, output_lengths
 from batchwright.plan.hardware import device_hardware, find_device, kv_memory_bytes
 from batchwright.plan.job_rows import JobRows
-from batchwright.plan.order import OrderFunction, find_order, rates_of
+from batchwright.plan.order import OrderFunction, find_order
+from batchwright.plan.orders.fcfs import fcfs
 from batchwright.simulate import EngineSizes
 from batchwright.synthetic import Workload
 
@@ -125,10 +126,10 @@ def this_machine(model: OpenedModel, longest: int) -> Machine:
     """
     from batchwright.job.plan_job import cost_model, engine_sizes
 
-    cost = cost_model(model)
-    engine = replace(engine_sizes(model, cost), order=find_order("fcfs"))
+    engine = engine_sizes(model, fcfs)
     _check_room(engine.groups, longest, engine.max_num_batched_tokens)
     engine = replace(engine, max_model_len=max(engine.max_model_len, longest))
+    cost = cost_model(model)
     return Machine(name=cost.hardware.name, engine=engine, cost=cost)
 
 
@@ -177,6 +178,7 @@ def orders_for(names: Sequence[str], machine: Machine) -> list[tuple[str, OrderF
     """
     from batchwright.order_trial import Trial
     from batchwright.plan.auto_order import AutoOrder, Measured
+    from batchwright.plan.order import rates_of
 
     def measured() -> Measured:
         return Measured(Trial(machine.engine, machine.cost), rates_of(machine.cost), 0.0)
@@ -186,7 +188,9 @@ def orders_for(names: Sequence[str], machine: Machine) -> list[tuple[str, OrderF
     found: list[tuple[str, OrderFunction]] = []
     for name in dict.fromkeys(wanted):
         if name == AUTO_ORDER:
-            found.append((name, AutoOrder(measured, known, measure_s=0.0, token_s=1.0)))
+            found.append(
+                (name, AutoOrder(measured, known, measure_s=0.0, token_s=0.0, is_told=False))
+            )
         else:
             found.append((name, find_order(name)))
     return found

@@ -9,6 +9,9 @@ from typing import cast
 
 from batchwright.job.engine_counts import EngineStats
 
+EXPIRED_CODES = frozenset({"batch_expired", "row_timeout"})
+"""Errors of rows that expired; a row with any other one failed."""
+
 
 def since_now(stats: EngineStats) -> EngineStats:
     """The same counts from now on: an engine may have run other rows before the job's."""
@@ -35,7 +38,7 @@ class JobSummary:
         num_expired: rows whose time, or the job's, was up.
         num_cancelled: rows read but neither answered nor failed, because the job was stopped.
         num_length_limited: rows with an output that ended at max_tokens or the context.
-        error_codes: failed rows by error code.
+        error_codes: failed and expired rows by error code.
         num_prompt_tokens, num_output_tokens: of rows that succeeded.
         num_allowed_tokens: output tokens that rows given to the engine may have (n * max_tokens).
         num_allowed_tokens_done: the same of those that succeeded.

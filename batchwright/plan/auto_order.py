@@ -34,7 +34,7 @@ SIMULATED_ROUND_S = 4e-4
 0.1 to 0.35 ms on one core of a Sapphire Rapids server (benchmarks/orders.py)."""
 
 MOST_ROUNDS = 20_000
-"""Rounds simulated in all, about: however long the job is, some seconds are enough to choose."""
+"""Steps simulated in all, about: however long the job is, some seconds are enough to choose."""
 
 LEAST_GAIN = 0.01
 """Less than this share of the time is no reason to leave the order in which rows came."""
@@ -110,6 +110,7 @@ class AutoOrder:
         measure_s: seconds that measuring will take, about.
         token_s: less than what a computed token takes; jobs that these make too short for measuring
             are not tried.
+        is_told: log each choice; of no use for pretended engines.
 
     Attributes:
         choice: the latest; None before there was one.
@@ -122,10 +123,12 @@ class AutoOrder:
         *,
         measure_s: float,
         token_s: float,
+        is_told: bool = True,
     ) -> None:
         assert YARDSTICK in candidates
         self._measure, self._candidates = measure, candidates
         self._measure_s, self._token_s = measure_s, token_s
+        self._is_told = is_told
         self._measured: Measured | None = None
         self.choice: Choice | None = None
 
@@ -133,7 +136,8 @@ class AutoOrder:
         num_tried = 0 if self.choice is None else self.choice.num_rows
         if job.num_rows >= FEW_ROWS and job.num_rows > REPEAT_GROWTH * num_tried:
             self.choice = self._choose(job)
-            logger.info("%s", self.choice)
+            if self._is_told:
+                logger.info("%s", self.choice)
         name = self.choice.name if self.choice else YARDSTICK
         return find_order(name)(self._with_rates(job))
 

@@ -6,6 +6,7 @@ the page's font. Needs matplotlib (extra `report`).
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -74,6 +75,19 @@ def _draw(draw: Callable[[Figure, Report], None], report: Report, figure: Figure
     draw(figure, report)
 
 
+def need_matplotlib() -> None:
+    """Say how to get it if it is missing.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "pictures need matplotlib: pip install 'batchwright[report]' (or --json, which needs "
+            "nothing)"
+        )
+
+
 def draw_picture(name: str, height: float, draw: Callable[[Figure], None], title: str) -> str:
     """One SVG element for a page.
 
@@ -84,14 +98,10 @@ def draw_picture(name: str, height: float, draw: Callable[[Figure], None], title
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "pictures need matplotlib: pip install 'batchwright[report]' (or --json, which needs "
-            "nothing)"
-        ) from None
+    need_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         draw(figure)
@@ -227,7 +237,7 @@ def _draw_tokens(figure: Figure, report: Report) -> None:
         ("tokens generated", tokens.generated, "decode"),
         ("computed again", tokens.recomputed, "again"),
     ]
-    _bars(figure.subplots(), bars, lambda value: f"{value:,.0f}")
+    draw_bars(figure.subplots(), bars, lambda value: f"{value:,.0f}")
 
 
 def _draw_ceiling(figure: Figure, report: Report) -> None:
@@ -237,10 +247,12 @@ def _draw_ceiling(figure: Figure, report: Report) -> None:
         ("steps", report.roofline.step_s, "decode"),
         ("all time", report.roofline.total_s, "other"),
     ]
-    _bars(figure.subplots(), bars, lambda value: f"{value:,.1f} s")
+    draw_bars(figure.subplots(), bars, lambda value: f"{value:,.1f} s")
 
 
-def _bars(axes: Axes, bars: Sequence[tuple[str, float, str]], form: Callable[[float], str]) -> None:
+def draw_bars(
+    axes: Axes, bars: Sequence[tuple[str, float, str]], form: Callable[[float], str]
+) -> None:
     """Horizontal bars from top to bottom, each with its value beside it."""
     names = [name for name, _, _ in bars]
     values: list[Any] = [value for _, value, _ in bars]

@@ -124,6 +124,8 @@ def find_job(path: str | Path) -> Path:
     if not str(path):
         raise ConfigError("the job's name is empty; give its output, or its directory OUT.job")
     given, beside = Path(path), job_directory_for(path)
+    if given.name in ("", ".."):  # its name is the job's
+        given = given.resolve()
     for directory in (given, beside):
         try:
             if directory.is_dir() and (directory / "lock").exists():

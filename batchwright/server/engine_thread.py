@@ -20,6 +20,7 @@ from batchwright.job.runner import DRAIN_S, JobOptions
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
 from batchwright.plan.cost import ModelShape
+from batchwright.plan.order import OrderFunction
 from batchwright.server.batch_record import Batch, BatchError, Counts, Status
 from batchwright.server.batches import Batches, Live
 from batchwright.server.check_batch import RowChecks, batch_rows
@@ -64,6 +65,11 @@ class SharedModel:
     def shape(self) -> ModelShape | None:
         """See JobModel."""
         return self.model.shape
+
+    @property
+    def order(self) -> OrderFunction:
+        """See JobModel."""
+        return self.model.order
 
     def settings(self) -> Mapping[str, Any]:
         """See JobModel."""

@@ -93,7 +93,7 @@ class GrammarCompiler:
                     found = self._compile(spec)
                     self._keep(spec, found)
         if isinstance(found, str):
-            raise _refused(spec, found)
+            raise refusal(spec, found)
         return found
 
     def template(self, source: str) -> RowTemplate:
@@ -136,7 +136,8 @@ class GrammarCompiler:
         return guidance_tokenizer(self._vocabulary)
 
 
-def _refused(spec: GrammarSpec, reason: str) -> RequestError:
+def refusal(spec: GrammarSpec, reason: str) -> RequestError:
+    """The error of a row whose grammar is refused for this reason."""
     reason = " ".join(reason.replace("<non-verbose/>", "").split())
     if len(reason) > MAX_REASON_CHARS:
         reason = reason[: MAX_REASON_CHARS - 3] + "..."

@@ -172,6 +172,39 @@ def test_report_writes_a_page(call: Call, tmp_path: Path) -> None:
     assert "cannot write" in err
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_report_replaces_no_file_of_the_job(
+    call: Call, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    directory = make_job(tmp_path, WHOLE_RUN, num_succeeded=9)
+    with JobDirectory(directory) as job:
+        job.note_error_file(str(tmp_path / "bad.jsonl"))
+    kept = [tmp_path / "results.jsonl", tmp_path / "bad.jsonl", directory / "metrics.jsonl"]
+    (tmp_path / "link.html").symlink_to(kept[0])
+    for path in kept[:2]:
+        path.write_text("rows")
+    for path in (*kept, tmp_path / "link.html", directory / "report.html"):
+        status, _, err = call("report", tmp_path / "results.jsonl", "-o", path, *options)
+        assert status == 2
+        assert "belongs to the job itself; name another file" in err
+    assert [path.read_text() for path in kept[:2]] == ["rows", "rows"]
+    assert not (directory / "report.html").exists()
+    other = tmp_path / "other.html"
+    for _ in range(2):  # an older report is replaced
+        assert call("report", tmp_path / "results.jsonl", "-o", other, *options)[0] == 0
+
+
+def test_report_from_within_the_directory(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = make_job(tmp_path, WHOLE_RUN, num_succeeded=9)
+    monkeypatch.chdir(directory)
+    assert call("status", ".")[1].startswith("results.jsonl: finished")
+    page = tmp_path / "results.report.html"
+    assert call("report", ".")[:2] == (0, f"Report: {page}\n")
+    assert page.exists()
+
+
 def test_report_as_json(call: Call, tmp_path: Path) -> None:
     make_job(tmp_path, [*KILLED_RUN, *WHOLE_RUN], num_succeeded=9)
     status, out, _ = call("report", tmp_path / "results.jsonl", "--json")

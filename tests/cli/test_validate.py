@@ -55,6 +55,31 @@ def test_every_bad_row_is_told(validate, tmp_path: Path) -> None:
     ]
 
 
+def test_grammars_that_no_model_can_use(validate, tmp_path: Path) -> None:
+    not_enforced = {"type": "object", "not": {"type": "string"}}
+    forms = {
+        "schema": {"json": not_enforced},
+        "regex": {"regex": "("},
+        "lark": {"grammar": 'start: "a" missing'},
+        "never": {"json": False},
+        "sound": {"json": {"type": "object", "properties": {"é": {"type": "integer"}}}},
+        "sound-2": {"regex": r"[a-zäöü]{1,10}\d?"},
+        "sound-3": {"choice": ["yes", "日本", "🙂"]},
+        "sound-4": {"grammar": 'start: NUM "+" NUM\nNUM: /[0-9]{1,3}/'},
+        "special": {"grammar": 'start: "a" <|im_end|>'},
+    }
+    rows = [{"id": id, "prompt": "x", "structured_outputs": form} for id, form in forms.items()]
+    rows += [{**row, "id": f"{row['id']}-again"} for row in rows]
+    status, out, _ = validate(write_lines(tmp_path / "in.jsonl", rows), "--json")
+    *bad, counts = map(json.loads, out.splitlines())
+    expected = ["schema", "regex", "lark", "never"]
+    assert status == 1
+    assert [row["custom_id"] for row in bad] == [*expected, *(f"{id}-again" for id in expected)]
+    assert counts["codes"] == {"unsupported_grammar": 8}
+    assert (bad[0]["param"], bad[0]["line"]) == ("structured_outputs", 1)
+    assert "the json_schema cannot be used: Unimplemented keys" in bad[0]["message"]
+
+
 def test_json(validate, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", [chat_row("ü", n=0), chat_row("b", model="m")])
     status, out, _ = validate(path, "--json")

@@ -70,6 +70,7 @@ LINES = r"""
 {"custom_id": "4", "method": "POST", "url": "/v1/embeddings", "body": {"input": ["a", "b"], "encoding_format": "base64", "pooling": "last", "normalize": false}}
 {"custom_id": "5", "method": "POST", "url": "/v1/score", "body": {"context": [1, 2], "continuation": "b", "add_special_tokens": false}}
 {"id": 7, "prompt": "x", "structured_outputs": {"choice": ["a", "b"]}, "repetition_detection": {"max_pattern_size": 4, "min_count": 2}, "user": "u", "metadata": {"k": "v"}}
+{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}
 {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "continue_final_message": true, "chat_template_kwargs": {"a": 1}}
 {"prompt_token_ids": [1, 2, 3], "structured_outputs": {"regex": "[a-z]+"}, "prompt_logprobs": 1}
 {"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ messages }}", "guided_json": {"type": "string"}}

@@ -15,6 +15,8 @@ from batchwright.job.formats.read_input import read_input
 from batchwright.job.rows import InputRow, RowError
 from batchwright.parts import Parts
 from batchwright.plan.cost import ModelShape
+from batchwright.plan.order import OrderFunction
+from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import (
     NO_MARKUP,
     Completion,
@@ -50,7 +52,7 @@ class ByteTokenizer:
     def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[int]]:
         if messages[0]["role"] == "nobody":
             raise RequestError("the chat template does not know the role 'nobody'")
-        text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
+        text = "".join(f"<{m['role']}>{m.get('content')}\n" for m in messages)
         if options.get("add_generation_prompt", True):
             text += "<assistant>"
         return text, self.encode_batch([text])[0]
@@ -160,6 +162,7 @@ class FakeModel:
     grammars: Any = None
     name: str = "fake"
     shape: ModelShape | None = None
+    order: OrderFunction = fcfs
     more_identity: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod

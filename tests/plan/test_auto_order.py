@@ -143,10 +143,17 @@ def test_when_measuring_took_all_the_time_nothing_is_tried() -> None:
 
 def test_a_long_job_is_not_tried_for_longer_than_a_choice_needs() -> None:
     """An hour a row: 2 % of the run would pay for simulating all of it."""
-    slow = Trial(engine(num_blocks=4000)._engine, LinearCost(3600.0, TOKEN_S, 0.0))
+    sizes = EngineSizes(
+        groups=[KVGroup(None, 4000)],
+        block_size=BLOCK_SIZE,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        max_model_len=256,
+    )
+    slow = Trial(sizes, LinearCost(3600.0, 0.0, 0.0))
     predict = Counting(slow)
-    outputs = [50 + 37 * row % 100 for row in range(3000)]  # ends apart: each takes a round or two
-    predict.auto()(job_of([[row + 10] * 9 for row in range(3000)], outputs))
+    outputs = [50.0 + row % 97 for row in range(20_000)]
+    predict.auto()(job_of([[row + 10] * 9 for row in range(20_000)], outputs))
     assert MOST_ROUNDS / 4 < predict.num_rounds < 1.5 * MOST_ROUNDS  # equal orders run once
 
 

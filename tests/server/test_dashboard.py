@@ -46,6 +46,8 @@ class Page:
         self.driver = driver
 
     def open(self, server: RunningServer) -> None:
+        self.driver.get("about:blank")  # the last test's page asks a server that is gone
+        self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         self.driver.get(f"http://127.0.0.1:{server.port}/")
 
     def text(self, id: str) -> str:

@@ -91,8 +91,9 @@ def test_the_first_signal_finishes_what_runs(tmp_path: Path) -> None:
 
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
     with process(tmp_path / "data", pace_s=0.05) as (running, client):
-        batch = begin(client, [chat_row(str(i), max_tokens=100_000) for i in range(5)])
-        until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
+        long_rows = [chat_row(str(i), max_tokens=100_000) for i in range(5)]
+        batch = begin(client, [chat_row("short", max_tokens=1), *long_rows])
+        until_more(client, batch, 0)  # then others run too
         running.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(0.5)

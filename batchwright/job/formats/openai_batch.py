@@ -7,7 +7,8 @@ stream: memory is bounded by the longest line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -15,8 +16,9 @@ import msgspec
 from batchwright.errors import InputError, RequestError
 from batchwright.job.formats.column_map import ColumnMap
 from batchwright.job.formats.columns import Columns, for_endpoint
+from batchwright.job.formats.lines import Line, numbered_lines
 from batchwright.job.formats.row_names import id_text, json_kind
-from batchwright.job.formats.source import Source, read_lines, too_long
+from batchwright.job.formats.source import Source, too_long
 from batchwright.job.rows import ENDPOINTS, UNNAMED, InputRow, RowError, endpoint_of_bare_row
 
 _BATCH_KEYS = {"custom_id", "method", "url", "body"}
@@ -25,32 +27,28 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _decode_json = msgspec.json.Decoder().decode
 
 
-def read_json_lines(source: Source, given: ColumnMap) -> Iterator[InputRow | RowError]:
-    """Yield the rows of a batch file in order; a bad line is yielded as a RowError.
+def read_json_lines(
+    source: Source, given: ColumnMap, lines: Iterator[Line] | None = None
+) -> Iterator[InputRow | RowError]:
+    """Yield the rows of a batch file; a bad line is yielded as a RowError.
 
     With a column map, each line is a table's row.
 
+    Args:
+        lines: of the source, in the order in which they are wanted; None: as they stand there.
     Raises:
         InputError: not UTF-8 text at all, no rows, or the first row lacks the prompt's column.
     """
     reader = LineReader(source.name, given)
     num_rows = 0
-    for line, (raw, num_bytes) in enumerate(read_lines(source.stream), start=1):
-        if line == 1 and raw is not None:
-            raw = without_mark(raw, source.name)
-        if raw is not None and not raw.strip():
+    for line in lines or numbered_lines(source.stream):
+        row = reader.row_of(line, source.progress)
+        if row is None:
             continue
         num_rows += 1
-        counted = num_bytes if source.progress is None else source.progress()
-        try:
-            if raw is None:
-                raise too_long(num_bytes)
-            row = decode_row(raw)
-        except RequestError as error:
-            error.line = line
-            yield RowError(line, None, error, counted)
-        else:
-            yield reader.read(row, line, counted, len(raw))
+        if source.would_wait is not None and source.would_wait():
+            row = replace(row, pause_follows=True)
+        yield row
     if num_rows == 0:
         raise InputError(f"{source.name} has no rows (empty_file); it needs one JSON object a line")
 
@@ -78,6 +76,29 @@ class LineReader:
         self._name = name
         self._given = given
         self._columns: Columns | None = None
+
+    def row_of(
+        self, line: Line, progress: Callable[[], int] | None = None
+    ) -> InputRow | RowError | None:
+        """The row of a line of a file; None if the line is blank.
+
+        Args:
+            progress: see `Source`.
+        """
+        raw = line.raw
+        if line.number == 1 and raw is not None:
+            raw = without_mark(raw, self._name)
+        if raw is not None and not raw.strip():
+            return None
+        num_bytes = line.num_bytes if progress is None else progress()
+        try:
+            if raw is None:
+                raise too_long(line.num_bytes)
+            row = decode_row(raw)
+        except RequestError as error:
+            error.line = line.number
+            return RowError(line.number, None, error, num_bytes)
+        return self.read(row, line.number, num_bytes, len(raw))
 
     def read(
         self, row: dict[str, Any], line: int, num_bytes: int, memory_bytes: int

@@ -18,11 +18,19 @@ from collections.abc import Iterator, Sequence
 
 from batchwright.errors import InputError
 from batchwright.job.formats import arrow_rows
+from batchwright.job.formats.arranged_lines import Arrangement, arranged_lines
 from batchwright.job.formats.column_map import ColumnMap, parse_columns
 from batchwright.job.formats.csv_rows import read_csv
 from batchwright.job.formats.openai_batch import read_json_lines
 from batchwright.job.formats.row_names import with_names
-from batchwright.job.formats.source import STDIN, Source, is_url, open_source, text_suffix
+from batchwright.job.formats.source import (
+    COMPRESSED,
+    STDIN,
+    Source,
+    is_url,
+    open_source,
+    text_suffix,
+)
 from batchwright.job.rows import InputRow, RowError
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -34,6 +42,7 @@ def read_input(
     column: Sequence[str] | None = None,
     template: str | None = None,
     endpoint: str | None = None,
+    arrangement: Arrangement | None = None,
 ) -> Iterator[InputRow | RowError]:
     """The rows of an input, streamed; a bad one is a RowError.
 
@@ -42,12 +51,14 @@ def read_input(
         column: which column gives which parameter: "prompt=text", "custom_id=key".
         template: text with columns in it, which is the prompt.
         endpoint: where rows go that name none; None if it follows from their parameters.
+        arrangement: how the rows are ordered, if lines can be read in any order: those of a file
+            that is not compressed; None: as they stand in the input.
     Raises:
         ConfigError: column, template or endpoint is wrong; at once.
         InputError: the input is missing, unreadable, has no rows or lacks a column; when the first
             row is asked for, or later if it is damaged further on.
     """
-    return _read(path, parse_columns(column, template, endpoint))
+    return _read(path, parse_columns(column, template, endpoint), arrangement)
 
 
 def input_size(path: str) -> int | None:
@@ -63,7 +74,9 @@ def input_size(path: str) -> int | None:
     return os.path.getsize(path)
 
 
-def _read(path: str, given: ColumnMap) -> Iterator[InputRow | RowError]:
+def _read(
+    path: str, given: ColumnMap, arrangement: Arrangement | None
+) -> Iterator[InputRow | RowError]:
     if path != STDIN and not is_url(path) and os.path.isdir(path):
         yield from with_names(arrow_rows.read_dataset(path, given), "row")
     elif text_suffix(path) == ".parquet":
@@ -75,9 +88,17 @@ def _read(path: str, given: ColumnMap) -> Iterator[InputRow | RowError]:
         with open_source(path) as source:
             if delimiter is None:
                 _refuse_array(source, path)
-                yield from with_names(read_json_lines(source, given))
+                lines = None
+                if arrangement is not None and _is_plain_file(path):
+                    lines = arranged_lines(path, given, arrangement)
+                yield from with_names(read_json_lines(source, given, lines))
             else:
                 yield from with_names(read_csv(source, given, delimiter=delimiter))
+
+
+def _is_plain_file(path: str) -> bool:
+    """Whether any of a file's bytes can be read at any time."""
+    return not is_url(path) and os.path.isfile(path) and not path.lower().endswith(COMPRESSED)
 
 
 def _refuse_array(source: Source, path: str) -> None:

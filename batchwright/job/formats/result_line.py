@@ -29,7 +29,10 @@ def error_line(
     columns: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The error-file line of a row that failed; custom_id is None if it could not be read."""
-    request_id = response_id(custom_id if custom_id is not None else f"line-{line}")
+    name = custom_id if custom_id is not None else f"line-{line}"
+    if error.code == "duplicate_custom_id":  # the row that had it first has a line of its own
+        name = f"{name}\0{line}"
+    request_id = response_id(name)
     failure: dict[str, Any] = {
         "id": f"batch_req_{request_id}",
         "custom_id": custom_id,

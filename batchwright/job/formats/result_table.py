@@ -6,7 +6,7 @@
 | text | of the first choice |
 | finish_reason | of the first choice |
 | texts | of all choices |
-| error_code, error_message | why a row failed |
+| error_code, error_message, error_line | why a row failed, and where it stands |
 | prompt_tokens, completion_tokens | from usage |
 | embedding | if there are embeddings |
 | logprob | if there are scores |
@@ -32,6 +32,7 @@ FIXED = (
     "texts",
     "error_code",
     "error_message",
+    "error_line",
     "prompt_tokens",
     "completion_tokens",
 )
@@ -133,6 +134,7 @@ def table_rows(lines: Iterable[bytes], shape: TableShape) -> Iterable[dict[str, 
             "texts": texts or None,
             "error_code": error.get("code"),
             "error_message": error.get("message"),
+            "error_line": error.get("line"),
             "prompt_tokens": usage.get("prompt_tokens"),
             "completion_tokens": usage.get("completion_tokens"),
             RESPONSE: _encode(body).decode() if body else None,

@@ -32,7 +32,9 @@ def with_names(rows: Iterator[AnyRow], unit: str = "line") -> Iterator[AnyRow]:
 
 
 def _named(group: list[AnyRow], seen: IdSet, unit: str) -> Iterator[AnyRow]:
-    names = [f"{unit}-{row.line}" if row.custom_id == UNNAMED else row.custom_id for row in group]
+    names = [
+        automatic_name(row, unit) if row.custom_id == UNNAMED else row.custom_id for row in group
+    ]
     are_new = iter(seen.add([name for name in names if name is not None]))
     for row, name in zip(group, names, strict=True):
         if name is None:
@@ -44,7 +46,15 @@ def _named(group: list[AnyRow], seen: IdSet, unit: str) -> Iterator[AnyRow]:
         elif is_new:
             yield row
         else:
-            yield RowError(row.line, name, _used(name, row.line, unit), row.num_bytes, row.extra)
+            error = _used(name, row.line, unit)
+            yield RowError(
+                row.line, name, error, row.num_bytes, row.extra, pause_follows=row.pause_follows
+            )
+
+
+def automatic_name(row: AnyRow, unit: str = "line") -> str:
+    """What a row is called that gives no name, if no other row is called so."""
+    return f"{unit}-{row.line}"
 
 
 def _free_name(name: str, seen: IdSet) -> str:

@@ -19,6 +19,7 @@ from pathlib import PurePath
 from typing import IO, Any
 
 from batchwright.errors import BatchwrightError, InputError, RequestError
+from batchwright.job.formats.pipe import PipeLines, is_pipe
 
 STDIN = "-"
 COMPRESSED = (".gz", ".zst")
@@ -37,11 +38,13 @@ class Source:
         stream: its bytes, decompressed.
         name: what messages call it.
         progress: bytes of the file read since the last call; None if they are those of the stream.
+        would_wait: whether the next line has to be waited for; None if there is never a wait.
     """
 
-    stream: IO[bytes]
+    stream: IO[bytes] | PipeLines
     name: str
     progress: Callable[[], int] | None = None
+    would_wait: Callable[[], bool] | None = None
 
 
 def is_url(path: str) -> bool:
@@ -67,7 +70,7 @@ def open_source(path: str) -> Iterator[Source]:
     name = "standard input" if path == STDIN else path
     with explained(path, name):
         if path == STDIN:
-            yield Source(sys.stdin.buffer, name)
+            yield _standard_input(name)
             return
         with open_binary(path) as raw:
             suffix = PurePath(path).suffix.lower()
@@ -80,6 +83,18 @@ def open_source(path: str) -> Iterator[Source]:
                 yield Source(io.BufferedReader(_ZstdReader(raw), _BUFFER_BYTES), name, _delta(raw))
             else:
                 yield Source(raw, name)
+
+
+def _standard_input(name: str) -> Source:
+    stream = sys.stdin.buffer
+    try:
+        fd = stream.fileno()
+    except OSError:  # somebody has put something else in its place
+        return Source(stream, name)
+    if not is_pipe(fd):
+        return Source(stream, name)
+    lines = PipeLines(fd)
+    return Source(lines, name, would_wait=lines.would_wait)
 
 
 def open_binary(path: str) -> IO[bytes]:
@@ -137,7 +152,7 @@ def explained(path: str, name: str) -> Iterator[None]:
         raise InputError(f"cannot read {name}: {reason}") from error
 
 
-def read_lines(stream: IO[bytes]) -> Iterator[tuple[bytes | None, int]]:
+def read_lines(stream: IO[bytes] | PipeLines) -> Iterator[tuple[bytes | None, int]]:
     """Lines and their sizes in bytes. A line over MAX_LINE_BYTES is skipped and given as None."""
     while raw := stream.readline(MAX_LINE_BYTES + 1):
         if len(raw) <= MAX_LINE_BYTES:

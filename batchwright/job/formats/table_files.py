@@ -57,6 +57,7 @@ def _schema(shape: TableShape) -> Any:
 
     types = {
         "texts": pa.list_(pa.string()),
+        "error_line": pa.int64(),
         "prompt_tokens": pa.int64(),
         "completion_tokens": pa.int64(),
         EMBEDDING: pa.list_(pa.float32()),

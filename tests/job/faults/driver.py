@@ -2,10 +2,10 @@
 
 Started with failing_io.so preloaded: `python -m tests.job.faults.driver LIBRARY FOLDER MODE STRIDE`
 disturbs operation 1, 1 + STRIDE, ...; mode `quota` lets 1, 1 + STRIDE, ... bytes be written, and
-mode `moment` kills the job at STRIDE random moments instead. The command runs in forked children,
-so that a killed one does not end the driver. After each disturbed run the command is given again,
-undisturbed, and the files are compared with those of a job that was never disturbed. Prints one
-JSON line.
+mode `moment` kills the job at random moments instead, until that was before its end STRIDE times.
+The command runs in forked children, so that a killed one does not end the driver. After each
+disturbed run the command is given again, undisturbed, and the files are compared with those of a
+job that was never disturbed. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -77,8 +79,12 @@ def main(library_path: str, root: str, mode: str, stride: int) -> None:
     random = Random(stride)
     statuses: dict[int, int] = {}
     problems: list[str] = []
-    points = range(stride) if mode == "moment" else range(1, num_operations + 1, stride)
+    points: Iterable[int] = count() if mode == "moment" else range(1, num_operations + 1, stride)
+    num_points = 0
     for point in points:
+        if mode == "moment" and statuses.get(-signal.SIGKILL, 0) == stride:
+            break
+        num_points += 1
         folder = Path(root) / f"{mode}-{point}"
         folder.mkdir()
         write_lines(folder / "in.jsonl", rows())
@@ -95,7 +101,7 @@ def main(library_path: str, root: str, mode: str, stride: int) -> None:
             problems.append(f"point {point}: not the same after going on (status {again})")
         else:
             shutil.rmtree(folder)
-    report = {"operations": num_operations, "points": len(points)}
+    report = {"operations": num_operations, "points": num_points}
     text = json.dumps(report | {"statuses": statuses, "problems": problems})
     os.write(report_fd, text.encode())
 

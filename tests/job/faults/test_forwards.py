@@ -146,6 +146,7 @@ def test_a_row_that_breaks_its_nth_forward(
 def test_one_failure_changes_nothing(
     command: Command, expected: dict[str, Any], numbers: range
 ) -> None:
+    num_hit = 0
     for number in numbers:
         count = 0
 
@@ -157,6 +158,11 @@ def test_one_failure_changes_nothing(
 
         command.fault = fault
         check(command, str(number), expected)
+        if not command.num_faults:  # the job has fewer forward passes
+            break
+        num_hit += 1
+    print(f"{num_hit} forward passes failed")
+    assert num_hit >= min(len(numbers), 10) - 1
 
 
 def test_rows_that_fail_only_beside_each_other(command: Command, expected: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.job.fakes import write_lines
+from tests.job.fakes import read_lines, write_lines
 from tests.job.faults.fake_command import ROOT, finish, outcome, rows, start
 
 SOME_ROWS_FAILED, CANNOT_RUN, INTERRUPTED = 1, 2, 75
@@ -75,14 +75,17 @@ def test_the_second_signal_ends_at_once(tmp_path: Path, expected: Any) -> None:
 @pytest.mark.slow
 def test_signals_at_any_moment(tmp_path: Path, expected: Any) -> None:
     random, statuses = Random(3), []
-    start_s = time.monotonic()
-    finish(start(new_job(tmp_path / "timed"), step_s=0.03))
-    length_s = time.monotonic() - start_s  # on a machine with other work it may vary a lot
+    timed, start_s = new_job(tmp_path / "timed"), time.monotonic()
+    finish(start(timed, step_s=0.03))
+    length_s = time.monotonic() - start_s  # on a machine with other work most of it is the start
+    run_s = read_lines(timed / "out.jsonl.job" / "metrics.jsonl")[-1]["t_s"]
     for attempt in range(60):
         job = new_job(tmp_path / str(attempt))
         process = start(job, step_s=0.03)
+        if runs := attempt % 2:
+            wait_for(job / "out.jsonl.job" / "metrics.jsonl")
         for _ in range(random.choice([1, 1, 2])):
-            time.sleep(random.uniform(0, length_s))
+            time.sleep(random.uniform(0, run_s if runs else length_s))
             process.send_signal(random.choice([signal.SIGTERM, signal.SIGINT]))
         process.communicate(timeout=60)
         statuses.append(process.returncode)

@@ -17,7 +17,7 @@ from tests.job.fakes import chat_row, read_lines, write_lines
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 NUM_KILLS = 50
-LONGEST_RUN_S = 6.0  # between the start of the run and the kill
+LONGEST_RUN = 1 / 4  # of the undisturbed job's time, between the start of a run and its kill
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
@@ -29,10 +29,10 @@ def rows() -> list[Any]:
     """Greedy, sampled, n > 1 and structured rows, one bad one, and some that share a prefix."""
     shared = "You are a careful assistant. " * 12
     out: list[Any] = []
-    for i in range(24):
-        out.append(chat_row(f"greedy-{i}", f"{shared}Say {i}.", max_tokens=24, temperature=0))
-        out.append(chat_row(f"sampled-{i}", f"Tell me about {i}.", max_tokens=24))
-        out.append(chat_row(f"twice-{i}", f"A word for {i}?", max_tokens=12, n=2))
+    for i in range(12):
+        out.append(chat_row(f"greedy-{i}", f"{shared}Say {i}.", max_tokens=16, temperature=0))
+        out.append(chat_row(f"sampled-{i}", f"Tell me about {i}.", max_tokens=16))
+        out.append(chat_row(f"twice-{i}", f"A word for {i}?", max_tokens=8, n=2))
         form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
         out.append(chat_row(f"form-{i}", f"Person {i}.", max_tokens=40, response_format=form))
     for row in out:
@@ -44,7 +44,7 @@ def command(folder: Path) -> list[str]:
     source, output = str(folder / "in.jsonl"), str(folder / "out.jsonl")
     return [
         *(sys.executable, "-m", "batchwright.cli.main", "run", source, "-o", output),
-        *("--model", "smollm2", "--max-num-seqs", "16"),
+        *("--model", "smollm2", "--max-num-seqs", "4"),
     ]
 
 
@@ -60,6 +60,11 @@ def run_and_kill(folder: Path, after_s: float) -> bool:
     time.sleep(after_s)
     process.send_signal(signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
+
+
+def run_seconds(folder: Path) -> float:
+    """How long the last run took, without loading the model."""
+    return read_lines(folder / "out.jsonl.job" / "metrics.jsonl")[-1]["t_s"]
 
 
 def texts(folder: Path) -> dict[str, list[str]]:
@@ -80,17 +85,21 @@ def test_a_job_killed_fifty_times_has_every_row_once(tmp_path: Path) -> None:
     assert subprocess.run(command(calm), capture_output=True, check=False).returncode == 1
     expected = texts(calm)
     assert len(expected) == len(rows()) - 1
-    random, num_kills, num_jobs = Random(5), 0, 0
+    random, num_kills, num_jobs, num_midway = Random(5), 0, 0, 0
+    longest_s = run_seconds(calm) * LONGEST_RUN
     while num_kills < NUM_KILLS:
         folder = tmp_path / f"job-{num_jobs}"
         folder.mkdir()
         write_lines(folder / "in.jsonl", rows())
         num_jobs += 1
-        while num_kills < NUM_KILLS and run_and_kill(folder, random.uniform(0, LONGEST_RUN_S)):
+        while num_kills < NUM_KILLS and run_and_kill(folder, random.uniform(0, longest_s)):
             num_kills += 1
+            num_midway += b"\n" in (folder / "out.jsonl").read_bytes()
         assert subprocess.run(command(folder), capture_output=True, check=False).returncode == 1
         assert texts(folder) == expected
         (error,) = read_lines(folder / "out.errors.jsonl")
         assert error["custom_id"] == "hot"
-    print(json.dumps({"kills": num_kills, "jobs": num_jobs, "rows": len(expected)}))
+    counts = {"kills": num_kills, "midway": num_midway, "jobs": num_jobs, "rows": len(expected)}
+    print(json.dumps(counts | {"longest_s": longest_s}))
+    assert num_midway > NUM_KILLS / 2  # of the kills, when some rows were done already
     assert os.path.exists(folder / "out.jsonl.job" / "summary.json")

@@ -107,6 +107,7 @@ def test_csv(tmp_path: Path) -> None:
     assert (failed["custom_id"], failed["error_code"], failed["error_message"], failed["tags"]) == (
         "", "invalid_json_line", "bad", "[1]"
     )  # fmt: skip
+    assert (failed["error_line"], first["error_line"]) == ("3", "")
     assert (silent["custom_id"], silent["text"], silent["texts"]) == ("c", "", "[null]")
     write_projection(str(tmp_path / "out.tsv"), LINES)
     assert read_csv(tmp_path / "out.tsv", "\t") == [first, second, failed, silent]
@@ -121,6 +122,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert types["texts"].startswith("list<")
     assert (types["stars"], types["tags"], types["prompt_tokens"]) == ("double", "string", "int64")
     first, second, failed, silent = table.to_pylist()
+    assert (failed["error_line"], first["error_line"]) == (3, None)
     assert first["texts"] == ['one,\n"two"\r', "three"]
     assert (first["stars"], second["stars"], failed["stars"]) == (5.0, 0.5, None)
     assert (first["error_code"], failed["error_code"]) == (None, "invalid_json_line")

@@ -24,6 +24,9 @@ def test_ids_are_functions_of_the_row_alone() -> None:
     assert success_line("a", {})["id"] != success_line("b", {})["id"]
     error = RequestError("bad")
     assert error_line(None, 1, error)["id"] != error_line(None, 2, error)["id"]
+    again = RequestError("used", code="duplicate_custom_id")
+    ids = {error_line("a", line, again)["id"] for line in (2, 3)} | {success_line("a", {})["id"]}
+    assert len(ids) == 3
 
 
 def test_columns_pass_through() -> None:

@@ -1,0 +1,85 @@
+"""Tile shapes of the GPU attention kernel, by size of an element and of a head. No torch.
+
+Decoding is bound by bandwidth: 16 query rows, the least that a tensor core takes, and tiles of
+16 KiB of keys and of values, two of each on their way: three programs fit a multiprocessor.
+Prefill is bound by the tensor cores: 128 rows are one wgmma for each of two groups of four warps.
+Products of fp32 run on plain cores, in small tiles: tensor cores would round factors to tf32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchwright.errors import ShapeError
+
+KEY_GRANULE = 128
+"""Key ranges start and are cut at multiples of this, a multiple of every tile's number of keys."""
+
+MAX_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """One configuration of the kernel.
+
+    Attributes:
+        num_rows: query rows (tokens x heads of a group) of a program, a power of two.
+        num_keys: keys of one step of its loop, a power of two that divides KEY_GRANULE.
+        num_warps, num_stages: as Triton means them.
+    """
+
+    num_rows: int
+    num_keys: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Both configurations: few rows (decoding) and many (prefill, shared prefixes)."""
+
+    narrow: TileShape
+    wide: TileShape
+
+
+def choose_tiling(
+    group_size: int, head_dim: int, element_bytes: int, *, architecture: int = 90
+) -> Tiling:
+    """Tile shapes for a layer.
+
+    Args:
+        group_size: query heads per kv head, at most 128.
+        head_dim: at most 256.
+        element_bytes: of queries, keys and values: 2 or 4.
+        architecture: ten times the compute capability, such as 80, 89 or 90.
+    Raises:
+        ShapeError: the group or the head is too large.
+    """
+    if not 1 <= group_size <= MAX_ROWS or not 1 <= head_dim <= 256:
+        raise ShapeError(
+            f"GPU attention: {group_size} query heads per kv head and head_dim {head_dim}; "
+            f"the limits are {MAX_ROWS} and 256. Use the CPU for this model"
+        )
+    # Half of the stages are spent on the block table's entry, which a tile's address needs; wgmma
+    # holds one more buffer than num_stages alone gives. All shapes fit the 99 KiB of an L40S.
+    wide_stages = 3 if architecture >= 90 else 5
+    if element_bytes == 4:
+        if head_dim > 128:
+            narrow, wide = TileShape(16, 16, 4, 1), TileShape(16, 16, 4, 1)
+        elif head_dim > 64:
+            narrow, wide = TileShape(16, 16, 4, 2), TileShape(32, 16, 8, 2)
+        else:
+            narrow, wide = TileShape(16, 32, 4, 2), TileShape(32, 32, 8, 2)
+    elif head_dim > 128:
+        narrow, wide = TileShape(16, 32, 4, 5), TileShape(64, 32, 8, 3)
+    elif head_dim > 64:
+        narrow, wide = TileShape(16, 64, 4, 5), TileShape(128, 64, 8, wide_stages)
+    else:
+        narrow, wide = TileShape(16, 128, 4, 5), TileShape(128, 128, 8, wide_stages)
+    return Tiling(_hold(narrow, group_size), _hold(wide, group_size))
+
+
+def _hold(shape: TileShape, group_size: int) -> TileShape:
+    """The shape with enough rows for one token's heads."""
+    rows = max(shape.num_rows, 1 << (group_size - 1).bit_length())
+    return TileShape(rows, shape.num_keys, shape.num_warps, shape.num_stages)

@@ -1,0 +1,1 @@
+"""Advice on settings, memory, queues and devices, from predictions. One question per file."""
