@@ -22,13 +22,13 @@ from benchmarks.gpu.card import Budget, Timer
 STEPS = {
     "narrow": [Work(64, 2047), Work(256, 1023), Work(16, 1023), Work(8, 16383)],
     "wide": [
-        Work(1, 0, 2048), Work(1, 0, 4096), Work(1, 16384, 512), Work(16, 1024, 128),
+        Work(1, 0, 512), Work(1, 0, 2048), Work(1, 0, 4096), Work(1, 16384, 512), Work(16, 1024, 128),
         Work(64, 8192 + 63, 1, 8192),
     ],
 }  # fmt: skip
 TRIALS = {
     "narrow": [
-        *product([TileShape(16, 64, 2, 3)], (8, 4, 6, 12)),
+        *product([TileShape(16, 64, 2, 3)], (8, 2, 4, 12)),
         (TileShape(16, 64, 2, 2), 8),
     ],
     "wide": list(
