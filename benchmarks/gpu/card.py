@@ -89,8 +89,8 @@ def _replay_seconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
 def ceilings(timer: Timer) -> dict[str, float]:
     """What the card at hand can do: bytes and FLOPs a second, measured.
 
-    copy_bytes_per_s: a kernel that copies 2 GiB, bytes read plus bytes written (copy_ in a graph is
-    no kernel: it reached 2.7 TB/s on an H200 where kernels reach 4.5). matrix_flops_per_s: bf16
+    copy_bytes_per_s: a kernel that copies 2 GiB, bytes read plus bytes written (copy_ is a memcpy,
+    which reached 2.7 TB/s on an H200, where kernels read at 4.5). matrix_flops_per_s: bf16
     product of [8192, 8192] with random numbers, after half a second of such products, so that the
     clock is the one that lasts.
     """

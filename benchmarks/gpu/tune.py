@@ -22,8 +22,8 @@ from benchmarks.gpu.card import Budget, Timer
 STEPS = {
     "narrow": [Work(64, 2047), Work(256, 1023), Work(16, 1023), Work(8, 16383)],
     "wide": [
-        Work(1, 0, 512), Work(1, 0, 2048), Work(1, 0, 4096), Work(1, 16384, 512), Work(16, 1024, 128),
-        Work(64, 8192 + 63, 1, 8192),
+        Work(1, 0, 512), Work(1, 0, 2048), Work(1, 0, 4096), Work(1, 16384, 512),
+        Work(16, 1024, 128), Work(64, 8192 + 63, 1, 8192),
     ],
 }  # fmt: skip
 TRIALS = {
