@@ -77,6 +77,22 @@ def test_overlap_makes_a_run_shorter_and_never_by_more_than_half() -> None:
     assert alone / 2 <= overlapped < alone
 
 
+@pytest.mark.parametrize("overlap", [0.0, 1.0])
+def test_no_order_is_faster_than_the_work_that_must_be_done(overlap: float) -> None:
+    """Unique prompt tokens and decodes at the best rate; every key that decodes read."""
+    job = workload(200, "10x300")
+    machine = device_machine("H100", SHAPE, job, EngineLimits(kv_tokens=40_000))
+    hardware = machine.cost.hardware
+    prompts, outputs = job.columns.num_prompt, job.output
+    num_tokens = unique_prompt_tokens(job.rows, np.arange(200), 32) + int((outputs - 1).sum())
+    compute_s = num_tokens * SHAPE.layer_flops_per_token / hardware.layers.best
+    keys = int((prompts * (outputs - 1) + outputs * (outputs - 1) // 2).sum())
+    memory_s = keys * SHAPE.kv_elements_per_token() * 2 / hardware.kv_bytes_per_s
+    least = max(compute_s, memory_s) if overlap else compute_s + memory_s
+    for run in runs_of(job, overlap=overlap, kv_tokens=40_000).values():
+        assert run.seconds > least
+
+
 def test_a_row_that_never_fits_is_an_error() -> None:
     with pytest.raises(ConfigError, match="have room for 64"):
         runs_of(workload(), "fcfs", kv_tokens=64)

@@ -16,10 +16,13 @@ import torch
 from torch import nn
 
 from batchwright.exec.hollow import hollow_model
-from batchwright.exec.product_rates import COLD_BYTES
 from batchwright.models.layers import Linear
 
 NUM_LAYERS = 4
+
+POOL_BYTES = 256 * 2**20
+"""Weights take turns within as much memory as all layers' take, or so much: what a step reads was
+not read by the step before."""
 
 Remedies = Mapping[tuple[int, int], tuple[int, int | None]]
 """(min_rows, tile_rows) by (in_features, out_features); see `models/row_invariance.py`."""
@@ -64,12 +67,14 @@ class LayerSlice:
         self.model.attention_specs = specs[:NUM_LAYERS]
         self._layer_s = [0.0] * len(layers)
         self._product_s = [0.0] * len(layers)
-        linears = [m for m in layers.modules() if isinstance(m, Linear)]
-        pool = _Pool(max(COLD_BYTES // dtype.itemsize, *(m.weight.numel() for m in linears)), dtype)
+        self._linears = [m for m in layers.modules() if isinstance(m, Linear)]
+        sizes = [linear.weight.numel() for linear in self._linears]
+        wanted = min(sum(sizes) * self._num_layers // len(layers), POOL_BYTES // dtype.itemsize)
+        self._pool = _Pool(max(wanted, *sizes), dtype)
         for index, layer in enumerate(layers):
             for module in layer.modules():
                 if isinstance(module, Linear):
-                    _make_real(module, pool, remedies)
+                    _make_real(module, self._pool, remedies)
                     _time(module, self._product_s, index)
             _time(layer, self._layer_s, index)
 
@@ -78,6 +83,8 @@ class LayerSlice:
 
         The first layer also plans attention for the others: what it takes more is taken once.
         """
+        for linear in self._linears:
+            linear.weight.data = self._pool.take(linear.weight.shape)
         self._layer_s[:] = self._product_s[:] = [0.0] * len(self._layer_s)
         start = time.thread_time()
         execute()

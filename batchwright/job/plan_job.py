@@ -32,6 +32,7 @@ from batchwright.plan.job_rows import TASKS, JobRows, RowColumns
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.plan.prices import Billed, Price
+from batchwright.prompt_cache.compose import PromptSchemas
 
 if TYPE_CHECKING:
     from batchwright.opened_model import OpenedModel
@@ -139,6 +140,7 @@ def plan_job(
     model: OpenedModel,
     *,
     arrangement: Arrangement | None = None,
+    schemas: PromptSchemas | None = None,
     check: Callable[[ParsedRow], None] = lambda row: None,
     finished: FinishedRows | None = None,
     used_share: float | None = None,
@@ -147,6 +149,8 @@ def plan_job(
 
     Args:
         arrangement: of the rows; is told the order.
+        schemas: those that rows may name in prompt_cache. Such rows are counted as whole prompts,
+            which is more than is computed.
         check: a further check of each row, in input order; raises RequestError.
         finished: rows that an earlier run has finished.
         used_share: share of their allowed output tokens that those used.
@@ -159,7 +163,7 @@ def plan_job(
     if arrangement is not None:
         arrangement.order = engine.order
     with job_rows.store:
-        counts = _read(rows, job_rows, model, engine, check, finished)
+        counts = _read(rows, job_rows, model, engine, schemas, check, finished)
         columns = job_rows.columns()
         savings = find_savings(
             job_rows,
@@ -199,7 +203,7 @@ def read_job_rows(
     """All rows of a job; whose token store is to be closed by who calls this."""
     job_rows = JobRows()
     try:
-        return _read(rows, job_rows, model, engine_sizes(model, fcfs), check, None), job_rows
+        return _read(rows, job_rows, model, engine_sizes(model, fcfs), None, check, None), job_rows
     except BaseException:
         job_rows.store.close()
         raise
@@ -241,6 +245,7 @@ def _read(
     into: JobRows,
     model: OpenedModel,
     engine: EngineSizes,
+    schemas: PromptSchemas | None,
     check: Callable[[ParsedRow], None],
     finished: FinishedRows | None,
 ) -> RowCounts:
@@ -255,6 +260,7 @@ def _read(
             model.tokenizer,
             ModelLimits(model.config.max_model_len, vocab_size),
             grammars=grammars,
+            schemas=schemas,
             check=check,
             finished=finished,
             fits=lambda num_tokens: engine.most_at_once(num_tokens) > 0,

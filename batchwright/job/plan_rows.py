@@ -14,6 +14,7 @@ from batchwright.job.rows import InputRow, RowError
 from batchwright.job.validate import ParsedRow
 from batchwright.limits import ModelLimits
 from batchwright.plan.job_rows import JobRows
+from batchwright.prompt_cache.compose import PromptSchemas
 from batchwright.request import Request
 
 
@@ -48,6 +49,7 @@ def read_rows(
     limits: ModelLimits,
     *,
     grammars: Grammars | None = None,
+    schemas: PromptSchemas | None = None,
     check: Callable[[ParsedRow], None] = lambda row: None,
     finished: FinishedRows | None = None,
     fits: Callable[[int], bool] = lambda num_tokens: True,
@@ -56,6 +58,7 @@ def read_rows(
 
     Args:
         into: is given those that can run.
+        schemas: those that rows may name in prompt_cache.
         check: a further check of each row, in input order; raises RequestError.
         fits: whether memory can ever hold a sequence of so many tokens.
     Raises:
@@ -63,7 +66,7 @@ def read_rows(
         ResourceError: there is no room for the tokens.
     """
     counts, place = RowCounts(), 0
-    feed = Feed(rows, tokenizer, grammars=grammars, check=check, finished=finished)
+    feed = Feed(rows, tokenizer, grammars=grammars, schemas=schemas, check=check, finished=finished)
     try:
         while not feed.ended:
             chunk = feed.get(wait=True)

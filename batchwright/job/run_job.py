@@ -30,6 +30,7 @@ from batchwright.job.summary import JobSummary
 from batchwright.job.validate import ParsedRow
 from batchwright.plan.cost import ModelShape
 from batchwright.plan.order import OrderFunction
+from batchwright.prompt_cache.compose import PromptSchemas
 
 
 class JobModel(Protocol):
@@ -84,6 +85,7 @@ def run_job(
     *,
     check: Callable[[ParsedRow], None] = lambda row: None,
     settings: Mapping[str, Any] | None = None,
+    schemas: PromptSchemas | None = None,
     stop: StopControl | None = None,
     on_event: Callable[[JobEvent], None] = lambda event: None,
 ) -> JobSummary:
@@ -92,6 +94,7 @@ def run_job(
     Args:
         check: a further check of each row, in input order; raises RequestError.
         settings: how rows become prompts (columns, templates); part of the manifest.
+        schemas: those that rows may name in prompt_cache.
     Returns:
         The summary of this run.
     Raises:
@@ -114,6 +117,7 @@ def run_job(
             rows,
             model.tokenizer,
             grammars=model.grammars,
+            schemas=schemas,
             check=check,
             finished=FinishedRows(directory.path, done),
             chunk_rows=min(CHUNK_ROWS, options.horizon_rows),

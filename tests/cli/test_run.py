@@ -467,3 +467,19 @@ def test_a_row_cannot_steer_the_terminal() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(8.2, "8 s"), (125, "2:05 min"), (11040, "3:04 h")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_prompt_schemas(command: Command, tmp_path: Path) -> None:
+    row = {"id": "a", "prompt": "?", "prompt_cache": {"modules": ["m"]}, "temperature": 0}
+    source = write_lines(tmp_path / "in.jsonl", [row])
+    schema, output = tmp_path / "schema.json", tmp_path / "out.jsonl"
+    arguments = ("run", source, "-o", output, "--model", "m", "--prompt-schema", schema)
+    status, _, err = command(*arguments)
+    assert status == 2 and f"{schema} cannot be read" in err.replace("\n", "")
+    assert command.settings is None, "told before the model is loaded"
+    schema.write_text('{"name": "s", "content": [{"module": "m", "content": "Text."}]}')
+    status, _, err = command(*arguments)
+    assert status == 0
+    assert "schema s, 1 modules, 6 positions; lossy: a module does not see" in err
+    (line,) = read_lines(output)
+    assert line["response"]["body"]["usage"]["prompt_tokens"] == len("^Text.?")
