@@ -84,10 +84,11 @@ DEVICES = {
             memory_bytes=141e9,
             # Shapes of Llama-3-8B in bf16, benchmarks/results/2026-11-26-gpu-h200-*.json. Layers:
             # 681 to 751 TFLOP/s from 1,024 rows on, 3.6 TB/s of weights up to 16 rows (the head
-            # alone 4.2). Attention: 406 to 417 TFLOP/s of a prompt or chunk over 4,096 keys or
-            # more, 4.5 TB/s of 256 rows with 4,096 keys or more.
+            # alone 4.2). Attention: 426 to 473 TFLOP/s of a prompt of 8,192 tokens and of chunks
+            # after 16,384 (315 to 368 of chunks after 1,024 to 4,096: there it is too fast), 4.5
+            # TB/s of 256 rows with 4,096 keys or more.
             product_share=0.71,
-            attention_share=0.41,
+            attention_share=0.455,
             memory_share=0.75,
             kv_share=0.94,
         ),

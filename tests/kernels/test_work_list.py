@@ -154,6 +154,29 @@ def test_narrow_and_wide_ranges_are_cut_apart() -> None:
     assert narrow == 1 and 2 * tiles <= wide <= 3 * tiles
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "context", "is_cut"),
+    [
+        (512, 0, False),
+        (1024, 0, False),
+        (512, 16384, False),
+        (400, 16384, False),
+        (384, 16384, True),
+    ],
+)
+def test_wide_ranges_that_fill_the_card_stay_whole(
+    num_tokens: int, context: int, is_cut: bool
+) -> None:
+    """132 multiprocessors, two programs each: 25 tiles of 8 heads are three quarters, not 24."""
+    work = plan_work(
+        np.array([0, num_tokens], np.int32), np.array([0], np.int32),
+        np.arange(context, context + num_tokens, dtype=np.int32), num_q_heads=32, num_kv_heads=8,
+        tiling=choose_tiling(4, 128, 2), num_programs=(8 * 132, 2 * 132),
+    )  # fmt: skip
+    assert (len(work.wide) > num_tokens // 16) == is_cut
+    assert (len(work.merged_tokens) > 0) == is_cut
+
+
 @pytest.mark.parametrize("group_size", [1, 4, 16, 17, 64, 71, 128])
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("head_dim, element_bytes", [(64, 2), (128, 2), (256, 2), (128, 4)])

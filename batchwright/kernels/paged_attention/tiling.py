@@ -77,8 +77,10 @@ def choose_tiling(
     elif head_dim > 128:
         narrow, wide = TileShape(16, 32, 4, 5), TileShape(64, 32, 8, 3)
     elif head_dim > 64 and architecture // 10 == 9:
-        # Against (16, 64, 4, 5), (128, 64, 8, 3) on an H200: 64 rows of 2,048 keys 137 us instead
-        # of 139, 8 of 16,384 134 instead of 140; a prompt of 4,096 tokens 330 us instead of 474.
+        # Against (16, 64, 4, 5), (128, 64, 8, 3) on an H200 (...-tune-first.json): 64 rows of 2,048
+        # keys 137 us instead of 139, 8 of 16,384 134 instead of 140; a prompt of 4,096 tokens 330
+        # us instead of 474. Tried later, (128, 32, 4, 5) was faster for 16 chunks of 128 tokens
+        # (104 us instead of 120), slower for that prompt (339 instead of 325).
         narrow, wide = TileShape(16, 64, 2, 3), TileShape(64, 64, 4, 5)
     elif head_dim > 64:
         narrow, wide = TileShape(16, 64, 4, 5), TileShape(128, 64, 8, wide_stages)

@@ -30,10 +30,10 @@ MIN_PIECE_KEYS = 256
 PROGRAMS_PER_MULTIPROCESSOR = (8, 2)
 """What num_programs should be, narrow and wide, times the multiprocessors of the card.
 
-On an H200 (bf16, 32 query heads, 8 kv heads of 128) decoding of 8 rows of 16,384 keys took 140 us
-with 8 and 221 us uncut; 16 and more were slower for many rows. Wide ranges are long work by
-themselves: a prompt of 4,096 tokens took 474 us with 8, 392 us with 2 or uncut, and 64 rows with
-8,192 shared keys 82 us with 8, 67 us with 2, 225 us uncut.
+On an H200 (bf16, 32 query heads, 8 kv heads of 128) decoding of 8 rows of 16,384 keys took 132 us
+with 8, and with an earlier shape 140 us, uncut 221; 16 and more were slower for many rows. Wide
+ranges are long work by themselves: 64 rows with 8,192 shared keys took 45 us with 2, 55 with 1, 60
+with 4. Steps that have enough wide ranges uncut were no slower with 1, or faster; see _cut.
 """
 
 
@@ -98,7 +98,8 @@ def plan_work(
             at positions up to its own. -1: no keys.
         tiling: shapes that the kernel will be run with.
         num_programs: ranges are cut so that the narrow and the wide shape get about this many
-            programs each; see PROGRAMS_PER_MULTIPROCESSOR. 0: ranges are never cut.
+            programs each; see PROGRAMS_PER_MULTIPROCESSOR. Where wide ranges make three quarters of
+            it uncut, they are cut for half of it only. 0: ranges are never cut.
         window: a token attends to its last `window` keys, itself included; None: to all.
         nodes: shared keys to compute once for all their rows, ancestors first; see shared_nodes.py.
             Must be empty with a window.
@@ -239,6 +240,10 @@ def _cut(
     for is_wide, number in zip((False, True), num_programs, strict=True):
         if number:
             mine = ranges.is_wide == is_wide
+            # Of so many ranges, two pieces each would not leave the busiest multiprocessor less,
+            # and need a merge: on an H200 a lone prompt of 512 tokens took 26 us so, uncut 15.
+            if is_wide and 4 * int(mine.sum()) * num_kv_heads >= 3 * number:
+                number = max(1, number // 2)
             target = max(MIN_PIECE_KEYS, int(keys[mine].sum()) * num_kv_heads // number)
             pieces[mine] = np.maximum(1, -(-keys[mine] // target))
     piece_keys = -(-keys // (pieces * KEY_GRANULE)) * KEY_GRANULE
