@@ -132,7 +132,7 @@ class Engine:
         num_running = self._scheduler.books.slots.num_running
         return EngineLoad(
             num_running_seqs=num_running,
-            num_waiting_seqs=self._scheduler.num_unfinished - num_running,
+            num_waiting_seqs=max(self._scheduler.num_unfinished - num_running, 0),
             kv_used_fraction=max(1 - pool.num_free / pool.num_blocks for pool in pools),
         )
 
@@ -248,7 +248,11 @@ class Engine:
             try:
                 result = self._execute(step)
             except Exception as error:  # noqa: BLE001 - recovery finds the row that causes it
-                suspects = self._scheduler.requests_of(step)
+                suspects = [
+                    request_id
+                    for request_id in self._scheduler.requests_of(step)
+                    if request_id in self._open.running  # an encoder may outlive its row
+                ]
                 self._outstanding.clear()
                 self._scheduler.requeue_running()
                 self._recover(error, suspects)

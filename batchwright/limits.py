@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchwright.errors import RequestError
+from batchwright.prompt_layout import PromptLayout
 from batchwright.request import DEFAULT_MAX_TOKENS, Request, SamplingParams, Task
 
 
@@ -30,10 +31,13 @@ class ModelLimits:
         """
         self._check_prompt(request)
         self._check_params(request.params)
+        if request.layout is not None:
+            self._check_layout(request, request.layout)
         num_prompt = len(request.prompt_token_ids)
+        shift = 0 if request.layout is None else request.layout.shift
         if request.task is Task.GENERATE:
             max_tokens = request.params.max_tokens or DEFAULT_MAX_TOKENS
-            return min(num_prompt + max_tokens, self.max_model_len)
+            return min(num_prompt + max_tokens, self.max_model_len - shift)
         if request.task is Task.SCORE and num_prompt <= request.score_start:
             raise RequestError(
                 "there is no token to score: the continuation is empty, or context and "
@@ -61,6 +65,34 @@ class ModelLimits:
                 f"(custom_id={request.id})",
                 code="context_length_exceeded",
                 param="prompt",
+            )
+
+    def _check_layout(self, request: Request, layout: PromptLayout) -> None:
+        limit = self.max_model_len - (request.task is Task.GENERATE)
+        if layout.end > limit:
+            raise RequestError(
+                f"prompt reaches position {layout.end - 1}, the model's are 0 to {limit - 1}"
+                f"{' with one more to generate' if request.task is Task.GENERATE else ''}; "
+                f"shorten it or its schema (custom_id={request.id})",
+                code="context_length_exceeded",
+                param="prompt",
+            )
+        if any(segment.namespace != request.namespace for segment in layout.segments):
+            raise RequestError(
+                f"a segment is of another namespace than the request, {request.namespace!r}; "
+                "give both the same",
+                param="prompt_cache",
+            )
+        first_needed = request.score_start - 1
+        if request.task is Task.EMBED or request.params.prompt_logprobs is not None:
+            first_needed = 0
+        elif request.task is Task.GENERATE:
+            first_needed = len(request.prompt_token_ids) - 1
+        if first_needed < layout.num_imported:
+            raise RequestError(
+                "prompt_cache takes over keys and values, not the outputs of imported tokens; "
+                "remove prompt_logprobs and echo, embeddings, or scores of imported tokens",
+                param="prompt_cache",
             )
 
     def _check_params(self, params: SamplingParams) -> None:

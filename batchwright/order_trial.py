@@ -54,6 +54,7 @@ def chosen_order(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
+            length_predictor=config.length_predictor,
         )
         return Measured(Trial(engine, cost), rates_of(cost), time.perf_counter() - start_s)
 

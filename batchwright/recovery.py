@@ -34,12 +34,12 @@ class Isolation:
         return frozenset(self._groups[-1]) if self._groups else None
 
     def failed(self, suspects: list[str], unfinished: Container[str]) -> str | None:
-        """A step failed in which these requests had rows.
+        """A step failed in which these requests had rows (none: those have ended meanwhile).
 
         Returns:
             The request that failed alone, or None: they have been divided, go on.
         """
-        if not self._groups:
+        if not self._groups or not suspects:
             self._divide(suspects)
             return None
         group = [id for id in self._groups.pop() if id in unfinished]

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchwright.errors import RequestError
+from batchwright.prompt_layout import PromptLayout
 from batchwright.repetition import RepetitionDetection
 from batchwright.structured.spec import GrammarSpec
 
@@ -139,6 +140,8 @@ class Request:
             before it are context.
         pooling: for Task.EMBED, "mean" or "last".
         namespace: prefixes are shared only between requests of one namespace.
+        layout: where the prompt's tokens stand, if not at 0, 1, 2, ...; such a request never
+            shares keys and values with one that has none.
         markup: what a chat's answer is split by.
         urgent: it starts before all requests that are not, whenever they came.
         parts: requests of the same task that are run instead, and answered by one Result; then
@@ -153,6 +156,7 @@ class Request:
     score_start: int = 1
     pooling: str = "mean"
     namespace: str = ""
+    layout: PromptLayout | None = None
     markup: Markup = NO_MARKUP
     urgent: bool = False
     parts: tuple[Request, ...] = ()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from batchwright.prompt_layout import Segment
 from batchwright.request import FinishReason, Int32Array, Request, Task
 
 NO_SLOT = -1
@@ -25,6 +26,8 @@ class Sequence:
         siblings: the other samples, which fork from this one when the prompt is computed.
         token_ids: prompt and output known so far; up to date when the sequence holds no slot.
         nodes: its prompt's nodes in the prefix tree.
+        segment: what it encodes, if it belongs to no request: `kv/segments.py`. Its `request` then
+            only carries tokens, and the id of the row for which it runs.
         slot: where it runs, or NO_SLOT.
         num_in_flight: sampled tokens the scheduler has not been told yet.
         num_computed_once: high-water mark of computed tokens, to count recomputation.
@@ -44,6 +47,7 @@ class Sequence:
     token_ids: Int32Array
 
     nodes: Int32Array = field(default_factory=lambda: NO_NODES)
+    segment: Segment | None = None
     slot: int = NO_SLOT
     num_in_flight: int = 0
     num_computed_once: int = 0
@@ -71,7 +75,7 @@ class Sequence:
     @property
     def samples(self) -> bool:
         """Whether it draws tokens at all."""
-        return self.request.task is Task.GENERATE
+        return self.request.task is Task.GENERATE and self.segment is None
 
     @property
     def compute_end(self) -> int:
@@ -79,7 +83,8 @@ class Sequence:
 
         The last output token is never fed back, and a score needs no logits after the last token.
         """
-        return self.max_len if self.request.task is Task.EMBED else self.max_len - 1
+        needs_all = self.request.task is Task.EMBED or self.segment is not None
+        return self.max_len if needs_all else self.max_len - 1
 
     @property
     def first_needed_position(self) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from batchwright.clock import VirtualClock
 from batchwright.exec.sim import SimExecutor, StepCost
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
+from batchwright.plan.length_predictor import find_predictor
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.sched.scheduler import Scheduler
@@ -29,6 +30,7 @@ class EngineSizes:
 
     Attributes:
         horizon: rows it has at once; None: all.
+        length_predictor: a file of `plan/lengths`.
     """
 
     groups: Seq[KVGroup]
@@ -39,6 +41,7 @@ class EngineSizes:
     prefix_sharing: bool = True
     horizon: int | None = None
     order: OrderFunction = fcfs
+    length_predictor: str = "subtree"
 
     def scheduler(self) -> Scheduler:
         """A scheduler of these sizes."""
@@ -50,6 +53,7 @@ class EngineSizes:
             max_model_len=self.max_model_len,
             prefix_sharing=self.prefix_sharing,
             order=self.order,
+            lengths=find_predictor(self.length_predictor),
         )
 
     def most_at_once(self, num_tokens: int) -> int:

@@ -55,7 +55,8 @@ class Step:
     """One forward pass. All arrays int32 unless stated; tuples hold one entry per KV group.
 
     Order of work: release `finished_slots`; install `new_sequences`; apply `table_updates`; do
-    `block_copies` (source, destination; all sources are read before any write of this step);
+    `block_copies` (source, destination; all sources are read before any write of this step), then
+    `kv_copies` of single tokens;
     compute. KV of every token of the step is written before any token of the same layer attends,
     so a row may read blocks that another row of the same step writes.
     """
@@ -65,14 +66,16 @@ class Step:
     new_sequences: tuple[NewSequence, ...]
     table_updates: tuple[TableUpdate, ...]
     block_copies: tuple[Int32Array, ...]  # each [n, 2]
+    kv_copies: Int32Array | None = None  # [n, 2] KV slots, source and destination; one KV group
 
     slots: Int32Array  # [num_rows]
     cu_seqlens_q: Int32Array  # [num_rows + 1], row i owns query tokens [cu[i], cu[i+1])
     token_ids: Int32Array  # [num_tokens], or LAST_SAMPLED
-    positions: Int32Array  # [num_tokens] absolute position in the sequence
+    positions: Int32Array  # [num_tokens] index in the sequence
     kv_slots: tuple[
         Int32Array, ...
     ]  # each [num_tokens]: block_id * block_size + offset, or NO_WRITE
+    position_ids: Int32Array | None = None  # [num_tokens] what the model is told; None: positions
     parents: Int32Array | None = None  # [num_tokens] query index of the parent token (trees)
     adapter_ids: Int32Array | None = None  # [num_rows]
 

@@ -20,7 +20,7 @@ from batchwright.job.sim_job import EngineLimits, device_machine, orders_for
 from batchwright.order_runs import run_orders
 from batchwright.plan.model_shapes import find_model_shape
 from batchwright.sched.scheduler import Scheduler
-from batchwright.synthetic import Level, Part, make_workload, parse_lengths
+from batchwright.synthetic import Level, Part, make_workload, named_workload, parse_lengths
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
 
 ROWS_PER_PREFIX = 16
@@ -30,15 +30,20 @@ def main() -> None:
     """Simulate, print a table, then one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--workload", help="One of `batchwright sim` instead, with its own rows.")
     parser.add_argument("--order", action="append")
     parser.add_argument("--one-by-one", action="store_true", help="No Steps at once.")
     arguments = parser.parse_args()
     if arguments.one_by_one:
         Scheduler.steps_until_change = lambda self: None  # type: ignore[method-assign]
     start_s = time.process_time()
-    tree = (Level(max(arguments.rows // ROWS_PER_PREFIX, 1), 400),)
-    part = Part(parse_lengths("50-200"), parse_lengths("475~0.7"), tree)
-    workload = make_workload((part,), arguments.rows)
+    if arguments.workload:
+        named = named_workload(arguments.workload)
+        parts, arguments.rows = named.parts, named.num_rows
+    else:
+        tree = (Level(max(arguments.rows // ROWS_PER_PREFIX, 1), 400),)
+        parts = (Part(parse_lengths("50-200"), parse_lengths("475~0.7"), tree),)
+    workload = make_workload(parts, arguments.rows)
     make_s = time.process_time() - start_s
     shape = find_model_shape("Llama-3-8B")
     machine = device_machine("H100", shape, workload, EngineLimits())
@@ -66,6 +71,7 @@ def main() -> None:
         )
     result = {
         "benchmark": "benchmarks.simulator",
+        "workload": arguments.workload,
         "rows": arguments.rows,
         "one_by_one": arguments.one_by_one,
         "make_cpu_s": make_s,

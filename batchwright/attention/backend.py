@@ -32,7 +32,9 @@ class AttentionBatch:
     Attributes:
         slots: [num_rows] int32.
         cu_seqlens_q: [num_rows + 1] int32.
-        positions: [num_tokens] int32; a token sees keys at positions <= its own.
+        positions: [num_tokens] int32, indices in the sequence; a token sees keys <= its own.
+        position_ids: [num_tokens] int32 to rotate by; equal to positions, save in prompts with a
+            layout.
         groups: one per KV group.
         block_size: tokens per block.
     """
@@ -40,15 +42,20 @@ class AttentionBatch:
     slots: Int32Array
     cu_seqlens_q: Int32Array
     positions: Int32Array
+    position_ids: Int32Array
     groups: tuple[GroupBatch, ...]
     block_size: int
 
 
 class KVLayer(Protocol):
-    """KV of one layer. The backend owns the layout; blocks can be copied whole."""
+    """KV of one layer. The backend owns the layout; blocks and tokens can be copied."""
 
     def copy_blocks(self, pairs: Int32Array) -> None:
         """Copy blocks: pairs [n, 2] of (source, destination); sources are read first."""
+        ...
+
+    def copy_tokens(self, pairs: Int32Array) -> None:
+        """Copy single tokens: pairs [n, 2] of KV slots; no source is a destination."""
         ...
 
 

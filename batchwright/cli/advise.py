@@ -70,13 +70,13 @@ def advise(
             help="How many devices reach N tokens a second, in and out?",
         ),
     ] = None,
-    hardware: Annotated[
+    device: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="For such a device, not this machine: H100, ..."),
     ] = None,
-    model_shape: Annotated[
+    shape: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="With --hardware: sizes of a known model: Llama-3-8B."),
+        typer.Option(metavar="NAME", help="With --device: sizes of a known model: Llama-3-8B."),
     ] = None,
     confirm_seconds: Annotated[
         float,
@@ -133,9 +133,7 @@ def advise(
         "seed": seed,
         "prefix_sharing": not no_prefix_sharing,
     }
-    question = _question(
-        fixed, latency_slo, arrivals, deadline, tokens_per_s, hardware, model_shape
-    )
+    question = _question(fixed, latency_slo, arrivals, deadline, tokens_per_s, device, shape)
     page = output or (None if as_json else _page_path(str(arguments.source)))
     raise typer.Exit(
         _advise(arguments, model, settings, question, confirm_seconds, page, as_json=as_json)
@@ -148,8 +146,8 @@ def _question(
     arrivals: float | None,
     deadline: float | None,
     tokens_per_s: int | None,
-    hardware: str | None,
-    model_shape: str | None,
+    device: str | None,
+    shape: str | None,
 ) -> Question:
     from batchwright.errors import ConfigError
     from batchwright.job.advice import Question
@@ -158,15 +156,15 @@ def _question(
 
     if arrivals is not None and not (arrivals > 0 and math.isfinite(arrivals)):
         raise ConfigError(f"--arrivals is {arrivals}, must be above 0 requests per second")
-    if model_shape is not None and hardware is None:
-        raise ConfigError("--model-shape is for --hardware; here the model has its own sizes")
+    if shape is not None and device is None:
+        raise ConfigError("--shape is for --device; here the model has its own sizes")
     return Question(
         slo_s=math.inf if latency_slo is None else latency_slo,
         arrivals_per_s=arrivals,
         target_s=deadline,
         target_tokens_per_s=tokens_per_s,
-        device=None if hardware is None else find_device(hardware),
-        model_shape=None if model_shape is None else find_model_shape(model_shape),
+        device=None if device is None else find_device(device),
+        model_shape=None if shape is None else find_model_shape(shape),
         fixed=frozenset(fixed),
     )
 

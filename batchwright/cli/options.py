@@ -37,6 +37,10 @@ Template = Annotated[
 Endpoint = Annotated[
     str | None, typer.Option(metavar="URL", help="Where rows go: /v1/chat/completions, ...")
 ]
+PromptSchema = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Schema of modules that rows import; docs/prompt_cache.md."),
+]
 Limit = Annotated[
     int | None, typer.Option(parser=parse_count, metavar="N", help="Only the first N rows.")
 ]

@@ -33,6 +33,7 @@ def plan(
     column: options.Column = None,
     template: options.Template = None,
     endpoint: options.Endpoint = None,
+    prompt_schema: options.PromptSchema = None,
     limit: options.Limit = None,
     sample: options.Sample = None,
     shard: options.Shard = None,
@@ -65,6 +66,7 @@ def plan(
         column=column,
         template=template,
         endpoint=endpoint,
+        prompt_schema=prompt_schema,
         limit=limit,
         sample=sample,
         shard=None if shard is None else parse_shard(shard),
@@ -125,9 +127,12 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
         error_path_for,
         open_rows,
     )
+    from batchwright.prompt_cache.compose import PromptSchemas
+    from batchwright.prompt_cache.schema import read_schemas, schema_settings
     from batchwright.weights.locate import locate_model
 
     arguments.check()
+    schemas = read_schemas(arguments.prompt_schema or [])
     errors = arguments.errors or error_path_for(arguments.output)
     check_outputs(arguments.source, arguments.output, errors)
     directory = job_directory_for(arguments.output)
@@ -139,7 +144,8 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
     opened = open_model(model, settings)
     finished = share = None
     lengths: dict[str, int] = {}
-    if not arguments.force and _is_begun(directory, arguments, opened):
+    row_settings = {**arguments.row_settings(), **schema_settings(schemas)}
+    if not arguments.force and _is_begun(directory, row_settings, opened):
         finished, share = _what_is_done(directory, keep_failed=arguments.keep_failed)
         lengths = finished_lengths(directory / "results.jsonl")
     names = ModelNames(model)
@@ -148,6 +154,7 @@ def _plan(arguments: JobArguments, model: str, settings: dict[str, Any]) -> JobP
         rows,
         opened,
         arrangement=arrangement,
+        schemas=PromptSchemas(schemas, opened.tokenizer) if schemas else None,
         check=names.check,
         finished=finished,
         used_share=share,
@@ -162,13 +169,13 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
     return opened_model.open_model(model, settings)
 
 
-def _is_begun(directory: Path, arguments: JobArguments, model: OpenedModel) -> bool:
+def _is_begun(directory: Path, row_settings: dict[str, Any], model: OpenedModel) -> bool:
     """Whether the job was begun, which must have been in the same way."""
     from batchwright.job.manifest import compare_manifest, job_manifest
 
     if not (directory / MANIFEST).exists():
         return False
-    manifest = job_manifest(model.identity(), arguments.row_settings())
+    manifest = job_manifest(model.identity(), row_settings)
     return compare_manifest(directory / MANIFEST, manifest)
 
 

@@ -46,6 +46,7 @@ def run(
     column: options.Column = None,
     template: options.Template = None,
     endpoint: options.Endpoint = None,
+    prompt_schema: options.PromptSchema = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start over: forget the job and replace its files.")
     ] = False,
@@ -127,6 +128,7 @@ def run(
         column=column,
         template=template,
         endpoint=endpoint,
+        prompt_schema=prompt_schema,
         force=force,
         in_input_order=ordered,
         keep_failed=keep_failed,

@@ -71,7 +71,7 @@ class LocalExecutor:
         for new in step.new_sequences:
             self._install(new)
         self._slots.apply(step)
-        self._copy_blocks(step)
+        self._copy_kv(step)
         hidden = self._forward(step)
         token_ids, sample_logprobs = self._sample(step, hidden)
         return StepResult(
@@ -92,17 +92,21 @@ class LocalExecutor:
         else:
             self._sampling.add(new)
 
-    def _copy_blocks(self, step: Step) -> None:
+    def _copy_kv(self, step: Step) -> None:
         for layer, group in zip(self._kv_layers, self._group_of_layer, strict=True):
             if len(step.block_copies[group]):
                 layer.copy_blocks(step.block_copies[group])
+            if step.kv_copies is not None:
+                layer.copy_tokens(step.kv_copies)
 
     def _forward(self, step: Step) -> torch.Tensor:
         """[num_tokens, hidden_size] after the final norm."""
+        position_ids = step.positions if step.position_ids is None else step.position_ids
         batch = AttentionBatch(
             slots=step.slots,
             cu_seqlens_q=step.cu_seqlens_q,
             positions=step.positions,
+            position_ids=position_ids,
             groups=tuple(
                 GroupBatch(block_table=table, slot_mapping=kv_slots)
                 for table, kv_slots in zip(self._slots.block_tables, step.kv_slots, strict=True)
@@ -111,7 +115,7 @@ class LocalExecutor:
         )
         attend = AttentionContext(self._backend, self._kv_layers, self._group_of_layer, batch)
         token_ids = torch.from_numpy(self._slots.token_ids(step)).long()
-        return self._model(token_ids, torch.from_numpy(step.positions).long(), attend)
+        return self._model(token_ids, torch.from_numpy(position_ids).long(), attend)
 
     def _logits(self, hidden: torch.Tensor, tokens: Int32Array) -> np.ndarray:
         """[num tokens given, vocab_size] fp32."""

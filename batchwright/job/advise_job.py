@@ -64,6 +64,7 @@ from batchwright.plan.hardware import (
     kv_memory_bytes,
 )
 from batchwright.plan.job_rows import TASKS
+from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Task
 
 if TYPE_CHECKING:
@@ -314,7 +315,7 @@ class Advisor:
             job.output[chosen].tolist(),
             poisson_arrivals(NUM_REQUESTS, rate, seed=0),
             engine,
-            cost,
+            StepCosts(cost, engine.block_size),
         )
         return QueueAdvice(
             rate,

@@ -22,6 +22,7 @@ from batchwright.job.journal import ANY_CONTENT, FinishedRows, named_row, unname
 from batchwright.job.prepare import Grammars, Tokenizer, prepare_rows
 from batchwright.job.rows import InputRow, RowError, groups
 from batchwright.job.validate import ParsedRow, parse_row
+from batchwright.prompt_cache.compose import PromptSchemas
 from batchwright.request import Request
 
 CHUNK_ROWS = 256
@@ -97,6 +98,7 @@ class Feed:
         rows: the input.
         tokenizer: makes Requests of rows.
         grammars: compiles the rows' grammars and renders their own templates, ahead of the engine.
+        schemas: those that rows may name in prompt_cache.
         check: a further check of each sound row, in input order; raises RequestError.
         finished: rows that are done are counted and skipped; closed by the feed.
         lengths: output tokens of some of these, by their id in the journal.
@@ -109,6 +111,7 @@ class Feed:
         tokenizer: Tokenizer,
         *,
         grammars: Grammars | None = None,
+        schemas: PromptSchemas | None = None,
         check: Callable[[ParsedRow], None] = lambda row: None,
         finished: FinishedRows | None = None,
         lengths: Mapping[str, int] = MappingProxyType({}),
@@ -117,6 +120,7 @@ class Feed:
         self._rows = rows
         self._tokenizer = tokenizer
         self._grammars = grammars
+        self._schemas = schemas
         self._check = check
         self._finished = finished
         self._lengths = lengths
@@ -182,7 +186,7 @@ class Feed:
         unfinished, finished = self._divided(rows)
         checked = [self._parse(id, row) for id, row in unfinished]
         sound = [item[1] for item in checked if not isinstance(item, RefusedRow)]
-        prepared = iter(prepare_rows(sound, self._tokenizer, self._grammars))
+        prepared = iter(prepare_rows(sound, self._tokenizer, self._grammars, self._schemas))
         out: list[ReadyRow | RefusedRow] = []
         for item in checked:
             if isinstance(item, RefusedRow):

@@ -37,6 +37,8 @@ from batchwright.job.run_job import JobModel, JobPaths, run_job
 from batchwright.job.runner import JobOptions
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
+from batchwright.prompt_cache.compose import PromptSchemas
+from batchwright.prompt_cache.schema import read_schemas, schema_settings
 
 
 def run_file(
@@ -96,6 +98,7 @@ class FileJob:
         self.arguments = arguments
         self.errors = arguments.errors or error_path_for(arguments.output)
         arguments.check()
+        self._schemas = read_schemas(arguments.prompt_schema or [])
         check_outputs(arguments.source, arguments.output, self.errors)
         with ExitStack() as stack:
             folder: str | Path = job_directory_for(arguments.output)
@@ -104,7 +107,7 @@ class FileJob:
             self.directory = stack.enter_context(JobDirectory(folder))
             check_existing(self.directory, arguments.output, self.errors, force=arguments.force)
             if not arguments.force:
-                known = {"engine": __version__, **arguments.row_settings(), **known}
+                known = {"engine": __version__, **self._row_settings(), **known}
                 check_known(self.directory.manifest_path, known)
             self._arrangement = Arrangement()
             self._rows, self._input_bytes = open_rows(arguments, self._arrangement)
@@ -143,12 +146,16 @@ class FileJob:
                 model,
                 options,
                 check=names.check,
-                settings=arguments.row_settings(),
+                settings=self._row_settings(),
+                schemas=PromptSchemas(self._schemas, model.tokenizer) if self._schemas else None,
                 stop=stop,
                 on_event=on_event,
             )
         finally:
             model.engine.abandon()  # rows that a stop or an error left in it
+
+    def _row_settings(self) -> dict[str, Any]:
+        return {**self.arguments.row_settings(), **schema_settings(self._schemas)}
 
     def close(self) -> None:
         """Let go of the job directory."""

@@ -60,6 +60,11 @@ _ONLY_CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
     "documents": ((), "pass them in chat_template_kwargs if the model's template knows them"),
     "add_special_tokens": ((False,), "the chat template writes the special tokens"),
     "echo": ((False,), "it is for /v1/completions"),
+    "prompt_cache": (
+        (),
+        "it is for /v1/completions; write the marks of the chat in the schema and the prompt, with "
+        "parse_special",
+    ),
 }
 _ONLY_COMPLETIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "suffix": (("",), "insertion is not supported"),
@@ -69,7 +74,9 @@ _CHAT_KEYS = frozenset(
     "messages tools chat_template chat_template_kwargs add_generation_prompt "
     "continue_final_message top_logprobs".split()
 )
-_COMPLETION_KEYS = frozenset("prompt prompt_token_ids echo add_special_tokens best_of".split())
+_COMPLETION_KEYS = frozenset(
+    "prompt prompt_token_ids prompt_cache echo add_special_tokens best_of".split()
+)
 _SHARED_KEYS = (
     PARAM_NAMES | set(MAX_TOKENS_ALIASES) | _INERT | _ONLY.keys() | {"model", "parse_special"}
 )

@@ -35,6 +35,7 @@ from batchwright.plan.length_predictor import find_predictor
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.plan.prices import Billed, Price
+from batchwright.prompt_cache.compose import PromptSchemas
 
 if TYPE_CHECKING:
     from batchwright.opened_model import OpenedModel
@@ -142,6 +143,7 @@ def plan_job(
     model: OpenedModel,
     *,
     arrangement: Arrangement | None = None,
+    schemas: PromptSchemas | None = None,
     check: Callable[[ParsedRow], None] = lambda row: None,
     finished: FinishedRows | None = None,
     used_share: float | None = None,
@@ -151,6 +153,8 @@ def plan_job(
 
     Args:
         arrangement: of the rows; is told the order.
+        schemas: those that rows may name in prompt_cache. Such rows are counted as whole prompts,
+            which is more than is computed.
         check: a further check of each row, in input order; raises RequestError.
         finished: rows that an earlier run has finished.
         used_share: share of their allowed output tokens that those used.
@@ -164,7 +168,7 @@ def plan_job(
     if arrangement is not None:
         arrangement.order = engine.order
     with job_rows.store:
-        counts = _read(rows, job_rows, model, engine, check, finished, lengths)
+        counts = _read(rows, job_rows, model, engine, schemas, check, finished, lengths)
         columns = job_rows.columns()
         savings = find_savings(
             job_rows,
@@ -208,7 +212,8 @@ def read_job_rows(
     """All rows of a job; whose token store is to be closed by who calls this."""
     job_rows = JobRows()
     try:
-        return _read(rows, job_rows, model, engine_sizes(model, fcfs), check, None, {}), job_rows
+        engine = engine_sizes(model, fcfs)
+        return _read(rows, job_rows, model, engine, None, check, None, {}), job_rows
     except BaseException:
         job_rows.store.close()
         raise
@@ -235,6 +240,7 @@ def engine_sizes(model: OpenedModel, order: OrderFunction) -> EngineSizes:
         prefix_sharing=config.prefix_sharing,
         horizon=HORIZON_ROWS,
         order=order,
+        length_predictor=config.length_predictor,
     )
 
 
@@ -250,6 +256,7 @@ def _read(
     into: JobRows,
     model: OpenedModel,
     engine: EngineSizes,
+    schemas: PromptSchemas | None,
     check: Callable[[ParsedRow], None],
     finished: FinishedRows | None,
     lengths: Mapping[str, int],
@@ -265,6 +272,7 @@ def _read(
             model.tokenizer,
             ModelLimits(model.config.max_model_len, vocab_size),
             grammars=grammars,
+            schemas=schemas,
             check=check,
             finished=finished,
             lengths=lengths,

@@ -15,6 +15,7 @@ from batchwright.job.rows import InputRow, RowError
 from batchwright.job.validate import ParsedRow
 from batchwright.limits import ModelLimits
 from batchwright.plan.job_rows import JobRows
+from batchwright.prompt_cache.compose import PromptSchemas
 from batchwright.request import Request
 
 
@@ -51,6 +52,7 @@ def read_rows(
     limits: ModelLimits,
     *,
     grammars: Grammars | None = None,
+    schemas: PromptSchemas | None = None,
     check: Callable[[ParsedRow], None] = lambda row: None,
     finished: FinishedRows | None = None,
     lengths: Mapping[str, int] = MappingProxyType({}),
@@ -60,6 +62,7 @@ def read_rows(
 
     Args:
         into: is given those that can run.
+        schemas: those that rows may name in prompt_cache.
         check: a further check of each row, in input order; raises RequestError.
         lengths: output tokens of rows that an earlier run has finished.
         fits: whether memory can ever hold a sequence of so many tokens.
@@ -68,7 +71,15 @@ def read_rows(
         ResourceError: there is no room for the tokens.
     """
     counts, place = RowCounts(), 0
-    feed = Feed(rows, tokenizer, grammars=grammars, check=check, finished=finished, lengths=lengths)
+    feed = Feed(
+        rows,
+        tokenizer,
+        grammars=grammars,
+        schemas=schemas,
+        check=check,
+        finished=finished,
+        lengths=lengths,
+    )
     try:
         while not feed.ended:
             chunk = feed.get(wait=True)

@@ -33,6 +33,7 @@ class JobArguments:
         source: the input's path, or rows as dicts.
         output, errors: where results and failures go; by default errors lie beside the output.
         column, template, endpoint: how rows of tables become prompts; docs/formats.md.
+        prompt_schema: files of schemas that rows name; docs/prompt_cache.md.
         force: start over: forget the job and replace its files.
         in_input_order: write the output in input order, when the job ends.
         keep_failed: do not run rows again that failed before.
@@ -49,6 +50,7 @@ class JobArguments:
     column: list[str] | None = None
     template: str | None = None
     endpoint: str | None = None
+    prompt_schema: list[str] | None = None
     force: bool = False
     in_input_order: bool = False
     keep_failed: bool = False

@@ -16,6 +16,8 @@ import numpy as np
 from batchwright.errors import RequestError
 from batchwright.job.validate import ParsedRow, Prompt
 from batchwright.parts import entry_error, part_id
+from batchwright.prompt_cache.call import PromptCall
+from batchwright.prompt_cache.compose import PromptSchemas
 from batchwright.request import NO_MARKUP, Markup, Request, Task
 from batchwright.structured.spec import GrammarSpec
 from batchwright.text import continuation
@@ -51,13 +53,17 @@ class Grammars(Protocol):
 
 
 def prepare_rows(
-    rows: Sequence[ParsedRow], tokenizer: Tokenizer, grammars: Grammars | None = None
+    rows: Sequence[ParsedRow],
+    tokenizer: Tokenizer,
+    grammars: Grammars | None = None,
+    schemas: PromptSchemas | None = None,
 ) -> list[Request | RequestError]:
     """Tokenise rows; prompts that are plain text are encoded together, which is done in parallel.
 
     Args:
         grammars: compiles the rows' grammars here, so that the engine finds them ready, and
             renders templates that rows bring. None: grammars are left to the engine.
+        schemas: those that rows may name in prompt_cache.
     Returns:
         For each row its Request, or why it has none: the template rejects the messages, the
         vocabulary cannot express the text, or the grammar does not compile. Errors carry the line.
@@ -72,7 +78,10 @@ def prepare_rows(
                 prepared.append(_prepare_parts(row, row.prompts, index, encoded, tokenizer))
                 continue
             template = _own_template(row, grammars)
-            prepared.append(_prepare(row, encoded.get((index, 0)), tokenizer, template))
+            request = _prepare(row, encoded.get((index, 0)), tokenizer, template)
+            if row.prompt_cache is not None:
+                request = _with_modules(request, row, row.prompt_cache, schemas)
+            prepared.append(request)
         except RequestError as error:
             error.line = row.line
             prepared.append(error)
@@ -143,6 +152,22 @@ def _prepare(
         pooling=row.pooling,
         markup=markup,
     )
+
+
+def _with_modules(
+    request: Request, row: ParsedRow, call: PromptCall, schemas: PromptSchemas | None
+) -> Request:
+    """The request with the modules of a schema before its prompt."""
+    if schemas is None:
+        raise RequestError(
+            "prompt_cache needs a schema, and there is none; give its file with --prompt-schema "
+            "to batchwright run, or remove prompt_cache",
+            code="unknown_prompt_schema",
+            param="prompt_cache",
+        )
+    text_ids = request.prompt_token_ids.tolist()
+    ids, layout = schemas.compose(call, text_ids, parse_special=row.parse_special)
+    return replace(request, prompt_token_ids=np.array(ids, np.int32), layout=layout)
 
 
 def _prepare_parts(

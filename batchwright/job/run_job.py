@@ -31,6 +31,7 @@ from batchwright.job.summary import JobSummary
 from batchwright.job.validate import ParsedRow
 from batchwright.plan.cost import ModelShape
 from batchwright.plan.order import OrderFunction
+from batchwright.prompt_cache.compose import PromptSchemas
 
 
 class JobModel(Protocol):
@@ -85,6 +86,7 @@ def run_job(
     *,
     check: Callable[[ParsedRow], None] = lambda row: None,
     settings: Mapping[str, Any] | None = None,
+    schemas: PromptSchemas | None = None,
     stop: StopControl | None = None,
     on_event: Callable[[JobEvent], None] = lambda event: None,
 ) -> JobSummary:
@@ -93,6 +95,7 @@ def run_job(
     Args:
         check: a further check of each row, in input order; raises RequestError.
         settings: how rows become prompts (columns, templates); part of the manifest.
+        schemas: those that rows may name in prompt_cache.
     Returns:
         The summary of this run.
     Raises:
@@ -115,6 +118,7 @@ def run_job(
             rows,
             model.tokenizer,
             grammars=model.grammars,
+            schemas=schemas,
             check=check,
             finished=FinishedRows(directory.path, done),
             lengths=finished_lengths(journal.results_path) if resumed else {},

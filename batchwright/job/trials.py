@@ -191,6 +191,7 @@ class Trials:
             order=chosen_order(
                 config, groups, self.shape, lambda: self.cost(config.num_threads), is_told=False
             ),
+            length_predictor=config.length_predictor,
         )
 
     def _run(self, knobs: Knobs, engine: EngineSizes, computed: Int64Array) -> Trial | None:

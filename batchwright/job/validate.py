@@ -14,6 +14,7 @@ from typing import Any
 from batchwright.errors import RequestError
 from batchwright.job.names import check_names
 from batchwright.job.rows import CHAT, COMPLETIONS, EMBEDDINGS, SCORE, SCORE_ALIAS, InputRow
+from batchwright.prompt_cache.call import PromptCall, parse_call
 from batchwright.request import SamplingParams, Task
 from batchwright.validation import checks
 from batchwright.validation.messages import check_messages, check_template_kwargs, check_tools
@@ -57,6 +58,7 @@ class ParsedRow:
         chat_template: used instead of the model's.
         tool_names: functions whose calls are split out of the answer.
         continuation: what is scored after the prompt (score).
+        prompt_cache: modules of a schema that stand before the prompt.
         pooling, base64, normalize: which embedding, and how it is written.
     """
 
@@ -82,6 +84,7 @@ class ParsedRow:
     chat_template: str | None = None
     tool_names: frozenset[str] = frozenset()
     continuation: str | list[int] | None = None
+    prompt_cache: PromptCall | None = None
     pooling: str = "mean"
     base64: bool = False
     normalize: bool = True
@@ -201,11 +204,26 @@ def _parse_completion(row: InputRow, body: dict[str, Any]) -> ParsedRow:
         report_logprobs=params.logprobs is not None,
         report_prompt_logprobs="prompt_logprobs" in body,
         add_special_tokens=_adds_special_tokens(body),
+        prompt_cache=_prompt_cache(body, prompts, echo=echo),
     )
 
 
+def _prompt_cache(body: dict[str, Any], prompts: list[Prompt], *, echo: bool) -> PromptCall | None:
+    if "prompt_cache" not in body:
+        return None
+    call = parse_call(body["prompt_cache"])
+    if len(prompts) > 1:
+        checks.fail("prompt", f"is a list of {len(prompts)}; with prompt_cache give one text")
+    if echo or "prompt_logprobs" in body:
+        checks.fail("prompt_cache", "excludes echo and prompt_logprobs; remove it or them")
+    if "add_special_tokens" in body:
+        checks.fail("add_special_tokens", "has no meaning with prompt_cache; remove it")
+    return call
+
+
 def _adds_special_tokens(body: dict[str, Any]) -> bool:
-    return checks.boolean("add_special_tokens", body.get("add_special_tokens", True))
+    default = "prompt_cache" not in body  # then the text stands behind the schema's
+    return checks.boolean("add_special_tokens", body.get("add_special_tokens", default))
 
 
 def _generates_nothing(body: dict[str, Any]) -> bool:

@@ -1,11 +1,12 @@
-"""Hardware of GPUs from data sheets, for simulation. Nothing here was measured by this project.
+"""Hardware of GPUs from data sheets, for simulation, with the shares of them that kernels reach.
 
 A product takes as long as its FLOPs or as reading its weights, whichever is longer, so its curve of
-rates has one point: the rows at which both take the same time. Peaks are the makers'; the shares of
-them that kernels reach follow from BlendServe's Table 1 (arXiv:2411.16102: Llama-3-8B on an A100,
-products in 205 to 223 TFLOP/s, 1.73 TB/s in attention of single tokens) and are assumed to be the
-same on the other devices. Several devices share a model by dividing every product and head
-(tensor parallel); what they send to each other is not charged.
+rates has one point: the rows at which both take the same time. Peaks are the makers'. The shares of
+the H200 were measured by this project, with the kernels it has (docs/gpu.md); no model was run.
+Those of the others are assumed: they follow from BlendServe's Table 1 (arXiv:2411.16102:
+Llama-3-8B on an A100, products in 205 to 223 TFLOP/s, 1.73 TB/s in attention of single tokens).
+Several devices share a model by dividing every product and head (tensor parallel); what they send
+to each other is not charged.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from batchwright.errors import ConfigError
 from batchwright.plan.cost import Hardware, ModelShape, RateCurve
 
 PRODUCT_SHARE = 218 / 312
-"""Of the peak FLOP/s, that products and attention of prompts reach."""
+"""Of the peak FLOP/s, that products and attention of prompts reach, where it is not measured."""
 
 MEMORY_SHARE = 1.73 / 2.039
-"""Of the memory bandwidth, that reading weights, keys and values reaches."""
+"""Of the memory bandwidth, that reading weights, keys and values reaches, likewise."""
 
 STEP_S = 1e-3
-"""Launches, scheduling and drawing that a step does not hide. Assumed."""
+"""Launches, scheduling and drawing that a step does not hide. Assumed: only launches were measured,
+0.35 ms for 300 small kernels in one graph on an H200."""
 
 TILE_ROWS = 128
 """Rows of one tile of a product."""
@@ -39,6 +41,9 @@ class DeviceProfile:
         bf16_flops_per_s: of 2-byte numbers; smaller weights are multiplied as these.
         fp32_flops_per_s: of 4-byte numbers.
         memory_bytes_per_s, memory_bytes: of the device's own memory.
+        product_share, attention_share: of the peak FLOP/s, in products and in attention of prompts.
+        memory_share, kv_share: of the bandwidth, in products of few rows and in attention of single
+            tokens.
     """
 
     name: str
@@ -47,7 +52,9 @@ class DeviceProfile:
     memory_bytes_per_s: float
     memory_bytes: float
     product_share: float = PRODUCT_SHARE
+    attention_share: float = PRODUCT_SHARE
     memory_share: float = MEMORY_SHARE
+    kv_share: float = MEMORY_SHARE
     step_s: float = STEP_S
     tile_rows: int = TILE_ROWS
 
@@ -75,6 +82,15 @@ DEVICES = {
             fp32_flops_per_s=67e12,
             memory_bytes_per_s=4.8e12,
             memory_bytes=141e9,
+            # Shapes of Llama-3-8B in bf16, benchmarks/results/2026-11-26-gpu-h200-*.json. Layers:
+            # 681 to 751 TFLOP/s from 1,024 rows on, 3.6 TB/s of weights up to 16 rows (the head
+            # alone 4.2). Attention: 426 to 473 TFLOP/s of a prompt of 8,192 tokens and of chunks
+            # after 16,384 (315 to 368 of chunks after 1,024 to 4,096: there it is too fast), 4.5
+            # TB/s of 256 rows with 4,096 keys or more.
+            product_share=0.71,
+            attention_share=0.455,
+            memory_share=0.75,
+            kv_share=0.94,
         ),
         DeviceProfile(
             name="L40S",
@@ -132,8 +148,8 @@ def device_hardware(
         layers=curve,
         head=curve,
         ceiling_flops_per_s=num_devices * peak,
-        attention_flops_per_s=flops_per_s,
-        kv_bytes_per_s=bytes_per_s,
+        attention_flops_per_s=num_devices * peak * profile.attention_share,
+        kv_bytes_per_s=num_devices * profile.memory_bytes_per_s * profile.kv_share,
         memory_bytes_per_s=num_devices * profile.memory_bytes_per_s,
         step_s=profile.step_s,
         tile_rows=profile.tile_rows,

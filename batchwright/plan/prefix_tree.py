@@ -10,6 +10,8 @@ Not here: which blocks are resident. That is `kv/prefix_cache.py`, which asks th
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 
 from batchwright.request import Int32Array
@@ -35,7 +37,7 @@ class PrefixTree:
         self._key_of: list[tuple[int, bytes] | None] = []
         self._unused: list[int] = []
         self._shared: set[int] = set()  # first nodes that more than one row has passed through
-        self._roots: dict[str, int] = {}
+        self._roots: dict[Hashable, int] = {}
 
     def __len__(self) -> int:
         return len(self._node_of)
@@ -45,7 +47,7 @@ class PrefixTree:
         """Length of the per-node arrays; node ids are below it."""
         return len(self.num_waiting)
 
-    def add(self, namespace: str, token_ids: Int32Array, num_rows: int = 1) -> Int32Array:
+    def add(self, namespace: Hashable, token_ids: Int32Array, num_rows: int = 1) -> Int32Array:
         """Make `num_rows` waiting rows with this prompt known.
 
         Returns:

@@ -7,6 +7,9 @@ A sequence starts if what runs and itself fit to their expected ends (`forecast.
 so as long as lengths are as expected nothing is preempted.
 
 It cannot deadlock: when nothing runs, everything but the newcomer's own blocks can be evicted.
+
+A sequence whose prompt has a layout needs the segments it imports. Where one is absent an encoder
+is started for it, a sequence that draws nothing, and the next sequence is looked at.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import numpy as np
 
 from batchwright.kv.block_table import BlockTable
 from batchwright.kv.groups import blocks_per_sequence
-from batchwright.request import Int32Array
+from batchwright.kv.segments import segment_blocks
+from batchwright.prompt_layout import PromptLayout, Segment
+from batchwright.request import Int32Array, Request
 from batchwright.sched.books import Books
 from batchwright.sched.forecast import Forecast
 from batchwright.sched.limits import StepLimits
@@ -23,6 +28,9 @@ from batchwright.sched.progress import Progress
 from batchwright.sequence import Sequence
 
 NO_BLOCKS: Int32Array = np.empty(0, np.int32)
+
+MAX_HELD = 64
+"""Sequences looked at in one Step whose segments are not there yet."""
 
 
 class Admission:
@@ -45,10 +53,10 @@ class Admission:
 
     def admit(self, budget: int) -> None:
         """Start sequences that compute at most `budget` tokens together."""
-        books = self._books
+        books, held = self._books, list[Sequence]()
         if budget > 0 and self._wants_lengths and books.expected.is_due:
             books.estimate_lengths()
-        while budget > 0 and self._progress.num_free_slots:
+        while budget > 0 and self._progress.num_free_slots and len(held) < MAX_HELD:
             sequence = books.waiting.next(books.slots.num_running)
             if sequence is None:
                 break
@@ -59,11 +67,17 @@ class Admission:
                 continue
             self._advance_simple()
             num_matched = self.num_matched(sequence)
+            if missing := self._missing_segments(sequence, num_matched):
+                budget -= self._encode(sequence, missing, budget)
+                held.append(sequence)
+                continue
             if not self._has_room(sequence, num_matched, budget):
                 books.waiting.put_back(sequence)
                 break
             budget -= self._start(sequence, num_matched, budget)
         self._advance_simple()
+        for sequence in held:
+            books.waiting.put_back(sequence)
 
     @property
     def _wants_lengths(self) -> bool:
@@ -81,6 +95,8 @@ class Admission:
         """
         if sequence.num_cached_tokens is not None or sequence.siblings:
             return False  # its blocks may be resident, or its siblings want to fork
+        if sequence.request.layout is not None:
+            return False  # it takes its segments over
         if not self._books.tree.is_alone(sequence.nodes):
             return False
         if not self._books.slots.num_running:
@@ -139,13 +155,19 @@ class Admission:
         """Blocks of a group that can be freed, unless a sequence takes over `shared`."""
         books = self._books
         cache_only = np.count_nonzero(books.tables[group].pool.ref_counts[shared] == 1)
-        return books.cache.num_evictable(group) - int(cache_only)
+        return books.num_evictable(group) - int(cache_only)
 
     def num_computed_at_once(self, sequence: Sequence, num_matched: int, budget: int) -> int:
         """Tokens of a sequence whose KV is there or scheduled once it has started."""
-        computed = min(num_matched * self._books.block_size, sequence.first_needed_position)
+        computed = self._first_to_compute(sequence, num_matched)
         wanted = min(len(sequence.token_ids), sequence.compute_end) - computed
         return computed + min(wanted, budget)
+
+    def _first_to_compute(self, sequence: Sequence, num_matched: int) -> int:
+        """Where a sequence goes on from its matched prefix and what it imports."""
+        first = min(num_matched * self._books.block_size, sequence.first_needed_position)
+        layout = sequence.request.layout
+        return first if layout is None else max(first, layout.num_imported)
 
     def _has_room(self, sequence: Sequence, num_matched: int, budget: int) -> bool:
         """Whether all known tokens fit now, and all of the sequence until its expected end.
@@ -177,8 +199,9 @@ class Admission:
         """Admit a sequence on top of its matched prefix; returns the tokens scheduled."""
         books, progress = self._books, self._progress
         limit = sequence.first_needed_position
-        covered = num_matched * books.block_size
-        slot = books.slots.occupy(sequence, min(covered, limit), write_from=covered)
+        covered, layout = num_matched * books.block_size, sequence.request.layout
+        first = self._first_to_compute(sequence, num_matched)
+        slot = books.slots.occupy(sequence, first, write_from=covered)
         if num_matched:
             books.cache.adopt(slot, sequence.nodes[:num_matched], limit)
         progress.book_start(sequence, num_cached=int(books.slots.num_computed[slot]))
@@ -186,8 +209,85 @@ class Admission:
         wanted = min(len(sequence.token_ids), sequence.compute_end) - books.slots.num_computed[slot]
         slots, grants = np.array([slot], np.int32), np.array([min(wanted, budget)], np.int32)
         if not progress.make_room(slots, grants):  # siblings' copies may have taken the rest
+            if layout is not None:  # its blocks must be there when it takes its segments over
+                books.move_to_waiting(slot, keep_prefix=False)
+                return budget
             grants = grants[:0]
             slots = slots[:0]
         progress.advance(slots, grants)
+        if layout is not None and covered < layout.num_imported:
+            self._import(slot, layout, covered)
         self._forecast.holds(slot)
         return int(grants.sum())
+
+    # Prompts with a layout ----------------------------------------------------------------------
+
+    def _missing_segments(self, sequence: Sequence, num_matched: int) -> list[Segment]:
+        """Segments that must be encoded before a sequence can start on its matched prefix."""
+        layout = sequence.request.layout
+        if layout is None or num_matched * self._books.block_size >= layout.num_imported:
+            return []
+        return self._books.segments.want(layout)
+
+    def _encode(self, sequence: Sequence, missing: list[Segment], budget: int) -> int:
+        """Start encoders of segments, as budget, slots and blocks allow; returns the tokens.
+
+        An encoder takes all its blocks at once, so none can stop half-way for want of them. The
+        forecast is not asked: when it has ended what it holds can be given up.
+        """
+        books, (table,), spent = self._books, self._books.tables, 0
+        for segment in missing:
+            if books.segments.is_encoding(segment):
+                continue
+            if spent == budget or not self._progress.num_free_slots:
+                break
+            need, num_running = segment_blocks([segment], books.block_size), books.slots.num_running
+            lack = need - table.pool.num_free
+            if num_running and lack + num_running > books.num_evictable(0):
+                break
+            if lack > 0:
+                books.evict(0, lack)
+            if need > table.pool.num_free:
+                break
+            spent += self._start_encoder(sequence, segment, budget - spent)
+        return spent
+
+    def _start_encoder(self, sequence: Sequence, segment: Segment, budget: int) -> int:
+        books = self._books
+        encoder = encoder_of(segment, sequence)
+        slot = books.slots.occupy(encoder, 0, write_from=0)
+        books.builder.add_new(slot)
+        books.segments.begin_encoding(segment)
+        slots, zero = np.array([slot], np.int32), np.zeros(1, np.int32)
+        books.tables[0].grow(slots, zero, np.array([segment.num_tokens], np.int32))
+        grant = min(segment.num_tokens, budget)
+        self._progress.advance(slots, np.array([grant], np.int32))
+        return grant
+
+    def _import(self, slot: int, layout: PromptLayout, covered: int) -> None:
+        """Copy the KV of imported tokens, from `covered` on, into the slot's own blocks."""
+        books = self._books
+        tokens = np.arange(covered, layout.num_imported, dtype=np.int32)
+        destinations = books.tables[0].kv_slots(np.full(len(tokens), slot, np.int32), tokens)
+        books.builder.add_kv_copies(books.segments.kv_slots(layout, covered), destinations)
+        books.keep_prefix(slot, covered, layout.num_imported)
+
+
+def encoder_of(segment: Segment, row: Sequence) -> Sequence:
+    """The sequence that encodes a segment, in the name of a row that needs it."""
+    request = Request(
+        id=row.request.id,
+        prompt_token_ids=segment.token_ids,
+        layout=PromptLayout((), segment.runs),
+        urgent=row.request.urgent,
+    )
+    return Sequence(
+        request=request,
+        order=row.order,
+        sample_index=0,
+        end_token_ids=(),
+        noise_key=0,
+        max_len=segment.num_tokens,
+        token_ids=request.prompt_token_ids,
+        segment=segment,
+    )

@@ -13,6 +13,7 @@ import numpy as np
 from batchwright.kv.block_table import BlockTable
 from batchwright.kv.groups import KVGroup
 from batchwright.kv.prefix_cache import PrefixCache
+from batchwright.kv.segments import SegmentCache
 from batchwright.plan.expected_lengths import ExpectedLengths
 from batchwright.plan.job_tree import Int64Array
 from batchwright.plan.order import OrderFunction
@@ -35,6 +36,7 @@ class Books:
         tree: the prompts of all sequences that are known.
         cache: which of their blocks are resident.
         expected: how long sequences will be.
+        segments: segments that prompts with a layout import.
         builder: collects what the next Step computes and what has changed since the last.
     """
 
@@ -66,6 +68,7 @@ class Books:
         ]
         self.tree = PrefixTree(block_size)
         self.cache = PrefixCache(self.tree, self.tables, self.waiting.next_use)
+        self.segments = SegmentCache(self.tables[0])
         self.builder = StepBuilder(self.slots, self.tables)
 
     def estimate_lengths(self, *others: Sequence) -> None:
@@ -97,6 +100,8 @@ class Books:
 
     def no_longer_waits(self, sequence: Sequence) -> None:
         """One user less of a prompt's blocks; those without any leave the cache."""
+        if (layout := sequence.request.layout) is not None and sequence.segment is None:
+            self.segments.no_longer_wait(layout)
         unwanted = self.tree.start(sequence.nodes)
         if len(unwanted):
             self.cache.drop(unwanted)
@@ -111,27 +116,60 @@ class Books:
 
     def keep_prefix(self, slot: int, start: int, end: int) -> None:
         """Tokens [start, end) of a slot are scheduled: share the prompt blocks they complete."""
-        nodes = self.occupant(slot).nodes
+        sequence = self.occupant(slot)
+        if sequence.segment is not None:
+            if end == sequence.compute_end:
+                self.segments.keep(sequence.segment, slot)
+            return
+        nodes = sequence.nodes
         first, last = start // self.block_size, min(end // self.block_size, len(nodes))
         if first < last:
             self.cache.insert(slot, nodes, first, last)
 
     def move_to_waiting(self, slot: int, *, keep_prefix: bool) -> Sequence:
-        """A running sequence loses its slot and waits again; returns it.
+        """A running sequence loses its slot and waits again; returns it. An encoder of a segment
+        does not wait: rows that need the segment start another.
 
         Args:
             keep_prefix: its prompt blocks stay resident as long as memory allows.
         """
         sequence = self.occupant(slot)
+        layout = sequence.request.layout
+        if sequence.segment is None and layout is not None:
+            self.segments.wait(layout)
         self.tree.wait_again(sequence.nodes)
         if keep_prefix:
             self.keep_prefix(slot, 0, int(self.slots.num_computed[slot]))
         self.leave(slot)
+        if sequence.segment is not None:
+            self.segments.abandon(sequence.segment)
+            return sequence
         self.waiting.put_back(sequence)
         return sequence
+
+    def num_evictable(self, group: int) -> int:
+        """Blocks of a group that `evict` can free."""
+        of_segments = self.segments.num_evictable() if self.segments else 0
+        return self.cache.num_evictable(group) + of_segments
+
+    def evict(self, group: int, num_blocks: int) -> None:
+        """Free blocks that no running sequence holds, up to so many or a little more.
+
+        Segments that nobody waits for go first, then prefixes, then segments.
+        """
+        if self.segments:
+            num_blocks -= self.segments.evict(num_blocks, unneeded_only=True)
+        if num_blocks > 0:
+            free_before = self.tables[group].pool.num_free
+            self.cache.evict(group, num_blocks)
+            num_blocks -= self.tables[group].pool.num_free - free_before
+        if num_blocks > 0 and self.segments:
+            self.segments.evict(num_blocks)
 
     def check_integrity(self) -> None:
         """Conservation law: every block reference is held by a slot or by the prefix cache."""
         for group, table in enumerate(self.tables):
-            held = np.concatenate((table.held(), self.cache.held(group)))
-            table.pool.check_integrity(held)
+            held = [table.held(), self.cache.held(group)]
+            if group == 0:
+                held.append(self.segments.held())
+            table.pool.check_integrity(np.concatenate(held))

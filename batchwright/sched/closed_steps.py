@@ -68,6 +68,8 @@ class ClosedSteps:
         if sequence is None:
             return Closed(num_steps, 0)
         waiting.put_back(sequence)
+        if books.segments or sequence.request.layout is not None:
+            return OPEN  # an encoder may start, and segments are given up whole
         is_unasked = sequence.expected_output is None
         if wants_lengths and is_unasked:
             return OPEN

@@ -122,9 +122,11 @@ class Foresight:
     def _can_evict(self) -> bool:
         """Whether giving up cached blocks at once comes to the same as one by one.
 
-        With several groups, or a window that frees blocks between Steps, it may not.
+        With several groups, a window that frees blocks between Steps, or segments, which are
+        given up whole, it may not.
         """
-        return len(self._books.tables) == 1 and self._books.tables[0].window is None
+        books = self._books
+        return len(books.tables) == 1 and books.tables[0].window is None and not books.segments
 
     def _closed(self, slots: Int32Array, starts: Int32Array, num_steps: int) -> Closed:
         """For how many of these Steps nothing starts."""

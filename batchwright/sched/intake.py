@@ -161,7 +161,7 @@ class Intake:
     def _end(self, endings: list[Ending], update: Update) -> None:
         if endings:
             self._finish(endings)
-            update.finished += [ending.sequence for ending in endings]
+            update.finished += [e.sequence for e in endings if e.sequence.segment is None]
 
     def _take_scores(self, record: InFlight, update: Update) -> None:
         for slot, epoch, position, first, end in record.scores:

@@ -90,7 +90,7 @@ class Progress:
         for group, table in enumerate(books.tables):
             need = int(table.num_blocks_to_grow(slots, starts, ends).sum())
             if need > table.pool.num_free:
-                books.cache.evict(group, need - table.pool.num_free)
+                books.evict(group, need - table.pool.num_free)
             if need > table.pool.num_free:
                 assert books.slots.num_running > 1, "a sequence outgrew the pool"
                 return False

@@ -12,13 +12,14 @@ others in the order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from batchwright.errors import RequestError
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
+from batchwright.kv.segments import segment_blocks
 from batchwright.plan.expected_lengths import ExpectedLengths
 from batchwright.plan.length_predictor import LengthPredictor
 from batchwright.plan.lengths.subtree import Predictor as Subtree
@@ -115,14 +116,21 @@ class Scheduler:
         Args:
             is_first: it waits ahead of all in the plan.
         Raises:
-            RequestError: it would not fit into KV memory even alone.
+            RequestError: it would not fit into KV memory even alone, or it has a layout and the
+                model a sliding window.
         """
         max_chunk = self.limits.largest_max_tokens
+        layout = sequence.request.layout
+        if layout is not None:
+            self._check_no_window()
         for table in self.books.tables:
             need = blocks_per_sequence(table.window, sequence.max_len, self.block_size, max_chunk)
+            if layout is not None:  # its segments must be there when it starts
+                need += segment_blocks(layout.segments, self.block_size)
             if need > table.pool.num_blocks:
+                also = f" and its modules take {layout.num_imported} more" if layout else ""
                 raise RequestError(
-                    f"prompt and output may reach {sequence.max_len} tokens, KV memory holds "
+                    f"prompt and output may reach {sequence.max_len} tokens{also}, KV memory holds "
                     f"{table.pool.num_blocks * self.block_size}; lower max_tokens, shorten the "
                     "prompt or give more KV memory",
                     code="kv_capacity_exceeded",
@@ -135,12 +143,24 @@ class Scheduler:
         else:
             self.books.waiting.append(sequence)
 
+    def _check_no_window(self) -> None:
+        if any(table.window is not None for table in self.books.tables):
+            raise RequestError(
+                "prompt_cache is not supported for models with a sliding window; "
+                "give the whole prompt as text",
+                code="unsupported_parameter",
+                param="prompt_cache",
+            )
+
     def _register(self, sequence: Sequence) -> None:
         family = [sequence, *sequence.siblings]
+        request = sequence.request
+        namespace: Hashable = request.namespace
+        if request.layout is not None:
+            self.books.segments.wait(request.layout, len(family))
+            namespace = (namespace, request.layout.prefix_key)
         if self._prefix_sharing:
-            nodes = self.books.tree.add(
-                sequence.request.namespace, sequence.request.prompt_token_ids, len(family)
-            )
+            nodes = self.books.tree.add(namespace, request.prompt_token_ids, len(family))
             for member in family:
                 member.nodes = nodes
         self.num_unfinished += len(family)
@@ -151,6 +171,7 @@ class Scheduler:
         With results outstanding, None may only mean that nothing can go on without them.
         """
         self._forecast.begin_step(is_late=bool(self._in_flight))
+        self.books.segments.begin_schedule()
         self._progress.make_way()
         num_tokens, preempted = self._progress.advance_running()
         if not preempted:  # what preemption freed belongs to the rows that needed it
@@ -201,7 +222,7 @@ class Scheduler:
             sequence.finish_reason, sequence.stop_reason = reason, stop_reason
             if sequence.slot == NO_SLOT:
                 self.books.no_longer_waits(sequence)
-        self.num_unfinished -= len(endings)
+        self.num_unfinished -= sum(ending.sequence.segment is None for ending in endings)
         slots = [ending.sequence.slot for ending in endings if ending.sequence.slot != NO_SLOT]
         if slots:
             self.books.leave(*slots)
@@ -241,6 +262,7 @@ class Scheduler:
         for slot in books.slots.running.tolist():
             books.move_to_waiting(slot, keep_prefix=False).num_in_flight = 0
         books.cache.clear()
+        books.segments.clear()
         books.builder.reset()
 
     def restart(self, sequences: Iterable[Sequence]) -> None:

@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from batchwright.request import Int32Array
+from batchwright.request import Int32Array, Task
 from batchwright.sequence import NO_SLOT, Sequence
 
 NEVER = np.iinfo(np.int32).max
@@ -30,6 +30,8 @@ class Slots:
         write_from: tokens before it lie in shared blocks and are never written.
         score_from: first position whose token is scored, or NEVER.
         computed_once: see Sequence.num_computed_once.
+        position_shift: position minus index of output tokens, 0 without a layout.
+        prompt_positions: by slot, the positions of the prompt's tokens, of those with a layout.
         samples, watched, constrained, pools: bool, see Sequence; pools: hidden states are pooled.
         token_ids: [max_num_seqs, max_model_len]; rows take memory as they are written.
         end_token_ids: [max_num_seqs, width], -1 where unused.
@@ -45,7 +47,8 @@ class Slots:
         self.num_tokens, self.num_known, self.num_computed = zeros(), zeros(), zeros()
         self.compute_end, self.max_len, self.num_prompt = zeros(), zeros(), zeros()
         self.sampled_from, self.write_from, self.score_from = zeros(), zeros(), zeros()
-        self.computed_once, self.expected_len = zeros(), zeros()
+        self.computed_once, self.expected_len, self.position_shift = zeros(), zeros(), zeros()
+        self.prompt_positions: dict[int, Int32Array] = {}
         self.samples = np.zeros(max_num_seqs, np.bool_)
         self.watched = np.zeros(max_num_seqs, np.bool_)
         self.constrained = np.zeros(max_num_seqs, np.bool_)
@@ -92,7 +95,10 @@ class Slots:
         self.computed_once[slot] = sequence.num_computed_once
         self.samples[slot], self.watched[slot] = samples, sequence.is_watched
         self.constrained[slot] = sequence.is_constrained
-        self.pools[slot] = not samples and score_start is None
+        self.pools[slot] = sequence.request.task is Task.EMBED and sequence.segment is None
+        if (layout := sequence.request.layout) is not None:
+            self.position_shift[slot] = layout.shift
+            self.prompt_positions[slot] = layout.positions()
         self.token_ids[slot, :num_tokens] = sequence.token_ids
         self._set_end_tokens(slot, sequence.end_token_ids)
         insort(self._by_order, (sequence.order, slot))
@@ -110,6 +116,8 @@ class Slots:
         sequence.slot = NO_SLOT
         self.sequences[slot] = None
         self.epoch[slot] += 1
+        if self.prompt_positions.pop(slot, None) is not None:
+            self.position_shift[slot] = 0
         del self._by_order[bisect_left(self._by_order, (sequence.order, slot))]
         self._running = None
         self._free.append(slot)

@@ -45,6 +45,7 @@ class StepBuilder:
         self._rows: list[tuple[Int32Array, Int32Array, Int32Array]] = []
         self._sampled: list[Int32Array] = []
         self._forks: list[tuple[int, int]] = []
+        self._kv_copies: list[Int32Array] = []
 
     def release(self, slot: int) -> None:
         """A slot lost its occupant."""
@@ -68,6 +69,10 @@ class StepBuilder:
         """Draw a token for `child`, a new occupant, from the logits of its parent."""
         self._new.append(child)
         self._forks.append((child, parent))
+
+    def add_kv_copies(self, sources: Int32Array, destinations: Int32Array) -> None:
+        """Copy single tokens' KV, by KV slot, before anything is computed."""
+        self._kv_copies.append(np.stack((sources, destinations), axis=1))
 
     def build(self) -> tuple[Step, InFlight] | tuple[None, None]:
         """The Step of everything collected; (None, None) if nothing is to be computed."""
@@ -94,10 +99,12 @@ class StepBuilder:
             new_sequences=tuple(self._new_sequence(slot) for slot in self._new),
             table_updates=tuple(update for update, _ in changes),
             block_copies=tuple(copies for _, copies in changes),
+            kv_copies=np.concatenate(self._kv_copies) if self._kv_copies else None,
             slots=slots,
             cu_seqlens_q=cu_seqlens_q,
             token_ids=token_ids,
             positions=positions,
+            position_ids=self._position_ids(slots, cu_seqlens_q, token_slots, positions),
             kv_slots=self._kv_slots(token_slots, positions),
             sample_tokens=sample_tokens,
             sample_slots=sample_slots,
@@ -137,7 +144,28 @@ class StepBuilder:
             table.take_changes()
 
     def _drop_rows(self) -> None:
-        self._rows, self._sampled, self._forks = [], [], []
+        self._rows, self._sampled, self._forks, self._kv_copies = [], [], [], []
+
+    def _position_ids(
+        self,
+        slots: Int32Array,
+        cu_seqlens_q: Int32Array,
+        token_slots: Int32Array,
+        positions: Int32Array,
+    ) -> Int32Array | None:
+        """What the model is told, if any row of the Step has a layout."""
+        state = self._state
+        if not state.prompt_positions:
+            return None
+        ids = positions + state.position_shift[token_slots]
+        in_prompt = positions[cu_seqlens_q[:-1]] < state.num_prompt[slots]
+        for row in np.flatnonzero(in_prompt).tolist():
+            given = state.prompt_positions.get(int(slots[row]))
+            if given is not None:
+                first, end = cu_seqlens_q[row], cu_seqlens_q[row + 1]
+                given = given[positions[first] : positions[end - 1] + 1]
+                ids[first : first + len(given)] = given
+        return ids
 
     def _kv_slots(self, token_slots: Int32Array, positions: Int32Array) -> tuple[Int32Array, ...]:
         shared = positions < self._state.write_from[token_slots]

@@ -37,7 +37,7 @@ class AttentionCase:
     sinks: bool = False
     parents: dict[int, tuple[int, int]] = field(default_factory=dict)
     min_shared_keys: int = 128
-    num_programs: int = 0
+    num_programs: tuple[int, int] = (0, 0)
 
 
 @dataclass(eq=False)

@@ -107,13 +107,15 @@ class Pool:
         *,
         share: bool = True,
         tiling: Tiling | None = None,
-        programs_per_multiprocessor: int = PROGRAMS_PER_MULTIPROCESSOR,
+        programs_per_multiprocessor: tuple[int, int] = PROGRAMS_PER_MULTIPROCESSOR,
     ) -> list[Call]:
         """Calls of our kernels that do the step, each over blocks of its own."""
         heads = self.heads
         if tiling is None:
             tiling = usual_tiling(heads, self.k.element_size(), self.device)
         num_rows, num_new = work.num_rows, work.num_new
+        narrow, wide = programs_per_multiprocessor
+        multiprocessors = _num_multiprocessors(self.device)
         nodes = [SharedNode(np.arange(num_rows), 0, work.shared)] if share and work.shared else []
         plan = plan_work(
             np.arange(0, num_rows * num_new + 1, num_new, dtype=np.int32),
@@ -122,7 +124,7 @@ class Pool:
             num_q_heads=heads.num_q_heads,
             num_kv_heads=heads.num_kv_heads,
             tiling=tiling,
-            num_programs=programs_per_multiprocessor * _num_multiprocessors(self.device),
+            num_programs=(narrow * multiprocessors, wide * multiprocessors),
             nodes=nodes,
         )
         on_device = to_device(plan, self.device)

@@ -50,17 +50,17 @@ SMALL_ATTENTION = [
     AttentionCase(name="odd lengths", rows=((0, 1), (0, 5), (31, 1), (130, 1), (7, 20))),
     AttentionCase(
         name="cut in pieces", rows=((0, 1), (700, 1), (560, 5)), num_q_heads=4, num_kv_heads=2,
-        head_dim=16, num_programs=100,
+        head_dim=16, num_programs=(100, 100),
     ),
     AttentionCase(
         name="window, cap, sinks", rows=((0, 1), (500, 1), (190, 7)), num_q_heads=2,
         num_kv_heads=1, head_dim=24, block_size=16, window=300, soft_cap=20.0, sinks=True,
-        num_programs=100,
+        num_programs=(100, 100),
     ),
     AttentionCase(
         name="tree of shared prefixes", rows=((600, 1), (513, 1), (530, 2), (300, 1), (40, 1)),
         num_q_heads=4, num_kv_heads=2, head_dim=16, block_size=16, sinks=True,
-        parents={1: (0, 512), 2: (1, 512), 3: (0, 256)}, num_programs=40,
+        parents={1: (0, 512), 2: (1, 512), 3: (0, 256)}, num_programs=(40, 40),
     ),
     AttentionCase(
         name="many queries share a prefix", rows=((300, 9), (256, 3)), num_q_heads=4,
@@ -79,33 +79,36 @@ SMALL_ATTENTION = [
 _LLAMA = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 64}
 LARGE_ATTENTION = [
     AttentionCase(
-        name="Llama-3-8B decode", num_programs=1056, **_LLAMA,
+        name="Llama-3-8B decode", num_programs=(1056, 264), **_LLAMA,
         rows=tuple((n, 1) for n in (0, 1, 62, 63, 64, 127, 128, 300, 1000, 1023, 2047, 4999)),
     ),
-    AttentionCase(name="Llama-3-8B one long", rows=((16000, 1),), num_programs=1056, **_LLAMA),
+    AttentionCase(
+        name="Llama-3-8B one long", rows=((16000, 1),), num_programs=(1056, 264), **_LLAMA
+    ),
     AttentionCase(
         name="Llama-3-8B prefill", rows=((0, 300), (1000, 57), (0, 1), (63, 64), (0, 33)), **_LLAMA
     ),
     AttentionCase(
         name="Llama-3-8B chunk in pieces", rows=((6000, 70), (100, 5), (900, 1)),
-        num_programs=1056, **_LLAMA,
+        num_programs=(1056, 264), **_LLAMA,
     ),
     AttentionCase(
-        name="Llama-3-8B shared prefixes", num_programs=1056, **_LLAMA,
+        name="Llama-3-8B shared prefixes", num_programs=(1056, 264), **_LLAMA,
         rows=((2100, 1), *((1024 + 37 * i, 1) for i in range(38)), (2048, 20)),
         parents={i: (0, 1024 if i % 3 else 960) for i in range(1, 39)} | {39: (0, 2048)},
     ),
     AttentionCase(
         name="block 16", rows=((900, 1), (100, 77)), num_q_heads=32, num_kv_heads=8, head_dim=128,
-        block_size=16, num_programs=200,
+        block_size=16, num_programs=(200, 200),
     ),
-    AttentionCase(name="SmolLM2", rows=((900, 1), (100, 77), (0, 3)), num_programs=200),
+    AttentionCase(name="SmolLM2", rows=((900, 1), (100, 77), (0, 3)), num_programs=(200, 200)),
     AttentionCase(
         name="Gemma 2", rows=((900, 1), (100, 77)), num_q_heads=8, num_kv_heads=4, head_dim=256,
         window=512, soft_cap=50.0,
     ),
     AttentionCase(
-        name="window 1000", rows=((5000, 1), (1500, 70)), window=1000, num_programs=500, **_LLAMA
+        name="window 1000", rows=((5000, 1), (1500, 70)), window=1000, num_programs=(500, 500),
+        **_LLAMA,
     ),
     AttentionCase(
         name="sinks, window 128", rows=((900, 1), (100, 77)), num_q_heads=64, num_kv_heads=8,

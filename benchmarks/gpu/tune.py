@@ -1,7 +1,8 @@
 """Section `tune`: would another tile shape, or other pieces, be faster? Not for everyday runs.
 
-Tries tile shapes one change at a time around those of tiling.py, and numbers of pieces, on steps
-that stand for many. What it finds is put into tiling.py and work_list.py by hand.
+Tries tile shapes near those of tiling.py, each with several numbers of programs for the pieces, on
+steps that stand for many. What it finds is put into tiling.py and work_list.py by hand. The first
+line of each kind is what those files hold.
 """
 
 from __future__ import annotations
@@ -13,54 +14,65 @@ from typing import Any
 import torch
 
 from batchwright.kernels.paged_attention.tiling import TileShape, Tiling
+from batchwright.kernels.paged_attention.work_list import PROGRAMS_PER_MULTIPROCESSOR
 from benchmarks.gpu.attention import TINY
 from benchmarks.gpu.attention_speed import Heads, Pool, Work, usual_tiling
 from benchmarks.gpu.card import Budget, Timer
 
 STEPS = {
-    "narrow": [Work(64, 2047), Work(256, 1023), Work(8, 16383)],
-    "wide": [Work(1, 0, 4096), Work(1, 16384, 512), Work(64, 8192 + 63, 1, 8192)],
+    "narrow": [Work(64, 2047), Work(256, 1023), Work(16, 1023), Work(8, 16383)],
+    "wide": [
+        Work(1, 0, 512), Work(1, 0, 2048), Work(1, 0, 4096), Work(1, 16384, 512),
+        Work(16, 1024, 128), Work(64, 8192 + 63, 1, 8192),
+    ],
+}  # fmt: skip
+TRIALS = {
+    "narrow": [
+        *product([TileShape(16, 64, 2, 3)], (8, 2, 4, 12)),
+        (TileShape(16, 64, 2, 2), 8),
+    ],
+    "wide": list(
+        product(
+            [
+                *(TileShape(64, 64, 4, stages) for stages in (5, 4, 7)),
+                *(TileShape(64, 32, 4, stages) for stages in (5, 7)),
+                TileShape(128, 64, 4, 5),
+                TileShape(128, 32, 4, 5),
+            ],
+            (2, 1, 3, 4),
+        )
+    ),
 }
-NARROW = [
-    TileShape(16, keys, warps, stages)
-    for keys, warps, stages in product((32, 64, 128), (2, 4), (3, 5, 7))
-]
-WIDE = [
-    *(TileShape(128, keys, 8, stages) for keys, stages in product((32, 64, 128), (1, 3, 5))),
-    *(TileShape(64, keys, 4, stages) for keys, stages in product((32, 64, 128), (1, 3, 5))),
-    *(TileShape(128, keys, 4, 3) for keys in (32, 64, 128)),
-]
-PROGRAMS = (0, 2, 4, 16, 32)
+"""(shape, programs per multiprocessor); 4 stages of narrow and 6 of wide compile to 3 and 5."""
 
 
 def run(timer: Timer, budget: Budget) -> dict[str, Any]:
     """Microseconds of every shape on every step; None where the card lacks the shared memory."""
-    heads, num_tokens, dtype, steps = Heads(), 600_000, torch.bfloat16, STEPS
-    shapes = {"narrow": NARROW, "wide": WIDE}
-    programs: tuple[int, ...] = PROGRAMS
+    heads, num_tokens, dtype, steps, trials = Heads(), 600_000, torch.bfloat16, STEPS, TRIALS
     if timer.device == "cpu":  # dry run
-        heads, num_tokens, dtype, programs = TINY, 3000, torch.float32, (0,)
+        heads, num_tokens, dtype = TINY, 3000, torch.float32
         steps = {"narrow": [Work(2, 12)], "wide": [Work(1, 0, 9)]}
-        shapes = {"narrow": [TileShape(16, 16, 4, 2)], "wide": [TileShape(16, 32, 4, 2)]}
+        trials = {"narrow": [(TileShape(16, 16, 4, 2), 2)], "wide": [(TileShape(16, 32, 4, 2), 2)]}
     pool = Pool(timer.device, num_tokens, heads, dtype)
     usual = usual_tiling(heads, pool.k.element_size(), timer.device)
     lines: list[dict[str, Any]] = []
     left_out = 0
-    trials: list[tuple[str, Tiling, int]] = []
-    for kind in ("narrow", "wide"):
-        trials += [(kind, usual, number) for number in (8, *programs)]
-        trials += [(kind, replace(usual, **{kind: shape}), 8) for shape in shapes[kind]]
-    for kind, tiling, number in trials:
+    numbers = dict(zip(("narrow", "wide"), PROGRAMS_PER_MULTIPROCESSOR, strict=True))
+    todo = [(kind, *trial) for kind, tried in trials.items() for trial in tried]
+    for kind, shape, number in todo:
         if budget.is_spent():
             left_out += 1
             continue
+        tiling = replace(usual, **{kind: shape})
+        changed = numbers | {kind: number}
+        programs = changed["narrow"], changed["wide"]
         line: dict[str, Any] = {
             "kind": kind,
-            "shape": str(tiling.narrow if kind == "narrow" else tiling.wide),
+            "shape": str(shape),
             "programs_per_multiprocessor": number,
         }
         for work in steps[kind]:
-            line[_name(work)] = _microseconds(timer, pool, work, tiling, number)
+            line[_name(work)] = _microseconds(timer, pool, work, tiling, programs)
         lines.append(line)
     return {"lines": lines, "left_out": left_out}
 
@@ -71,10 +83,10 @@ def _name(work: Work) -> str:
 
 
 def _microseconds(
-    timer: Timer, pool: Pool, work: Work, tiling: Tiling, number: int
+    timer: Timer, pool: Pool, work: Work, tiling: Tiling, programs: tuple[int, int]
 ) -> float | None:
     try:
-        calls = pool.paged_calls(work, tiling=tiling, programs_per_multiprocessor=number)
+        calls = pool.paged_calls(work, tiling=tiling, programs_per_multiprocessor=programs)
         return timer.seconds(calls)[0] * 1e6
     except Exception as error:  # the compiler's own kinds of error differ between versions
         if "out of resource" not in str(error):

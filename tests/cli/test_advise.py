@@ -189,7 +189,7 @@ def test_how_many_devices(command: Command) -> None:
 
 
 def test_other_hardware(command: Command) -> None:
-    found = command.json("--hardware", "h100", "--model-shape", "llama-3-70b", "--deadline", "1h")
+    found = command.json("--device", "h100", "--shape", "llama-3-70b", "--deadline", "1h")
     assert found["hardware"] == "2 x H100"  # one does not hold the weights
     assert found["devices"]["found"]["layout"] == {"replica_size": 2, "num_replicas": 1}
     assert found["measured"] is None
@@ -198,17 +198,17 @@ def test_other_hardware(command: Command) -> None:
 
 def test_an_engine_may_need_eight_devices(command: Command) -> None:
     """282 GB of fp32 weights: four L40S hold 173 GB, eight 346."""
-    shape = ["--model-shape", "llama-3-70b"]
-    found = command.json("--hardware", "L40S", *shape, "--dtype", "float32", "--order", "fcfs")
+    shape = ["--shape", "llama-3-70b"]
+    found = command.json("--device", "L40S", *shape, "--dtype", "float32", "--order", "fcfs")
     assert found["hardware"] == "8 x L40S"
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--hardware", "abacus"], "device is 'abacus', must be one of A100-80G"),
-        (["--hardware", "H100", "--model-shape", "x"], "model shape is 'x', must be one of"),
-        (["--model-shape", "llama-3-8b"], "--model-shape is for --hardware"),
+        (["--device", "abacus"], "device is 'abacus', must be one of A100-80G"),
+        (["--device", "H100", "--shape", "x"], "model shape is 'x', must be one of"),
+        (["--shape", "llama-3-8b"], "--shape is for --device"),
         (["--arrivals", "0"], "--arrivals is 0.0, must be above 0"),
         (["--arrivals", "nan"], "must be above 0"),
         (["--max-num-seqs", "0"], "max-num-seqs"),
@@ -235,7 +235,7 @@ def test_a_row_that_no_engine_holds(command: Command) -> None:
         [{"id": "a", "prompt": "word " * 7000, "max_tokens": 1000, "ignore_eos": True}],
     )
     status, _, err = command(
-        "--hardware", "H100", "--model-shape", "llama-3-70b", "--kv-cache-memory", "1G"
+        "--device", "H100", "--shape", "llama-3-70b", "--kv-cache-memory", "1G"
     )
     assert status == 2
     assert "the longest row takes 8001 tokens of keys and values" in " ".join(err.split())

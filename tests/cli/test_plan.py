@@ -384,3 +384,19 @@ def test_sound_rows_give_status_0(command: Command, source: Path) -> None:
     assert status == 0
     assert err == "rows name the model 'm'; smollm2 answers them\n"
     assert "rows      1 read\n" in out
+
+
+def test_rows_that_import_modules_are_counted_as_whole_prompts(
+    command: Command, source: Path, tmp_path: Path
+) -> None:
+    schema, text = tmp_path / "schema.json", "It rains. " * 9
+    schema.write_text(json.dumps({"name": "s", "content": [{"module": "m", "content": text}]}))
+    row = {"prompt": "Why?", "max_tokens": 4, "temperature": 0}
+    write_lines(source, [{**row, "prompt_cache": {"modules": ["m"]}}])
+    found = counted(command, "--prompt-schema", schema)
+    write_lines(source, [{**row, "prompt": text + "Why?"}])
+    plain = counted(command)["tokens"]["prompt"]
+    assert abs(found["tokens"]["prompt"] - plain) <= 2  # tokenised apart
+    write_lines(source, [{**row, "prompt_cache": {"modules": ["n"]}}])
+    bad = counted(command, "--prompt-schema", schema)["rows"]["bad_codes"]
+    assert bad == {"unknown_prompt_module": 1}

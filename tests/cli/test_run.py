@@ -319,6 +319,7 @@ def test_another_file_is_not_taken_for_the_jobs_error_file(
 
 
 def test_ctrl_c_finishes_what_runs(command: Command, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
     rows = [chat_row(str(i), max_tokens=3) for i in range(6)]
     source = write_lines(tmp_path / "in.jsonl", rows)
 
@@ -337,7 +338,7 @@ def test_ctrl_c_finishes_what_runs(command: Command, tmp_path: Path) -> None:
     command.engine = FakeEngine(max_running=2, on_step=on_step)
     _, _, err = command("run", source, "-o", "-", "--model", "m")
     assert "4 that were read are not" in err and "go on" not in err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_while_loading(
@@ -467,3 +468,19 @@ def test_a_row_cannot_steer_the_terminal() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(8.2, "8 s"), (125, "2:05 min"), (11040, "3:04 h")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_prompt_schemas(command: Command, tmp_path: Path) -> None:
+    row = {"id": "a", "prompt": "?", "prompt_cache": {"modules": ["m"]}, "temperature": 0}
+    source = write_lines(tmp_path / "in.jsonl", [row])
+    schema, output = tmp_path / "schema.json", tmp_path / "out.jsonl"
+    arguments = ("run", source, "-o", output, "--model", "m", "--prompt-schema", schema)
+    status, _, err = command(*arguments)
+    assert status == 2 and f"{schema} cannot be read" in err.replace("\n", "")
+    assert command.settings is None, "told before the model is loaded"
+    schema.write_text('{"name": "s", "content": [{"module": "m", "content": "Text."}]}')
+    status, _, err = command(*arguments)
+    assert status == 0
+    assert "schema s, 1 modules, 6 positions; lossy: a module does not see" in err
+    (line,) = read_lines(output)
+    assert line["response"]["body"]["usage"]["prompt_tokens"] == len("^Text.?")

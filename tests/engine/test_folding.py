@@ -8,6 +8,7 @@ import pytest
 
 from batchwright.errors import RequestError
 from batchwright.folding import Folding, answer_as, fold_key
+from batchwright.prompt_layout import PromptLayout
 from batchwright.request import FinishReason, Request, Result, SamplingParams, Task
 from tests.engine.symbolic_engine import answers, contents, finish, new_engine, row
 
@@ -76,6 +77,7 @@ def test_every_field_that_counts_is_in_the_key():
         "score_start": 2,
         "pooling": "last",
         "namespace": "n",
+        "layout": PromptLayout((), ((3, len(PROMPT)),)),
         "markup": dataclasses.replace(request.markup, reasons=True),
         "urgent": True,  # else it would wait for a row that is not
     }

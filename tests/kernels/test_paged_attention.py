@@ -12,10 +12,17 @@ import torch
 import batchwright.kernels  # noqa: F401
 from batchwright.errors import ConfigError, ShapeError
 from batchwright.kernels.paged_attention import numba as kernel
+from batchwright.kernels.paged_attention import plan as plan_module
 from batchwright.kernels.paged_attention.layout import cache_shapes
 from batchwright.kernels.paged_attention.naive import merge_attention
 from batchwright.kernels.paged_attention.numba import paged_attention
-from batchwright.kernels.paged_attention.plan import plan_attention
+from batchwright.kernels.paged_attention.plan import (
+    ALL_KEYS,
+    AttentionPlan,
+    distinct_keys,
+    loaded_keys,
+    plan_attention,
+)
 from tests.kernels.paged_case import Case, Shape, make_case, page, run_naive, run_step, run_whole
 
 pytestmark = pytest.mark.cpu
@@ -171,7 +178,17 @@ def test_shared_blocks_change_no_bit(shape: str) -> None:
     assert_same_bits(run_whole(case, own), run_whole(case, shared))
 
 
-def test_rows_with_common_blocks_share_items() -> None:
+def segments_of(plan: AttentionPlan) -> set[tuple[frozenset[int], int, int]]:
+    """(query tokens, first key, end key) of each segment of the first head's items."""
+    return {
+        (frozenset(plan.tokens[a:b].tolist()), first, end)
+        for head, _, _, begin, stop in plan.items.tolist()
+        for a, b, first, end in plan.segments[begin:stop].tolist()
+        if head == 0
+    }
+
+
+def test_items_share_every_node_of_the_tree() -> None:
     """Two branches of four rows each under one root, in mixed order, and a stranger."""
     parents = {1: (0, 140), 2: (0, 530), 3: (1, 530), 4: (0, 530), 5: (1, 530), 6: (0, 530)}
     parents |= {7: (1, 530)}
@@ -187,18 +204,73 @@ def test_rows_with_common_blocks_share_items() -> None:
     rows = np.searchsorted(cu, plan.tokens, side="right") - 1
     np.testing.assert_array_equal(plan.slots, paged.slots[rows])
     np.testing.assert_array_equal(plan.key_end, positions[plan.tokens] + 1)
-    items = {
-        (head, frozenset(rows[a:b].tolist()), keys) for head, a, b, keys in plan.items.tolist()
+    assert len(plan.items) == 2 * 3
+    nodes = {
+        (frozenset(range(8)), 0, 128),  # the first 140 keys hold one whole tile
+        (frozenset({0, 2, 4, 6}), 128, 512),
+        (frozenset({1, 3, 5, 7}), 128, 512),
     }
-    for head in range(3):
-        assert (head, frozenset({0, 2, 4, 6}), 512) in items  # 530 keys hold 4 whole tiles
-        assert (head, frozenset({1, 3, 5, 7}), 512) in items
-        assert (head, frozenset({8}), 2**31 - 1) in items
-    assert len(items) == 9
+    own = {(frozenset({i}), 512, ALL_KEYS) for i in range(8)}
+    assert segments_of(plan) == nodes | own | {(frozenset({8, 9}), 0, ALL_KEYS)}
+    assert loaded_keys(plan) == 128 + 2 * 384 + 8 * (541 - 512) + 542
 
 
-def test_wide_trees_fill_items() -> None:
-    """64 rows over one prompt: items of 16 tokens, no more, each a whole prompt shared."""
+def test_items_are_cut_where_rows_share_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve rows in branches of three, eight fit: two items of six, no branch is cut."""
+    monkeypatch.setattr(plan_module, "_tokens_per_item", lambda *_: 8)
+    parents = dict.fromkeys((3, 6, 9), (0, 256))
+    parents |= {i + j: (i, 512) for i in (0, 3, 6, 9) for j in (1, 2)}
+    case = make_case(Shape(head_dim=8), [(520, 1)] * 12, parents=parents)
+    paged = page(case, share=True)
+    plan = plan_attention(
+        np.arange(13, dtype=np.int32), paged.slots, np.full(12, 520, np.int32),
+        num_q_heads=9, num_kv_heads=3, block_table=paged.block_table, block_size=32,
+    )  # fmt: skip
+    assert (plan.items[:, 2] - plan.items[:, 1]).tolist() == [6] * 6
+    assert loaded_keys(plan) == 2 * 256 + 4 * 256 + 12 * 9
+    assert_same_bits(run_whole(case, page(case)), run_whole(case, paged))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_random_trees_load_shared_keys_once_and_change_no_bit(
+    levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys loaded are those of the tree's nodes, in whole tiles, and of the suffixes: each once."""
+    monkeypatch.setattr(plan_module, "_tokens_per_item", lambda *_: 32)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        depths, lengths, parents = [0], [(int(rng.integers(520, 1000)), 1)], {}
+        for row in range(1, 10):
+            parent = int(rng.choice([i for i, depth in enumerate(depths) if depth < levels]))
+            common = int(rng.integers(0, lengths[parent][0]))
+            lengths.append((common + int(rng.choice([0, 1, 50, 300])), int(rng.integers(1, 3))))
+            parents[row] = (parent, common)
+            depths.append(depths[parent] + 1)
+        case = make_case(Shape(num_q_heads=2, num_kv_heads=1, head_dim=8), lengths, seed, parents)
+        paged = page(case, seed, share=True)
+        positions = [np.arange(len(k) - len(q), len(k)) for k, q in zip(case.k, case.q)]
+        where = (
+            np.cumsum([0, *map(len, case.q)]).astype(np.int32),
+            paged.slots,
+            np.concatenate(positions).astype(np.int32),
+        )
+        blocks = {"block_table": paged.block_table, "block_size": 32}
+        plan = plan_attention(*where, num_q_heads=2, num_kv_heads=1, **blocks)
+        # a tile of keys is known by its blocks; a row's last queries are not before all of a tile
+        tiles = set()
+        for k, q, slot in zip(case.k, case.q, paged.slots, strict=True):
+            for end in range(128, len(k) - len(q) + 2, 128):
+                tiles.add(tuple(paged.block_table[slot, : end // 32].tolist()))
+        tails = sum(len(k) - (len(k) - len(q) + 1) // 128 * 128 for k, q in zip(case.k, case.q))
+        assert any(len(tokens) > 2 for tokens, _, _ in segments_of(plan))
+        assert loaded_keys(plan) == distinct_keys(*where, **blocks) == 128 * len(tiles) + tails
+        assert_same_bits(run_whole(case, page(case, seed)), run_whole(case, paged))
+
+
+@pytest.mark.parametrize(("threads", "tokens"), [(1, 32), (2, 24), (64, 8)])
+def test_wide_trees_fill_items(monkeypatch: pytest.MonkeyPatch, threads: int, tokens: int) -> None:
+    """64 rows over one prompt: large items that share it whole, but some for every thread."""
+    monkeypatch.setattr(plan_module, "get_num_threads", lambda: threads)
     parents = dict.fromkeys(range(1, 64), (0, 256))
     case = make_case(Shape(head_dim=8), [(260, 1)] * 64, parents=parents)
     shared = page(case, share=True)
@@ -206,8 +278,9 @@ def test_wide_trees_fill_items() -> None:
         np.arange(65, dtype=np.int32), shared.slots, np.full(64, 260, np.int32),
         num_q_heads=9, num_kv_heads=3, block_table=shared.block_table, block_size=32,
     )  # fmt: skip
-    assert len(plan.items) == 4 * 3
-    assert (plan.items[:, 3] == 256).all()
+    assert len(plan.items) == -(-64 // tokens) * 3
+    assert (plan.items[:, 2] - plan.items[:, 1]).max() == tokens
+    assert loaded_keys(plan) == -(-64 // tokens) * 256 + 64 * 5
     assert_same_bits(run_whole(case, page(case)), run_whole(case, shared))
 
 
@@ -331,7 +404,8 @@ def test_items_cover_every_token_and_head_once() -> None:
     positions = np.concatenate([np.arange(n) for n in (1, 119, 0, 17)]).astype(np.int32)
     plan = plan_attention(cu, slots, positions, num_q_heads=9, num_kv_heads=3, window=20)
     seen = np.zeros((137, 3), int)
-    for head, start, end, _ in plan.items:
+    for head, start, end, first_segment, end_segment in plan.items:
+        assert plan.segments[first_segment:end_segment].tolist() == [[start, end, 0, ALL_KEYS]]
         row = int(np.searchsorted(cu, start, side="right")) - 1
         assert (plan.slots[start:end] == slots[row]).all() and end <= cu[row + 1]
         seen[start:end, head] += 1
@@ -339,6 +413,22 @@ def test_items_cover_every_token_and_head_once() -> None:
     np.testing.assert_array_equal(plan.tokens, np.arange(137))
     np.testing.assert_array_equal(plan.key_end, positions + 1)
     np.testing.assert_array_equal(plan.key_start, np.maximum(positions - 19, 0))
+
+
+def test_loaded_keys_of_chunks_windows_and_empty_rows() -> None:
+    """Tokens of a chunk load their keys once; a row without tokens loads none and shares none."""
+    slots = np.array([0, 1, 2, 0], np.int32)
+    cu, positions = np.array([0, 4, 4, 5, 5], np.int32), np.array([96, 97, 98, 99, 299], np.int32)
+    heads = {"num_q_heads": 4, "num_kv_heads": 2}
+    assert loaded_keys(plan_attention(cu, slots, positions, **heads)) == 100 + 300
+    assert loaded_keys(plan_attention(cu, slots, positions, window=10, **heads)) == 13 + 10
+    table = np.arange(30, dtype=np.int32).reshape(3, 10)
+    table[:, :8] = table[0, :8]  # 256 keys are common, but a row has no more than its own
+    blocks = {"block_table": table, "block_size": 32}
+    assert distinct_keys(cu, slots, positions, **blocks) == 100 + 300
+    assert distinct_keys(cu, slots, positions + np.int32(200), **blocks) == 256 + 44 + 244
+    none = np.empty(0, np.int32)
+    assert distinct_keys(np.zeros(1, np.int32), none, none, **blocks) == 0
 
 
 @pytest.mark.parametrize("block_size", [0, 16, 48, -32])

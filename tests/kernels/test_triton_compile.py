@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[2]
-SMALLEST_SHARED_BYTES = 99 << 10  # a block's limit on an L40S or RTX 4090
+# a program's limit: on an L40S or RTX 4090; half of an H100's multiprocessor, less 1 KiB
+MAX_SHARED_BYTES = {80: 99 << 10, 90: 113 << 10}
 MAX_STACK_BYTES = 32  # spilled registers, of the largest tiles on sm_80
 
 
@@ -34,7 +35,7 @@ def compile_set(name: str) -> list[dict[str, Any]]:
 
 def check_resources(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
-        assert kernel["shared_bytes"] <= SMALLEST_SHARED_BYTES, kernel
+        assert kernel["shared_bytes"] <= MAX_SHARED_BYTES[kernel["architecture"]], kernel
         assert kernel["stack_bytes"] <= MAX_STACK_BYTES, kernel
         is_attention = kernel["kernel"].startswith(("narrow", "wide"))
         if is_attention and "fp32" in kernel["kernel"]:

@@ -48,12 +48,15 @@ def seen_pairs(work: WorkList, table: np.ndarray) -> list[tuple[int, int, int]]:
         st.tuples(st.lists(st.integers(0, 1), max_size=4), st.integers(1, 40)), min_size=1,
         max_size=6,
     ),
-    num_programs=st.sampled_from([0, 1, 7, 500]),
+    num_programs=st.tuples(*2 * [st.sampled_from([0, 1, 7, 500])]),
     window=st.sampled_from([None, 1, 150]),
     min_keys=st.sampled_from([128, 256]),
 )  # fmt: skip
 def test_every_token_meets_every_key_once(
-    rows: list[tuple[list[int], int]], num_programs: int, window: int | None, min_keys: int
+    rows: list[tuple[list[int], int]],
+    num_programs: tuple[int, int],
+    window: int | None,
+    min_keys: int,
 ) -> None:
     counts = [count for _, count in rows]
     table, starts = table_of([prompt for prompt, _ in rows], counts)
@@ -124,11 +127,65 @@ def test_long_ranges_fill_the_card() -> None:
     positions = np.array([16383, 99], np.int32)
     work = plan_work(
         cu, slots, positions, num_q_heads=32, num_kv_heads=8, tiling=choose_tiling(4, 128, 2),
-        num_programs=256,
+        num_programs=(256, 0),
     )  # fmt: skip
     keys = work.narrow[:, 4] - work.narrow[:, 3]
     assert 32 <= len(keys) <= 34 and keys[0] == 512 and keys[-1] == 100
     assert work.merged_tokens.tolist() == [0] and work.num_partials.tolist()[1] == 1
+
+
+def test_narrow_and_wide_ranges_are_cut_apart() -> None:
+    """A row that decodes and a chunk of a prompt, after 16,384 keys each."""
+    cu, slots = np.array([0, 1, 513], np.int32), np.array([0, 1], np.int32)
+    positions = np.array([16383, *range(16384, 16896)], np.int32)
+    tiling = choose_tiling(4, 128, 2)
+
+    def num_items(narrow: int, wide: int) -> tuple[int, int]:
+        work = plan_work(
+            cu, slots, positions, num_q_heads=32, num_kv_heads=8, tiling=tiling,
+            num_programs=(narrow, wide),
+        )  # fmt: skip
+        return len(work.narrow), len(work.wide)
+
+    tiles = 512 // (tiling.wide.num_rows // 4)
+    assert num_items(0, 0) == (1, tiles)
+    assert num_items(256, 0) == (32, tiles)
+    narrow, wide = num_items(8, 2 * 8 * tiles)  # longer tiles than the mean are cut once more
+    assert narrow == 1 and 2 * tiles <= wide <= 3 * tiles
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "context", "is_cut"),
+    [
+        (512, 0, False),
+        (1024, 0, False),
+        (512, 16384, False),
+        (400, 16384, False),
+        (384, 16384, True),
+    ],
+)
+def test_wide_ranges_that_fill_the_card_stay_whole(
+    num_tokens: int, context: int, is_cut: bool
+) -> None:
+    """132 multiprocessors, two programs each: 25 tiles of 8 heads are three quarters, not 24."""
+    work = plan_work(
+        np.array([0, num_tokens], np.int32), np.array([0], np.int32),
+        np.arange(context, context + num_tokens, dtype=np.int32), num_q_heads=32, num_kv_heads=8,
+        tiling=choose_tiling(4, 128, 2), num_programs=(8 * 132, 2 * 132),
+    )  # fmt: skip
+    assert (len(work.wide) > num_tokens // 16) == is_cut
+    assert (len(work.merged_tokens) > 0) == is_cut
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 16, 17, 64, 71, 128])
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("head_dim, element_bytes", [(64, 2), (128, 2), (256, 2), (128, 4)])
+def test_a_tile_holds_a_token_and_has_a_warp_for_16_rows(
+    group_size: int, architecture: int, head_dim: int, element_bytes: int
+) -> None:
+    tiling = choose_tiling(group_size, head_dim, element_bytes, architecture=architecture)
+    for shape in (tiling.narrow, tiling.wide):
+        assert shape.num_rows >= group_size and shape.num_rows <= 16 * shape.num_warps
 
 
 @pytest.mark.parametrize("group_size, head_dim", [(129, 64), (4, 257), (0, 64)])
@@ -142,7 +199,7 @@ def test_rows_without_tokens_make_no_items(counts: list[int]) -> None:
     work = plan_work(
         np.cumsum([0, *counts]).astype(np.int32), np.arange(len(counts), dtype=np.int32),
         np.arange(sum(counts), dtype=np.int32), num_q_heads=8, num_kv_heads=2,
-        tiling=choose_tiling(4, 64, 2), num_programs=100,
+        tiling=choose_tiling(4, 64, 2), num_programs=(100, 100),
     )  # fmt: skip
     assert len(work.narrow) == (sum(counts) > 0) and len(work.wide) == 0
     assert len(work.entry_tokens) == sum(counts) and work.total_partials == 0

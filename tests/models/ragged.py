@@ -67,6 +67,7 @@ def _batch(
         slots=np.array(rows, np.int32),
         cu_seqlens_q=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
         positions=positions.astype(np.int32),
+        position_ids=positions.astype(np.int32),
         groups=(GroupBatch(block_table=tables, slot_mapping=slots.astype(np.int32)),),
         block_size=BLOCK_SIZE,
     )

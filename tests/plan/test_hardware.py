@@ -35,6 +35,38 @@ def test_measured_times_of_blendserve(num_rows, products_ms, attention_ms):
     assert 1e3 * parts.attention / 32 == pytest.approx(attention_ms, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "us", "tolerance"),
+    [(1, 120.7, 0.02), (64, 129.5, 0.1), (256, 184.7, 0.15), (1024, 636.8, 0.02),
+     (1536, 892.6, 0.08), (2048, 1311.4, 0.04), (4096, 2538.9, 0.02)],
+)  # fmt: skip
+def test_measured_times_of_an_h200(num_tokens, us, tolerance):
+    """The four products of a layer of Llama-3-8B in bf16, from ...-gpu-h200-rates.json.
+
+    The curve of one point is 14 % too fast at 256 rows, where reading and computing take about as
+    long.
+    """
+    cost = CostModel(LLAMA, device_hardware(find_device("H200"), LLAMA, 2), 2, 2)
+    layers = cost.parts(make_step([(0, num_tokens)], [])).layers
+    assert 1e6 * layers / 32 == pytest.approx(us, rel=tolerance)
+
+
+def test_measured_attention_of_an_h200():
+    """A layer, from ...-gpu-h200-attention.json: 256 rows of 4,096 keys, and long prompts.
+
+    One share for all prompts: too fast for a whole one, too slow for chunks of 2,048.
+    """
+    cost = CostModel(LLAMA, device_hardware(find_device("H200"), LLAMA, 2), 2, 2)
+
+    def us(rows: list[tuple[int, int]]) -> float:
+        return 1e6 * cost.parts(make_step(rows, [])).attention / 32
+
+    assert us([(4095, 4096)] * 256) == pytest.approx(953.3, rel=0.02)
+    assert us([(0, 8192)]) == pytest.approx(1289.5, rel=0.06)
+    assert us([(16384, 16896)]) == pytest.approx(314.4, rel=0.06)
+    assert us([(16384, 18432)]) == pytest.approx(1235.9, rel=0.06)
+
+
 def test_few_rows_take_as_long_as_reading_the_weights():
     one, some = (model().parts(make_step([(0, n)], [])).layers for n in (1, 128))
     weight_bytes = 2 * LLAMA.weight_elements_read(1)

@@ -6,6 +6,7 @@ model's dtype.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +37,12 @@ class NumbaKV:
         self.keys[pairs[:, 1]] = self.keys[pairs[:, 0]]
         self.values[pairs[:, 1]] = self.values[pairs[:, 0]]
 
+    def copy_tokens(self, pairs: Int32Array) -> None:
+        """Copy single tokens: pairs [n, 2] of KV slots; no source is a destination."""
+        (source, to), (offset, to_offset) = divmod(pairs.T, self.keys.shape[3])
+        self.keys[to, :, :, to_offset] = self.keys[source, :, :, offset]
+        self.values[to, :, to_offset] = self.values[source, :, offset]
+
 
 @dataclass(slots=True, eq=False)
 class _StepPlan:
@@ -60,6 +67,16 @@ class _StepPlan:
         return self.work[key]
 
 
+def _zeros(shape: tuple[int, ...]) -> Float32Array:
+    """An array that begins on a cache line, so that vectors of 16 lanes lie in one line.
+
+    np.zeros takes pages only when they are first written.
+    """
+    memory = np.zeros(math.prod(shape) + 16, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + math.prod(shape)].reshape(shape)
+
+
 class Backend:
     """The CPU backend; see `attention/backend.py` for the contract."""
 
@@ -70,8 +87,7 @@ class Backend:
         self, spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> NumbaKV:
         shapes = cache_shapes(num_blocks, spec.num_kv_heads, spec.head_dim, block_size)
-        # np.zeros takes pages only when they are first written
-        return NumbaKV(*(np.zeros(shape, np.float32) for shape in shapes))
+        return NumbaKV(*(_zeros(shape) for shape in shapes))
 
     def rows_per_load(self, num_q_heads: int, num_kv_heads: int) -> int:
         return tokens_per_item(num_q_heads, num_kv_heads)
@@ -98,7 +114,7 @@ class Backend:
             values,
             kv.keys,
             kv.values,
-            plan.batch.positions,
+            plan.batch.position_ids,
             plan.batch.groups[group].slot_mapping,
             None if table is None else view_numpy(table.cos),
             None if table is None else view_numpy(table.sin),

@@ -28,6 +28,12 @@ class TorchKV:
         self.keys[destination] = self.keys[source]
         self.values[destination] = self.values[source]
 
+    def copy_tokens(self, pairs: Int32Array) -> None:
+        """Copy single tokens: pairs [n, 2] of KV slots; no source is a destination."""
+        source, destination = torch.from_numpy(pairs.astype("int64")).T
+        keys, values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+        keys[destination], values[destination] = keys[source], values[source]
+
 
 class Backend:
     """The reference backend; see `attention/backend.py` for the contract."""
@@ -59,7 +65,8 @@ class Backend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         positions = torch.from_numpy(plan.positions).long()
         if spec.rotary is not None:
-            q, k = rotate(q, positions, spec.rotary), rotate(k, positions, spec.rotary)
+            at = torch.from_numpy(plan.position_ids).long()
+            q, k = rotate(q, at, spec.rotary), rotate(k, at, spec.rotary)
         slot_mapping = torch.from_numpy(plan.groups[group].slot_mapping).long()
         written = slot_mapping >= 0
         kv.keys.flatten(0, 1)[slot_mapping[written]] = k[written]

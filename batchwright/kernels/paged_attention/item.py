@@ -1,6 +1,6 @@
-"""Attention of one item: a kv head and a few query tokens that read the same keys.
+"""Attention of one item: a kv head and a few query tokens.
 
-The item's query rows (tokens x heads of the group) share every key and value that is loaded. Keys
+Query rows (tokens x heads of the group) of a segment share every key and value that is loaded. Keys
 are taken in tiles of 128 aligned to the position in the sequence: scores of the tile, the softmax
 step, then o += weights @ values. Scores are in units of log2, so that exp is exp2.
 """
@@ -11,17 +11,20 @@ import math
 from typing import Any
 
 import numpy as np
+from llvmlite.binding import get_host_cpu_features
 from numba import njit
 
 from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE as SUB
 from batchwright.kernels.paged_attention.online_softmax import RowState, weigh_tile
-from batchwright.kernels.paged_attention.plan import ALL_KEYS, TILE, AttentionPlan
+from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
 from batchwright.kernels.paged_attention.tile import fma_tile
 from batchwright.kernels.simd import LANES, div, horizontal_sum, load, mul, splat, store
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 F32 = np.float32
+MANY_REGISTERS = get_host_cpu_features().get("avx512vl", False)
+"""32 vector registers, so tiles of eight rows; with the 16 of AVX2 two or three rows are best."""
 
 
 @njit(error_model="numpy")
@@ -41,21 +44,16 @@ def attend_item(
 ) -> None:
     """Write out and lse of the item's tokens and heads; `state` is scratch."""
     head, first = np.int64(plan.items[item, 0]), np.int64(plan.items[item, 1])
-    end, shared = np.int64(plan.items[item, 2]), np.int64(plan.items[item, 3])
+    end = np.int64(plan.items[item, 2])
     group = q.shape[1] // k_cache.shape[1]
     _begin(q, plan, first, end, head * group, group, scale, soft_cap, sinks, state)
-    # Keys that all entries share, then each sequence's own. `shared` is a multiple of the tile, so
-    # a row goes through the same tiles whether it shares some or not.
-    _attend_keys(k_cache, v_cache, block_table, plan, first, first, end, 0, shared, head, group,
-                 soft_cap, state)  # fmt: skip
-    entry = first
-    while entry < end and shared < ALL_KEYS:
-        stop = entry + 1
-        while stop < end and plan.slots[stop] == plan.slots[entry]:
-            stop += 1
-        _attend_keys(k_cache, v_cache, block_table, plan, first, entry, stop, shared, ALL_KEYS,
+    # Segments begin at multiples of the tile, so a row goes through the same tiles in the same
+    # order whatever it shares.
+    for i in range(plan.items[item, 3], plan.items[item, 4]):
+        start, stop = np.int64(plan.segments[i, 0]), np.int64(plan.segments[i, 1])
+        first_key, end_key = np.int64(plan.segments[i, 2]), np.int64(plan.segments[i, 3])
+        _attend_keys(k_cache, v_cache, block_table, plan, first, start, stop, first_key, end_key,
                      head, group, soft_cap, state)  # fmt: skip
-        entry = stop
     _finish(plan, first, end, head * group, group, state, out, lse)
 
 
@@ -74,11 +72,12 @@ def _begin(
 ) -> None:
     """Gather the item's query rows, scaled to log2 units (or to the cap's), and reset its state."""
     factor = F32(scale * LOG2_E) if soft_cap == 0.0 else F32(scale / soft_cap)
-    for i in range(len(state.o)):
+    num_rows = (end - first) * group
+    for i in range(num_rows * (len(state.o) // len(state.row_max))):
         state.o[i] = 0.0
-    for i in range(len(state.row_sum)):
+    for i in range(num_rows * LANES):
         state.row_sum[i] = 0.0
-    for i in range(len(state.row_max)):
+    for i in range(num_rows):
         state.row_max[i] = F32(-np.inf)
     dim = q.shape[2]
     factors = splat(factor)
@@ -169,7 +168,13 @@ def _scores(
     while row < end_row:
         q_at, to = row * dim, row * TILE + p_at
         left = end_row - row
-        if left == 1:
+        if MANY_REGISTERS and left >= 8:
+            fma_tile(8, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
+            row += 8
+        elif MANY_REGISTERS and left >= 4:
+            fma_tile(4, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
+            row += 4
+        elif left == 1:
             fma_tile(1, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
             row += 1
         elif left == 3:
@@ -197,7 +202,13 @@ def _add_values(
         while row < end_row:
             a, b, c = row * TILE + p_at, v_at + column, row * dim + column
             left = end_row - row
-            if left == 1:
+            if MANY_REGISTERS and left >= 8:
+                fma_tile(8, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                row += 8
+            elif MANY_REGISTERS and left >= 4:
+                fma_tile(4, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                row += 4
+            elif left == 1:
                 fma_tile(1, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
                 row += 1
             elif left == 3:

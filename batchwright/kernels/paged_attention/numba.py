@@ -83,6 +83,7 @@ def paged_attention(
         v_cache,
         block_table,
         plan.items,
+        plan.segments,
         plan.tokens,
         plan.slots,
         plan.key_start,
@@ -105,6 +106,7 @@ def _kernel() -> Any:
             types.Array(f32, 3, "A"),
             types.Array(f32, 4, "C"),
             types.Array(f32, 4, "C"),
+            types.Array(i32, 2, "C"),
             types.Array(i32, 2, "C"),
             types.Array(i32, 2, "C"),
             types.Array(i32, 1, "C"),
@@ -141,6 +143,7 @@ def _attend(
     v_cache: Any,
     block_table: Any,
     items: Any,
+    segments: Any,
     tokens: Any,
     slots: Any,
     key_start: Any,
@@ -156,15 +159,15 @@ def _attend(
     counter[0] = 0
     if num_threads == 1:
         _work(
-            q, k_cache, v_cache, block_table, items, tokens, slots, key_start, key_end, scale,
-            soft_cap, sinks, out, lse, counter,
+            q, k_cache, v_cache, block_table, items, segments, tokens, slots, key_start, key_end,
+            scale, soft_cap, sinks, out, lse, counter,
         )  # fmt: skip
         return
     # Threads take the next dearest item when they are free: no static split fits a ragged step.
     for _ in prange(num_threads):
         _work(
-            q, k_cache, v_cache, block_table, items, tokens, slots, key_start, key_end, scale,
-            soft_cap, sinks, out, lse, counter,
+            q, k_cache, v_cache, block_table, items, segments, tokens, slots, key_start, key_end,
+            scale, soft_cap, sinks, out, lse, counter,
         )  # fmt: skip
 
 
@@ -175,6 +178,7 @@ def _work(
     v_cache: Any,
     block_table: Any,
     items: Any,
+    segments: Any,
     tokens: Any,
     slots: Any,
     key_start: Any,
@@ -192,17 +196,25 @@ def _work(
         max_tokens = max(max_tokens, items[i, 2] - items[i, 1])
     max_rows = -(-max_tokens * (q.shape[1] // k_cache.shape[1]) // LANES) * LANES
     state = RowState(
-        np.empty(max_rows * q.shape[2], F32),
-        np.empty(max_rows * TILE, F32),
-        np.empty(max_rows * v_cache.shape[3], F32),
-        np.empty(max_rows, F32),
-        np.empty(max_rows * LANES, F32),
-        np.empty(max_rows, F32),
+        _aligned(max_rows * q.shape[2]),
+        _aligned(max_rows * TILE),
+        _aligned(max_rows * v_cache.shape[3]),
+        _aligned(max_rows),
+        _aligned(max_rows * LANES),
+        _aligned(max_rows),
     )
-    plan = AttentionPlan(items, tokens, slots, key_start, key_end, 0)
+    plan = AttentionPlan(items, segments, tokens, slots, key_start, key_end, 0)
     i = _next_item(counter)
     while i < len(items):
         attend_item(
             q, k_cache, v_cache, block_table, plan, i, scale, soft_cap, sinks, out, lse, state
         )
         i = _next_item(counter)
+
+
+@njit(error_model="numpy")
+def _aligned(size: int) -> Any:
+    """[size] fp32, beginning on a cache line: a vector of 16 lanes then lies in one line."""
+    memory = np.empty(size + 16, F32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + size]

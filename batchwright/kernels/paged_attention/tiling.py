@@ -1,9 +1,12 @@
 """Tile shapes of the GPU attention kernel, by size of an element and of a head. No torch.
 
 Decoding is bound by bandwidth: 16 query rows, the least that a tensor core takes, and tiles of
-16 KiB of keys and of values, two of each on their way: three programs fit a multiprocessor.
-Prefill is bound by the tensor cores: 128 rows are one wgmma for each of two groups of four warps.
+16 KiB of keys and of values. Prefill is bound by the tensor cores: 64 rows are one wgmma of a group
+of four warps, and several programs on a multiprocessor take turns at products and softmax.
 Products of fp32 run on plain cores, in small tiles: tensor cores would round factors to tf32.
+
+Measured: 2-byte numbers and head_dim 128 on sm_90, an H200 (benchmarks/results/2026-11-26-gpu-h200-
+tune.json). All other shapes are derived and were only compiled and checked.
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ def choose_tiling(
             f"the limits are {MAX_ROWS} and 256. Use the CPU for this model"
         )
     # Half of the stages are spent on the block table's entry, which a tile's address needs; wgmma
-    # holds one more buffer than num_stages alone gives. All shapes fit the 99 KiB of an L40S.
+    # holds one more buffer than num_stages alone gives. All shapes fit the 99 KiB of an L40S, but
+    # for those of Hopper alone: its 228 KiB hold two wide programs of 113 KiB.
     wide_stages = 3 if architecture >= 90 else 5
     if element_bytes == 4:
         if head_dim > 128:
@@ -72,6 +76,12 @@ def choose_tiling(
             narrow, wide = TileShape(16, 32, 4, 2), TileShape(32, 32, 8, 2)
     elif head_dim > 128:
         narrow, wide = TileShape(16, 32, 4, 5), TileShape(64, 32, 8, 3)
+    elif head_dim > 64 and architecture // 10 == 9:
+        # Against (16, 64, 4, 5), (128, 64, 8, 3) on an H200 (...-tune-first.json): 64 rows of 2,048
+        # keys 137 us instead of 139, 8 of 16,384 134 instead of 140; a prompt of 4,096 tokens 330
+        # us instead of 474. Tried later, (128, 32, 4, 5) was faster for 16 chunks of 128 tokens
+        # (104 us instead of 120), slower for that prompt (339 instead of 325).
+        narrow, wide = TileShape(16, 64, 2, 3), TileShape(64, 64, 4, 5)
     elif head_dim > 64:
         narrow, wide = TileShape(16, 64, 4, 5), TileShape(128, 64, 8, wide_stages)
     else:
@@ -80,6 +90,8 @@ def choose_tiling(
 
 
 def _hold(shape: TileShape, group_size: int) -> TileShape:
-    """The shape with enough rows for one token's heads."""
+    """The shape with enough rows for one token's heads, and a warp for each 16 added rows."""
     rows = max(shape.num_rows, 1 << (group_size - 1).bit_length())
-    return TileShape(rows, shape.num_keys, shape.num_warps, shape.num_stages)
+    if rows == shape.num_rows:
+        return shape
+    return TileShape(rows, shape.num_keys, max(shape.num_warps, rows // 16), shape.num_stages)

@@ -27,9 +27,14 @@ MIN_PIECE_KEYS = 256
 """A range is not cut into pieces shorter than this: starting a program costs as much."""
 
 
-PROGRAMS_PER_MULTIPROCESSOR = 8
-"""What num_programs should be, times the multiprocessors of the card: some three programs run on
-each at a time, and the last ones to end should be a small part of the whole."""
+PROGRAMS_PER_MULTIPROCESSOR = (8, 2)
+"""What num_programs should be, narrow and wide, times the multiprocessors of the card.
+
+On an H200 (bf16, 32 query heads, 8 kv heads of 128) decoding of 8 rows of 16,384 keys took 132 us
+with 8, and with an earlier shape 140 us, uncut 221; 16 and more were slower for many rows. Wide
+ranges are long work by themselves: 64 rows with 8,192 shared keys took 45 us with 2, 55 with 1, 60
+with 4. Steps that have enough wide ranges uncut were no slower with 1, or faster; see _cut.
+"""
 
 
 class WorkList(NamedTuple):
@@ -80,7 +85,7 @@ def plan_work(
     num_q_heads: int,
     num_kv_heads: int,
     tiling: Tiling,
-    num_programs: int,
+    num_programs: tuple[int, int],
     window: int | None = None,
     nodes: Sequence[SharedNode] = (),
 ) -> WorkList:
@@ -92,8 +97,9 @@ def plan_work(
         positions: [num_tokens] int32, position of each query token in its sequence; it sees keys
             at positions up to its own. -1: no keys.
         tiling: shapes that the kernel will be run with.
-        num_programs: ranges are cut so that each tile shape gets about this many programs, a few
-            times what the card runs at once. 0: ranges are never cut.
+        num_programs: ranges are cut so that the narrow and the wide shape get about this many
+            programs each; see PROGRAMS_PER_MULTIPROCESSOR. Where wide ranges make three quarters of
+            it uncut, they are cut for half of it only. 0: ranges are never cut.
         window: a token attends to its last `window` keys, itself included; None: to all.
         nodes: shared keys to compute once for all their rows, ancestors first; see shared_nodes.py.
             Must be empty with a window.
@@ -225,14 +231,20 @@ def _node_ranges(
     return ranges, node_of, tokens
 
 
-def _cut(ranges: _Ranges, num_kv_heads: int, num_programs: int) -> tuple[Int64Array, Int64Array]:
-    """(pieces of each range, keys of a piece): about `num_programs` pieces per tile shape."""
+def _cut(
+    ranges: _Ranges, num_kv_heads: int, num_programs: tuple[int, int]
+) -> tuple[Int64Array, Int64Array]:
+    """(pieces of each range, keys of a piece): about `num_programs` of narrow and wide pieces."""
     keys = ranges.end - ranges.begin
     pieces = np.ones(len(keys), np.int64)
-    if num_programs:
-        for is_wide in (False, True):
+    for is_wide, number in zip((False, True), num_programs, strict=True):
+        if number:
             mine = ranges.is_wide == is_wide
-            target = max(MIN_PIECE_KEYS, int(keys[mine].sum()) * num_kv_heads // num_programs)
+            # Of so many ranges, two pieces each would not leave the busiest multiprocessor less,
+            # and need a merge: on an H200 a lone prompt of 512 tokens took 26 us so, uncut 15.
+            if is_wide and 4 * int(mine.sum()) * num_kv_heads >= 3 * number:
+                number = max(1, number // 2)
+            target = max(MIN_PIECE_KEYS, int(keys[mine].sum()) * num_kv_heads // number)
             pieces[mine] = np.maximum(1, -(-keys[mine] // target))
     piece_keys = -(-keys // (pieces * KEY_GRANULE)) * KEY_GRANULE
     piece_keys = np.maximum(piece_keys, KEY_GRANULE)

@@ -1,0 +1,1 @@
+"""Prompt Cache (arXiv:2311.04934): modules of prompts are computed once. Lossy."""
