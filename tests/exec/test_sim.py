@@ -14,9 +14,11 @@ from batchwright.request import FinishReason, Request, SamplingParams
 from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import Sequence
 from batchwright.step import NewSequence, Step
+from tests.sched.harness import start_what_fits_now
 
 END_TOKEN = 9
 MAX_TOKENS = 30
+CROWDED = 16  # blocks
 
 
 def sequence(order: int, num_prompt: int, *, ends: tuple[int, ...] = (END_TOKEN,)) -> Sequence:
@@ -56,6 +58,8 @@ def simulate(
         max_num_batched_tokens=16,
         max_model_len=64,
     )
+    if num_blocks == CROWDED:
+        start_what_fits_now(scheduler)
     executor = SimExecutor(clock, cost, output_length)
     for one in sequences:
         scheduler.add(one)
@@ -75,11 +79,11 @@ def job() -> list[Sequence]:
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1])
-@pytest.mark.parametrize("num_blocks", [1000, 16], ids=["roomy", "crowded"])
+@pytest.mark.parametrize("num_blocks", [1000, CROWDED], ids=["roomy", "crowded"])
 def test_sequences_end_at_their_true_length(look_ahead: int, num_blocks: int) -> None:
     sequences = job()
     _, scheduler, _ = simulate(sequences, look_ahead=look_ahead, num_blocks=num_blocks)
-    assert (scheduler.stats.num_preemptions > 0) == (num_blocks == 16)
+    assert (scheduler.stats.num_preemptions > 0) == (num_blocks == CROWDED)
     for one in sequences:
         length = true_length(NewSequence(0, one.token_ids, 0, one.request.params, one.order, 0, ()))
         output = one.token_ids[one.num_prompt_tokens :].tolist()
@@ -134,7 +138,7 @@ def test_look_ahead_changes_no_output_and_costs_no_more_than_the_tokens_in_fligh
 
 
 def test_the_same_job_makes_the_same_steps() -> None:
-    runs = [simulate(job(), look_ahead=1, num_blocks=16)[0] for _ in range(2)]
+    runs = [simulate(job(), look_ahead=1, num_blocks=CROWDED)[0] for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert first.token_ids.tolist() == second.token_ids.tolist()
         assert first.kv_slots[0].tolist() == second.kv_slots[0].tolist()

@@ -23,6 +23,7 @@ from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import NoTokenizer
 from tests.engine.test_parity import bytes_of_a_block
 from tests.models.reference import make_checkpoint
+from tests.sched.harness import start_what_fits_now
 
 pytestmark = pytest.mark.cpu
 
@@ -158,6 +159,8 @@ def test_the_same_tokens_alone_and_in_any_mix(path, alone, settings, look_ahead)
     if preempts:
         settings["kv_cache_bytes"] = settings.pop("blocks") * bytes_of_a_block(path)
     engine = new_engine(path, look_ahead=look_ahead, **settings)
+    if preempts:
+        start_what_fits_now(engine._scheduler)
     results = run(engine, mixed_rows())
     assert tokens(results) == tokens(alone)
     for id, result in results.items():
