@@ -19,6 +19,8 @@ FAMILIES = {
     "plan.orders": "In which order rows start (`--order`). Level bits: an order changes when a row "
     "runs, never what it answers. It changes which keys are resident, so how many tokens are "
     "computed again, and how full steps are.",
+    "plan.lengths": "How long outputs are expected to be (`--lengths`). Level bits. It changes "
+    "which rows run together, in which order, and how many are preempted.",
     "attention.backends": "How a layer attends over paged keys and values "
     "(`LLM(model, attention=...)`).",
 }
