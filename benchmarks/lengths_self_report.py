@@ -9,6 +9,7 @@ that is not better than that knows nothing about rows.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 
@@ -18,14 +19,18 @@ from batchwright.llm import LLM
 from batchwright.plan.length_predictor import Rows
 from batchwright.plan.lengths.self_report import INSTRUCTION, MAX_ANSWER_TOKENS, Predictor
 from batchwright.request import SamplingParams
-from benchmarks.lengths import real_job
+from benchmarks.lengths import Job, real_job
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
 
 
 def main() -> None:
     """Ask, print, and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=120, help="how many are asked about")
+    num_rows = parser.parse_args().rows
     llm = LLM("smollm2", max_model_len=1024)
     job = real_job(llm.tokenizer)
+    job = Job(job.name, *(column[:num_rows] for column in job[1:]))
     instruction = llm.tokenizer.encode(INSTRUCTION, add_special_tokens=False)
     questions = [[*prompt.tolist(), *instruction] for prompt in job.prompts]
     start_s = time.process_time()
