@@ -276,6 +276,33 @@ def test_where_blocks_run_out_in_the_middle_rows_are_preempted_at_the_same_step(
     assert outcome.num_rounds < outcome.stats.num_steps / 3
 
 
+def test_a_row_starts_as_soon_as_it_fits_to_its_end() -> None:
+    """Eighteen blocks, of which the first row will hold ten: the second, which goes on for longer,
+    must wait until it will have no more than eight when the first leaves."""
+    rows = [Row((1,) * 4, 36, None), Row((2,) * 8, 60, None)]
+    outcome = both(rows, num_blocks=18, max_num_seqs=2, order="fcfs")
+    assert 60 < outcome.stats.num_steps < 60 + 36, "neither at once nor when the first has ended"
+    assert outcome.stats.num_preemptions == 0
+    assert outcome.num_rounds <= 6
+
+
+def test_rows_that_outgrow_what_is_expected_take_few_rounds() -> None:
+    """Ten short rows have ended, then twelve run to twelve times as much; others wait."""
+    rows = [Row((index + 1,) * 8, 60, 5) for index in range(10)]
+    rows += [Row((index + 20,) * 8, 60, None) for index in range(12)]
+    outcome = both(rows, num_blocks=30, max_num_seqs=6, order="fcfs", lengths="history")
+    expected = {length for _, _, (_, lengths), *_ in outcome.states for length in lengths}
+    assert len(expected) > 4, "what is expected of them grew"
+    assert outcome.num_rounds < outcome.stats.num_steps / 2
+
+
+@pytest.mark.parametrize("lengths", PREDICTORS)
+def test_while_memory_is_full_a_queue_costs_no_rounds(lengths) -> None:
+    rows = [Row((index + 1,) * 8, 80, 30 + 5 * (index % 11)) for index in range(40)]
+    outcome = both(rows, num_blocks=66, max_num_seqs=24, order="fcfs", lengths=lengths)
+    assert outcome.num_rounds < outcome.stats.num_steps / 3
+
+
 def test_cached_blocks_are_given_up_at_the_same_step() -> None:
     """Four rows of one prefix run, and its blocks wait for a fifth that has no room."""
     rows = [Row((1,) * 24 + (10 + index,) * 4, 40, None) for index in range(5)]
