@@ -37,6 +37,7 @@ def test_kernels_equal_their_twins_in_the_interpreter() -> None:
     assert passed is not None and int(passed[1]) > 30 and "skipped" not in output, output
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_gpu_benchmark(tmp_path: Path) -> None:
     sections = "check,rates,attention,rowwise,tune"
     run("-m", "benchmarks.gpu", "--dry-run", "--only", sections, "--out", str(tmp_path))

@@ -229,7 +229,7 @@ def jobs(draw) -> list[Row]:
     return rows
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     rows=jobs(),
     windows=st.sampled_from([(None,), (None,), (7,), (16,), (None, 9), (None, 5, 16)]),
