@@ -209,7 +209,7 @@ def test_failed_rows_that_are_kept_count_as_failed(command: Command, tmp_path: P
 
 def test_expired_rows_are_told_apart_from_failed_ones(command: Command, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", [chat_row("a"), chat_row("b", temperature="hot")])
-    arguments = ("--model", "m", "--deadline", "0.000001")
+    arguments = ("--model", "m", "--deadline", "0.000000001")
     status, out, _ = command("run", source, "-o", tmp_path / "out.jsonl", *arguments)
     assert status == 1
     lines = [" ".join(line.split()) for line in out.splitlines()]
