@@ -23,7 +23,6 @@ from batchwright.exec.memory import available_memory_bytes
 from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model, read_config
-from batchwright.models.row_invariance import ensure_row_invariance
 from batchwright.models.shape import shape_of
 from batchwright.opened_model import answer_identity, engine_settings
 from batchwright.order_trial import chosen_order
@@ -229,7 +228,6 @@ def build_engine(
     backend = _backend(resolved)
     kv_dtype = backend.kv_dtype(dtype)
     model = load_model(checkpoint, dtype=dtype, max_positions=resolved.max_model_len)
-    ensure_row_invariance(model, resolved.max_num_batched_tokens)
     shape = shape_of(model)
     windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
     sizes = _block_bytes(model, group_of_layer, resolved, kv_dtype)

@@ -14,23 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from batchwright.exec.hollow_steps import measure_steps
-from batchwright.exec.layer_slice import Remedies
 from batchwright.exec.product_rates import (
     cold_weights,
     distinct,
+    engine_products,
     product_rates,
     usual_time_s,
 )
-from batchwright.models.layers import Linear
-from batchwright.models.row_invariance import REMEDIES, find_remedy
 from batchwright.plan.cost import Hardware, ModelShape, Product, RateCurve
 from batchwright.processor import processor
 
-LAYER_ROWS = (12, 32, 64, 128, 256, 512)
-HEAD_ROWS = (12, 32, 64, 256)
+LAYER_ROWS = (1, 4, 16, 32, 64, 128, 256, 512)
+HEAD_ROWS = (1, 4, 16, 64, 256)
 S_PER_POINT = 0.03
 LONGEST_CALL_S = 0.15
 BANDWIDTH_BYTES = 64 * 2**20
@@ -51,21 +48,17 @@ def calibrate(
         attention: name of the attention backend.
         num_threads: set for torch and the kernels beforehand.
     """
-    remedies = {
-        (product.in_features, product.out_features): _remedy(product, dtype)
-        for product in distinct((*shape.products, shape.head))
-    }
-    layers, best = _layer_rates(shape, remedies, dtype)
+    layers, best = _layer_rates(shape, dtype)
     head = product_rates(
         shape.head,
-        _linears(shape.head, remedies, dtype),
+        engine_products(cold_weights(shape.head, dtype)),
         HEAD_ROWS,
         dtype,
         S_PER_POINT,
         LONGEST_CALL_S,
         usual_time_s,
     )
-    measured = measure_steps(config, shape, remedies, dtype=dtype, attention=attention)
+    measured = measure_steps(config, shape, dtype=dtype, attention=attention)
     is_dense = all(product.share == 1 for product in shape.products)
     return Hardware(
         name=processor(),
@@ -94,14 +87,12 @@ def _corrected(
     return RateCurve(curve.rows, tuple(rates.tolist()))
 
 
-def _layer_rates(
-    shape: ModelShape, remedies: Remedies, dtype: torch.dtype
-) -> tuple[RateCurve, float]:
+def _layer_rates(shape: ModelShape, dtype: torch.dtype) -> tuple[RateCurve, float]:
     """(the curve of all products of the layers together, the best single rate)."""
     curves: list[tuple[float, RateCurve]] = []
     for product in distinct(shape.products):
         flops = sum(p.flops_per_token for p in shape.products if _same_shape(p, product))
-        curve = _rates(product, remedies, dtype)
+        curve = _rates(product, dtype)
         curves.append((flops, curve))
     rows = max((curve.rows for _, curve in curves), key=len)
     total = sum(flops for flops, _ in curves)
@@ -112,8 +103,8 @@ def _layer_rates(
     return RateCurve(rows, tuple(rates)), max(curve.best for _, curve in curves)
 
 
-def _rates(product: Product, remedies: Remedies, dtype: torch.dtype) -> RateCurve:
-    multiply = _linears(product, remedies, dtype)
+def _rates(product: Product, dtype: torch.dtype) -> RateCurve:
+    multiply = engine_products(cold_weights(product, dtype))
     return product_rates(
         product, multiply, LAYER_ROWS, dtype, S_PER_POINT, LONGEST_CALL_S, usual_time_s
     )
@@ -121,31 +112,6 @@ def _rates(product: Product, remedies: Remedies, dtype: torch.dtype) -> RateCurv
 
 def _same_shape(a: Product, b: Product) -> bool:
     return (a.in_features, a.out_features) == (b.in_features, b.out_features)
-
-
-def _remedy(product: Product, dtype: torch.dtype) -> tuple[int, int | None]:
-    """How products of this shape are padded or tiled, as this BLAS needs it."""
-    if dtype != torch.float32:
-        return REMEDIES[0]
-    shape = (product.out_features, product.in_features)
-    linear = _linear(torch.empty(shape).normal_(0, 0.05))  # rounding hides in equal numbers
-    return find_remedy(linear, max(LAYER_ROWS)) or REMEDIES[0]
-
-
-def _linears(product: Product, remedies: Remedies, dtype: torch.dtype) -> list[Linear]:
-    """Products as the engine makes them."""
-    linears = [_linear(weight) for weight in cold_weights(product, dtype)]
-    for linear in linears:
-        linear.min_rows, linear.tile_rows = remedies[product.in_features, product.out_features]
-    return linears
-
-
-def _linear(weight: torch.Tensor) -> Linear:
-    out_features, in_features = weight.shape
-    with torch.device("meta"):
-        linear = Linear(in_features, out_features)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
 
 
 def _bandwidth() -> float:

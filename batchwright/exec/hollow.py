@@ -27,13 +27,13 @@ def hollow_model(
         max_tokens: most tokens of a step.
     """
     model = build_empty(config, max_positions)
-    widths = [m.weight.shape[0] for m in model.modules() if isinstance(m, Linear)]
+    widths = [m.out_features for m in model.modules() if isinstance(m, Linear)]
     widths += [m.weight.shape[1] for m in model.modules() if isinstance(m, Embedding)]
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(max_tokens * max(widths), generator=generator).to(dtype)
     for module in model.modules():
         if isinstance(module, Linear):
-            module.forward = partial(_numbers, numbers, module.weight.shape[0])  # type: ignore[method-assign]
+            module.forward = partial(_numbers, numbers, module.out_features)  # type: ignore[method-assign]
         elif isinstance(module, Embedding):
             module.forward = partial(_numbers, numbers, module.weight.shape[1])  # type: ignore[method-assign]
         else:

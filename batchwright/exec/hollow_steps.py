@@ -20,7 +20,7 @@ import torch
 from batchwright import techniques
 from batchwright.attention.backend import AttentionBackend
 from batchwright.clock import VirtualClock
-from batchwright.exec.layer_slice import NUM_LAYERS, LayerSlice, Remedies, SliceSeconds
+from batchwright.exec.layer_slice import NUM_LAYERS, LayerSlice, SliceSeconds
 from batchwright.exec.local import LocalExecutor
 from batchwright.exec.sim import SimExecutor
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, windows_of_layers
@@ -79,7 +79,6 @@ class Measured(NamedTuple):
 def measure_steps(
     config: Mapping[str, Any],
     shape: ModelShape,
-    remedies: Remedies,
     *,
     dtype: torch.dtype,
     attention: str,
@@ -88,7 +87,6 @@ def measure_steps(
 
     Args:
         config, shape: a model's config.json, and its shape.
-        remedies: how its products are padded.
         attention: name of the attention backend.
     """
     backend: AttentionBackend = techniques.find("attention.backends", attention).Backend()
@@ -106,7 +104,7 @@ def measure_steps(
         "first": [(0, run)],
         "last": [(far - run, far)],
     }
-    part = LayerSlice(config, remedies, dtype=dtype, max_positions=far, max_tokens=max(run, MANY))
+    part = LayerSlice(config, dtype=dtype, max_positions=far, max_tokens=max(run, MANY))
     executor, num_groups = _executor(part.model, shape, backend, dtype, far)
     executor.execute(_step(kinds["many"], num_groups, blocks_per_row, new=True))
     clock_s, own_s = time.perf_counter(), time.thread_time()

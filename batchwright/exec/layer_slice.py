@@ -24,9 +24,6 @@ POOL_BYTES = 256 * 2**20
 """Weights take turns within as much memory as all layers' take, or so much: what a step reads was
 not read by the step before."""
 
-Remedies = Mapping[tuple[int, int], tuple[int, int | None]]
-"""(min_rows, tile_rows) by (in_features, out_features); see `models/row_invariance.py`."""
-
 
 class SliceSeconds(NamedTuple):
     """What a step would take in all layers of the model: their products, and everything else."""
@@ -40,14 +37,12 @@ class LayerSlice:
 
     Args:
         config: the model's config.json.
-        remedies: how its products are padded.
         max_tokens: most tokens of a step.
     """
 
     def __init__(
         self,
         config: Mapping[str, Any],
-        remedies: Remedies,
         *,
         dtype: torch.dtype,
         max_positions: int,
@@ -68,13 +63,15 @@ class LayerSlice:
         self._layer_s = [0.0] * len(layers)
         self._product_s = [0.0] * len(layers)
         self._linears = [m for m in layers.modules() if isinstance(m, Linear)]
+        for linear in self._linears:
+            _make_real(linear, dtype)
         sizes = [linear.weight.numel() for linear in self._linears]
         wanted = min(sum(sizes) * self._num_layers // len(layers), POOL_BYTES // dtype.itemsize)
         self._pool = _Pool(max(wanted, *sizes), dtype)
+        self._take_weights()
         for index, layer in enumerate(layers):
             for module in layer.modules():
                 if isinstance(module, Linear):
-                    _make_real(module, self._pool, remedies)
                     _time(module, self._product_s, index)
             _time(layer, self._layer_s, index)
 
@@ -83,8 +80,7 @@ class LayerSlice:
 
         The first layer also plans attention for the others: what it takes more is taken once.
         """
-        for linear in self._linears:
-            linear.weight.data = self._pool.take(linear.weight.shape)
+        self._take_weights()
         self._layer_s[:] = self._product_s[:] = [0.0] * len(self._layer_s)
         start = time.thread_time()
         execute()
@@ -96,6 +92,10 @@ class LayerSlice:
             products=self._num_layers * product_s,
             rest=once + self._num_layers * (layer_s - product_s),
         )
+
+    def _take_weights(self) -> None:
+        for linear in self._linears:
+            linear.weight.data = self._pool.take(linear.weight.shape)
 
 
 class _Pool:
@@ -125,14 +125,13 @@ def _time(module: nn.Module, into: list[float], index: int) -> None:
     module.forward = timed  # type: ignore[method-assign]
 
 
-def _make_real(linear: Linear, pool: _Pool, remedies: Remedies) -> None:
-    out_features, in_features = linear.weight.shape
-    linear.weight = nn.Parameter(pool.take(linear.weight.shape), requires_grad=False)
+def _make_real(linear: Linear, dtype: torch.dtype) -> None:
+    weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.pack()
     if linear.bias is not None:
-        bias = torch.zeros(out_features, dtype=linear.weight.dtype)
+        bias = torch.zeros(linear.out_features, dtype=dtype)
         linear.bias = nn.Parameter(bias, requires_grad=False)
-    if (in_features, out_features) in remedies:
-        linear.min_rows, linear.tile_rows = remedies[in_features, out_features]
 
 
 def _mean(values: list[float]) -> float:

@@ -1,7 +1,7 @@
-"""Rates of matrix products: what torch's own products reach at a model's shapes, by rows.
+"""Rates of matrix products at a model's shapes, by rows.
 
-The best of them is a ceiling: not the processor's peak, but what an engine whose products are
-torch's reaches when everything else costs nothing.
+The best of them, of torch or of ours, is a ceiling: not the processor peak, but what the engine has
+when everything else costs nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from batchwright.models.layers import Linear
 from batchwright.plan.cost import ModelShape, Product, RateCurve
 
 CEILING_ROWS = (128, 256, 512)
@@ -45,12 +47,16 @@ def measure_ceiling(
     dtype: torch.dtype = torch.float32,
     seconds_per_point: float = CEILING_S_PER_POINT,
 ) -> Ceiling:
-    """The best shape and number of rows, with the threads torch has now."""
+    """The best product, shape and number of rows, with the threads that torch and kernels have."""
 
     def best(product: Product) -> float:
         weights = cold_weights(product, dtype)
-        multiply = [partial(F.linear, weight=weight) for weight in weights]
-        return product_rates(product, multiply, CEILING_ROWS, dtype, seconds_per_point).best
+        torchs = [partial(F.linear, weight=weight) for weight in weights]
+        ways: list[Sequence[Multiply]] = [torchs, engine_products(weights)]
+        return max(
+            product_rates(product, multiply, CEILING_ROWS, dtype, seconds_per_point).best
+            for multiply in ways
+        )
 
     return Ceiling(layers=max(map(best, distinct(shape.products))), head=best(shape.head))
 
@@ -58,6 +64,19 @@ def measure_ceiling(
 def distinct(products: Sequence[Product]) -> list[Product]:
     """One product of every shape."""
     return list({(p.in_features, p.out_features): p for p in products}.values())
+
+
+def engine_products(weights: Sequence[torch.Tensor]) -> list[Linear]:
+    """Products with weights [out_features, in_features] as the engine makes them."""
+    linears = []
+    for weight in weights:
+        out_features, in_features = weight.shape
+        with torch.device("meta"):
+            linear = Linear(in_features, out_features)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.pack()
+        linears.append(linear)
+    return linears
 
 
 def product_rates(

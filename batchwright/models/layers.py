@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from batchwright.kernels.linear import numba as linear_kernel
+from batchwright.kernels.linear.packing import pack, packed_rows
 from batchwright.models.functional import rms_norm
 
-MIN_ROWS = 12
-"""Rows below which BLAS takes other code paths with other rounding (measured on Zen 3 with MKL:
-from 12 rows on, a row's bits are the same in every batch). See `row_invariance.py`."""
+_NO_BIAS = torch.empty(0)
 
 
 class Linear(nn.Module):
@@ -30,11 +30,10 @@ class Linear(nn.Module):
 
     Shapes: x [num_tokens, in_features], y [num_tokens, sum of widths], x's dtype.
     Attributes:
-        min_rows: smaller products are padded with zero rows to this many.
-        tile_rows: if set, every product has exactly this many rows, padded at the end.
+        weight: [out_features, in_features]; after `pack`, in the layout of our own CPU kernel.
 
-    Level bits: a row of y does not depend on the other rows (contract 1), where the BLAS at hand
-    keeps to that; `row_invariance.py` checks it at start-up and sets both attributes.
+    Level bits when packed: a row of y does not depend on the other rows (contract 1). torch's own
+    products, which compute all others, do not promise that.
     """
 
     def __init__(
@@ -42,30 +41,31 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.parts = dict(outputs) if isinstance(outputs, Mapping) else {}
-        out_features = sum(self.parts.values()) if self.parts else outputs
-        assert isinstance(out_features, int)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.min_rows = MIN_ROWS
-        self.tile_rows: int | None = None
+        self.in_features = in_features
+        self.out_features = sum(outputs.values()) if isinstance(outputs, Mapping) else outputs
+        weight = torch.empty(self.out_features, in_features)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = (
+            nn.Parameter(torch.empty(self.out_features), requires_grad=False) if bias else None
+        )
+
+    def pack(self) -> None:
+        """Lay the weight out for our own kernel, if it is fp32 on the CPU; once."""
+        weight = self.weight
+        if weight.ndim == 2 and weight.dtype == torch.float32 and weight.device.type == "cpu":
+            self.weight = nn.Parameter(pack(weight), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        num_rows = x.shape[0]
-        if self.tile_rows is not None:
-            return self._tiled(x, self.tile_rows)
-        if num_rows < self.min_rows:
-            x = F.pad(x, (0, 0, 0, self.min_rows - num_rows))
-        return F.linear(x, self.weight, self.bias)[:num_rows]
+        if self.weight.ndim == 2:
+            return F.linear(x, self.weight, self.bias)
+        out = torch.empty(x.shape[0], self.out_features)
+        bias = _NO_BIAS if self.bias is None else self.bias
+        linear_kernel.linear(x.contiguous().numpy(), self.weight.numpy(), bias.numpy(), out.numpy())
+        return out
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """forward(x) cut into the merged projections, as views."""
         return self(x).split(list(self.parts.values()), dim=-1)
-
-    def _tiled(self, x: torch.Tensor, tile_rows: int) -> torch.Tensor:
-        num_rows = x.shape[0]
-        x = F.pad(x, (0, 0, 0, -num_rows % tile_rows))
-        tiles = [F.linear(tile, self.weight, self.bias) for tile in x.split(tile_rows)]
-        return torch.cat(tiles)[:num_rows]
 
 
 class RMSNorm(nn.Module):
@@ -99,7 +99,10 @@ class LayerNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table by id, times `scale` (Gemma), which is first rounded to the table's dtype."""
+    """Rows of a table by id, times `scale` (Gemma), which is first rounded to the table's dtype.
+
+    The table may be the packed weight of the output head.
+    """
 
     def __init__(
         self, num_embeddings: int, hidden_size: int, *, scale: float | None = None
@@ -110,7 +113,8 @@ class Embedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [num_tokens] int64 -> [num_tokens, hidden_size]."""
-        rows = F.embedding(ids, self.weight)
+        packed = self.weight.ndim == 3
+        rows = packed_rows(self.weight, ids) if packed else F.embedding(ids, self.weight)
         if self.scale is None:
             return rows
         return rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)

@@ -16,7 +16,7 @@ from torch import nn
 import batchwright.models
 from batchwright.errors import ModelFormatError, UnsupportedModelError
 from batchwright.models.causal_lm import CausalLM
-from batchwright.models.layers import Linear
+from batchwright.models.layers import Embedding, Linear
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,7 @@ def load_model(source: WeightSource, *, dtype: torch.dtype, max_positions: int) 
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
     if config["tie_word_embeddings"]:
         _tie(model, head)
+    _pack(model)
     _warn_of_unused(tensors.unused(), model)
     return model.eval()
 
@@ -216,6 +217,17 @@ def _tie(model: CausalLM, head: nn.Module) -> None:
             "config.json ties the word embeddings, but the checkpoint has an output head of its "
             "own that differs; using that"
         )
+
+
+def _pack(model: CausalLM) -> None:
+    """Lay out weights for our kernels; the copy in the checkpoint's layout is let go of."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            plain = module.weight
+            module.pack()
+            for other in model.modules():
+                if isinstance(other, Embedding) and other.weight is plain:
+                    other.weight = module.weight
 
 
 def _warn_of_unused(names: list[str], model: CausalLM) -> None:

@@ -78,5 +78,4 @@ def _products(module: nn.Module, share: float) -> Iterator[tuple[Linear, float]]
 
 
 def _widths(linear: Linear) -> tuple[int, int]:
-    outputs, inputs = linear.weight.shape
-    return inputs, outputs
+    return linear.in_features, linear.out_features

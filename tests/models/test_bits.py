@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from batchwright.attention.backends import numba as cpu_backend
-from batchwright.models.row_invariance import ensure_row_invariance
 from tests.models.ragged import ragged_logits
 from tests.models.reference import TINY, TOLERANCE, random_sequences
 
@@ -15,7 +14,6 @@ pytestmark = pytest.mark.cpu
 @pytest.mark.parametrize("name", TINY)
 def test_same_bits_in_chunks_and_alone(name, checkpoint, load, error_of):
     model = load(checkpoint(name)[0])
-    assert ensure_row_invariance(model, 512)
     sequences = random_sequences()
     backend = cpu_backend.Backend()
     together = ragged_logits(model, sequences, backend=backend)

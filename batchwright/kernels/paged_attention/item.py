@@ -14,10 +14,10 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_features
 from numba import njit
 
+from batchwright.kernels.fma_tile import fma_tile
 from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE as SUB
 from batchwright.kernels.paged_attention.online_softmax import RowState, weigh_tile
 from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
-from batchwright.kernels.paged_attention.tile import fma_tile
 from batchwright.kernels.simd import LANES, div, horizontal_sum, load, mul, splat, store
 
 LOG2_E = math.log2(math.e)

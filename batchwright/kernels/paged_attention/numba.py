@@ -13,14 +13,13 @@ import functools
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import get_num_threads, njit, prange, types
-from numba.extending import intrinsic
 
 from batchwright.errors import ShapeError
 from batchwright.kernels.paged_attention.item import attend_item
 from batchwright.kernels.paged_attention.online_softmax import RowState
 from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
+from batchwright.kernels.parallel import next_task
 from batchwright.kernels.simd import LANES
 
 F32 = np.float32
@@ -125,17 +124,6 @@ def _kernel() -> Any:
     return _attend
 
 
-@intrinsic
-def _next_item(typingctx: Any, counter: Any) -> Any:
-    """counter[0]++ (atomic), returning the old value."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(counter), codegen
-
-
 @njit(cache=True, parallel=True, error_model="numpy")
 def _attend(
     q: Any,
@@ -204,12 +192,12 @@ def _work(
         _aligned(max_rows),
     )
     plan = AttentionPlan(items, segments, tokens, slots, key_start, key_end, 0)
-    i = _next_item(counter)
+    i = next_task(counter)
     while i < len(items):
         attend_item(
             q, k_cache, v_cache, block_table, plan, i, scale, soft_cap, sinks, out, lse, state
         )
-        i = _next_item(counter)
+        i = next_task(counter)
 
 
 @njit(error_model="numpy")

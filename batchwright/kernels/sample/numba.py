@@ -77,7 +77,7 @@ def sample_rows(
     """
     out = np.empty(len(row_of_sample), np.int32)
     run_tasks(
-        _sample_task_pointer(),
+        _sample_task_pointer().address,
         min(get_num_threads(), len(scratch.words), max(len(out), 1)),
         read_only(logits),
         own(row_of_sample, np.int32),

@@ -73,7 +73,7 @@ def logprob_rows(
     )
     num_tasks = get_num_threads()
     run_tasks(
-        _logprob_task_pointer(),
+        _logprob_task_pointer().address,
         num_tasks,
         read_only(logits),
         own(row_of_token, np.int32),
