@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,9 +37,11 @@ def shape_of(model: CausalLM) -> ModelShape:
     for name, module in model.named_children():
         if name != HEAD:
             counts.update((*_widths(linear), share) for linear, share in _products(module, 1.0))
-    num_params = sum(parameter.numel() for parameter in model.parameters())  # each object once
+    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    sizes |= {id(linear.weight): math.prod(_widths(linear)) for linear, _ in _products(model, 1.0)}
+    num_params = sum(sizes.values())  # each object once, packed weights without their padding
     if model.config["tie_word_embeddings"] and head.weight.is_meta:  # not tied yet
-        num_params -= head.weight.numel()
+        num_params -= math.prod(_widths(head))
     return ModelShape(
         hidden_size=model.config["hidden_size"],
         vocab_size=model.config["vocab_size"],

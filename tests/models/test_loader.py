@@ -246,8 +246,10 @@ def test_context_beyond_learned_positions(name, source):
         load(source(name), max_positions=257)
 
 
-def test_every_linear_starts_with_the_default_rows(source):
-    assert {m.tile_rows for m in load(source()).modules() if isinstance(m, Linear)} == {None}
+def test_every_linear_is_packed_in_fp32_and_in_no_other_type(source):
+    for dtype, ndim in ((torch.float32, 3), (torch.bfloat16, 2)):
+        model = load_model(source(), dtype=dtype, max_positions=64)
+        assert {m.weight.ndim for m in model.modules() if isinstance(m, Linear)} == {ndim}
 
 
 def test_config_of_the_file_is_left_alone(source):

@@ -20,8 +20,6 @@ def test_shape_from_the_config_is_that_of_the_model(name, checkpoint, load):
     shape = read_shape(json.loads((path / "config.json").read_text()))
     model = load(path)
     assert shape == shape_of(model)
-    ours = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    assert shape.num_params == sum(ours.values())
     if name != "gemma3":  # whose reference has a vision tower
         assert shape.num_params == reference.num_parameters()
 
@@ -35,7 +33,7 @@ def test_flops_are_those_of_the_products_that_run(name, checkpoint, load, monkey
     forward = Linear.forward
 
     def counted(self, x):
-        flops.append(2 * self.weight.numel() * x.shape[0])
+        flops.append(2 * self.in_features * self.out_features * x.shape[0])
         return forward(self, x)
 
     monkeypatch.setattr(Linear, "forward", counted)
