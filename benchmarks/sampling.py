@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import get_num_threads
 
+from batchwright.kernels import get_num_threads
 from batchwright.request import SamplingParams
 from batchwright.sampling.state import SamplingState
 from batchwright.step import NewSequence

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import get_num_threads
 
 from batchwright.errors import RequestError, ShapeError
+from batchwright.kernels import get_num_threads
 from batchwright.kernels.sample.layout import SLOT
 from batchwright.kernels.sample.numba import Scratch, argmax_rows, make_scratch, sample_rows
 from batchwright.kernels.sample.rowmath import MAX_VOCAB_SIZE

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import pytest
 import torch
 
+from batchwright import kernels
 from batchwright.errors import ConfigError, ShapeError
 from batchwright.kernels.gated_activation import naive
 from batchwright.kernels.gated_activation import numba as kernel
@@ -70,11 +70,11 @@ def test_batch_and_threads_change_no_bit(kind: str, size: int) -> None:
     x = normal(150, 2 * size)
     whole = np.full((150, size), np.nan, np.float32)
     gated_activation(x, kind, whole)
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
+    before = kernels.get_num_threads()
+    kernels.set_num_threads(1)
     one_thread = np.full_like(whole, np.nan)
     gated_activation(x, kind, one_thread)
-    numba.set_num_threads(before)
+    kernels.set_num_threads(before)
     np.testing.assert_array_equal(whole, one_thread)
     for rows in (1, 7, 32):
         pieces = np.full_like(whole, np.nan)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import pytest
 import torch
 
+from batchwright import kernels
 from batchwright.errors import ShapeError
 from batchwright.kernels.linear import naive
 from batchwright.kernels.linear import numba as kernel
@@ -22,10 +22,10 @@ NO_BIAS = np.empty(0, np.float32)
 def threads(request, monkeypatch):
     """One thread, or two for any amount of work."""
     monkeypatch.setattr(kernel, "_MACS_PER_THREAD", 1)
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(request.param, numba.config.NUMBA_NUM_THREADS))
+    before = kernels.get_num_threads()
+    kernels.set_num_threads(request.param)
     yield
-    numba.set_num_threads(before)
+    kernels.set_num_threads(before)
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:

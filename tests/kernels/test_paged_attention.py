@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import batchwright.kernels  # noqa: F401
+from batchwright import kernels
 from batchwright.errors import ConfigError, ShapeError
 from batchwright.kernels.paged_attention import numba as kernel
 from batchwright.kernels.paged_attention import plan as plan_module
@@ -71,9 +72,9 @@ def small_case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def restore_threads() -> Iterator[None]:
-    before = numba.get_num_threads()
+    before = kernels.get_num_threads()
     yield
-    numba.set_num_threads(before)
+    kernels.set_num_threads(before)
 
 
 def assert_same_bits(left: list, right: list) -> None:
@@ -304,9 +305,9 @@ def test_threads_change_no_bit(small_case: Case) -> None:
     if numba.config.NUMBA_NUM_THREADS < 2:
         pytest.skip("one core")
     paged = page(small_case)
-    numba.set_num_threads(1)
+    kernels.set_num_threads(1)
     one = run_whole(small_case, paged)
-    numba.set_num_threads(2)
+    kernels.set_num_threads(2)
     for _ in range(5):
         assert_same_bits(one, run_whole(small_case, paged))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import pytest
 import torch
 
+from batchwright import kernels
 from batchwright.errors import ShapeError
 from batchwright.kernels.rms_norm import naive
 from batchwright.kernels.rms_norm import numba as kernel
@@ -83,11 +83,11 @@ def test_batch_and_threads_change_no_bit(hidden: int) -> None:
     x, weight = normal(150, hidden), normal(hidden, seed=1)
     whole = np.full_like(x, np.nan)
     rms_norm(x, weight, 1e-5, whole)
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
+    before = kernels.get_num_threads()
+    kernels.set_num_threads(1)
     one_thread = np.full_like(x, np.nan)
     rms_norm(x, weight, 1e-5, one_thread)
-    numba.set_num_threads(before)
+    kernels.set_num_threads(before)
     np.testing.assert_array_equal(whole, one_thread)
     for size in (1, 7, 32):
         pieces = np.full_like(x, np.nan)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import pytest
 import torch
 
+from batchwright import kernels
 from batchwright.errors import ShapeError
 from batchwright.kernels.paged_attention.layout import cache_shapes
 from batchwright.kernels.rotary_kv_write import naive
@@ -98,10 +98,10 @@ def test_batch_and_threads_change_no_bit(block_size: int) -> None:
     for size in (1, 7, 32):
         parts = [slice(a, min(a + size, 77)) for a in range(0, 77, size)]
         assert_same(whole, problem.run(rotary_kv_write, parts))
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
+    before = kernels.get_num_threads()
+    kernels.set_num_threads(1)
     one_thread = problem.run(rotary_kv_write, ALL)
-    numba.set_num_threads(before)
+    kernels.set_num_threads(before)
     assert_same(whole, one_thread)
 
 

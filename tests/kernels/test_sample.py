@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import pytest
 
+from batchwright import kernels
 from batchwright.kernels.sample import naive
 from batchwright.kernels.sample.numba import argmax_rows
 from batchwright.sampling.noise import gumbel_noise, noise_key
@@ -113,12 +113,12 @@ def test_no_draw_depends_on_the_number_of_threads() -> None:
     logits, slots = make_rows("normal", 33, 3000, rng), mixed_slots(33, rng)
     positions = positions_of(33, rng)
     many = draw_fast(logits, slots, positions)
-    num_threads = numba.get_num_threads()
-    numba.set_num_threads(1)
+    num_threads = kernels.get_num_threads()
+    kernels.set_num_threads(1)
     try:
         one = draw_fast(logits, slots, positions)
     finally:
-        numba.set_num_threads(num_threads)
+        kernels.set_num_threads(num_threads)
     np.testing.assert_array_equal(one, many)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import pytest
 import torch
 
+from batchwright import kernels
 from batchwright.kernels.token_logprobs import naive
 from batchwright.kernels.token_logprobs.numba import logprob_rows, token_logprobs
 from batchwright.step import TokenLogprobs
@@ -127,12 +127,12 @@ def test_bits_do_not_depend_on_the_batch() -> None:
     token_ids = rng.integers(0, 2999, 37).astype(np.int32)
     together = token_logprobs(logits, token_ids, 4)
     alone = [token_logprobs(logits[i : i + 1], token_ids[i : i + 1], 4) for i in range(37)]
-    num_threads = numba.get_num_threads()
-    numba.set_num_threads(1)
+    num_threads = kernels.get_num_threads()
+    kernels.set_num_threads(1)
     try:
         serial = token_logprobs(logits, token_ids, 4)
     finally:
-        numba.set_num_threads(num_threads)
+        kernels.set_num_threads(num_threads)
     for column, single, one_thread in zip(together, zip(*alone), serial):
         np.testing.assert_array_equal(np.concatenate(single), column)
         np.testing.assert_array_equal(one_thread, column)

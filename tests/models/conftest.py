@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numba
 import pytest
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from batchwright import kernels
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model
 from batchwright.weights.checkpoint import open_checkpoint
@@ -27,12 +27,12 @@ MAX_POSITIONS = 256
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
     """These products are so small that a second thread only waits for the first."""
-    num_torch, num_numba = torch.get_num_threads(), numba.get_num_threads()
-    numba.set_num_threads(1)
+    num_torch, num_numba = torch.get_num_threads(), kernels.get_num_threads()
+    kernels.set_num_threads(1)
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     yield
-    numba.set_num_threads(num_numba)
+    kernels.set_num_threads(num_numba)
     torch.set_num_threads(num_torch)
 
 

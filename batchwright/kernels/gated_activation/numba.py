@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import get_num_threads, njit, prange, types
+from numba import njit, prange, types
 
 from batchwright.errors import ConfigError, ShapeError
+from batchwright.kernels import get_num_threads
 from batchwright.kernels.simd import (
     LANES,
     add,

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite.binding import get_host_cpu_features
-from numba import get_num_threads, njit, types
+from numba import njit, types
 
 from batchwright.errors import ShapeError
+from batchwright.kernels import get_num_threads
 from batchwright.kernels.fma_tile import fma_rows
 from batchwright.kernels.linear.packing import PANEL
 from batchwright.kernels.parallel import compile_task, next_task, run_tasks

@@ -13,13 +13,14 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads, njit, prange, types
+from numba import njit, types
 
 from batchwright.errors import ShapeError
+from batchwright.kernels import get_num_threads
 from batchwright.kernels.paged_attention.item import attend_item
 from batchwright.kernels.paged_attention.online_softmax import RowState
 from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
-from batchwright.kernels.parallel import next_task
+from batchwright.kernels.parallel import compile_task, next_task, run_tasks
 from batchwright.kernels.simd import LANES
 
 F32 = np.float32
@@ -76,7 +77,10 @@ def paged_attention(
             f"or heads of q are not contiguous (strides {q.strides})"
         )
     group = num_q_heads // num_kv_heads
-    _kernel()(
+    counter = np.zeros(1, np.int64)
+    run_tasks(
+        _worker().address,
+        get_num_threads() if plan.num_pairs * group * head_dim > _SMALL_WORK else 1,
         q,
         k_cache,
         v_cache,
@@ -87,80 +91,43 @@ def paged_attention(
         plan.slots,
         plan.key_start,
         plan.key_end,
-        scale,
-        0.0 if soft_cap is None else soft_cap,
+        float(scale),
+        0.0 if soft_cap is None else float(soft_cap),
         _NO_SINKS if sinks is None else sinks,
         out,
         lse,
-        get_num_threads() if plan.num_pairs * group * head_dim > _SMALL_WORK else 1,
+        counter,
     )
 
 
 @functools.cache
-def _kernel() -> Any:
-    """The parallel kernel, compiled (or loaded) for one signature: strided q, contiguous rest."""
+def _worker() -> Any:
+    """Compiled (or loaded) for one signature: strided q, contiguous rest."""
     f32, i32 = types.float32, types.int32
-    _attend.compile(
-        types.void(
-            types.Array(f32, 3, "A"),
-            types.Array(f32, 4, "C"),
-            types.Array(f32, 4, "C"),
-            types.Array(i32, 2, "C"),
-            types.Array(i32, 2, "C"),
-            types.Array(i32, 2, "C"),
-            types.Array(i32, 1, "C"),
-            types.Array(i32, 1, "C"),
-            types.Array(i32, 1, "C"),
-            types.Array(i32, 1, "C"),
-            types.float64,
-            types.float64,
-            types.Array(f32, 1, "C"),
-            types.Array(f32, 3, "C"),
-            types.Array(f32, 2, "C"),
-            types.int64,
-        )
+    return compile_task(
+        _work,
+        types.Array(f32, 3, "A"),
+        types.Array(f32, 4, "C"),
+        types.Array(f32, 4, "C"),
+        types.Array(i32, 2, "C"),
+        types.Array(i32, 2, "C"),
+        types.Array(i32, 2, "C"),
+        types.Array(i32, 1, "C"),
+        types.Array(i32, 1, "C"),
+        types.Array(i32, 1, "C"),
+        types.Array(i32, 1, "C"),
+        types.float64,
+        types.float64,
+        types.Array(f32, 1, "C"),
+        types.Array(f32, 3, "C"),
+        types.Array(f32, 2, "C"),
+        types.Array(types.int64, 1, "C"),
     )
-    _attend.disable_compile()
-    return _attend
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
-def _attend(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    block_table: Any,
-    items: Any,
-    segments: Any,
-    tokens: Any,
-    slots: Any,
-    key_start: Any,
-    key_end: Any,
-    scale: float,
-    soft_cap: float,
-    sinks: Any,
-    out: Any,
-    lse: Any,
-    num_threads: int,
-) -> None:
-    counter = np.empty(1, np.int64)
-    counter[0] = 0
-    if num_threads == 1:
-        _work(
-            q, k_cache, v_cache, block_table, items, segments, tokens, slots, key_start, key_end,
-            scale, soft_cap, sinks, out, lse, counter,
-        )  # fmt: skip
-        return
-    # Threads take the next dearest item when they are free: no static split fits a ragged step.
-    for _ in prange(num_threads):
-        _work(
-            q, k_cache, v_cache, block_table, items, segments, tokens, slots, key_start, key_end,
-            scale, soft_cap, sinks, out, lse, counter,
-        )  # fmt: skip
-
-
-@njit(error_model="numpy")
 def _work(
+    worker: int,
+    num_workers: int,
     q: Any,
     k_cache: Any,
     v_cache: Any,
@@ -178,7 +145,7 @@ def _work(
     lse: Any,
     counter: Any,
 ) -> None:
-    """Take items until there are none left."""
+    """Take the next dearest item until there are none left: no static split fits a ragged step."""
     max_tokens = 1
     for i in range(len(items)):
         max_tokens = max(max_tokens, items[i, 2] - items[i, 1])

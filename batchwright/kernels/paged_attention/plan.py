@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import get_num_threads, njit
+from numba import njit
 
+from batchwright.kernels import get_num_threads
 from batchwright.request import Int32Array
 
 MAX_ROWS = 96

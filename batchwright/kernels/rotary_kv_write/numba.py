@@ -10,9 +10,10 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads, njit, prange, types
+from numba import njit, prange, types
 
 from batchwright.errors import ShapeError
+from batchwright.kernels import get_num_threads
 from batchwright.kernels.simd import (
     LANES,
     add,

@@ -14,8 +14,9 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import from_dtype, get_num_threads, njit, prange, types
+from numba import from_dtype, njit, prange, types
 
+from batchwright.kernels import get_num_threads
 from batchwright.kernels.parallel import compile_task, own, read_only, run_tasks
 from batchwright.kernels.sample.adjust import adjust, is_adjusted
 from batchwright.kernels.sample.draw import draw

@@ -15,8 +15,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads, njit, types
+from numba import njit, types
 
+from batchwright.kernels import get_num_threads
 from batchwright.kernels.parallel import compile_task, own, read_only, run_tasks
 from batchwright.kernels.sample.rowmath import (
     GROUP,
