@@ -149,6 +149,24 @@ def store_first(typingctx: Any, array: Any, offset: Any, count: Any, vector: Any
     return types.void(array, types.intp, types.intp, float32x8), codegen
 
 
+@intrinsic
+def prefetch(typingctx: Any, array: Any, offset: Any) -> Any:
+    """Ask for the cache line of array[offset]; it will be read."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *args)
+        address = builder.bitcast(address, ir.IntType(8).as_pointer())
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32]),
+            "llvm.prefetch.p0",
+        )
+        builder.call(function, [address, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
 # --- arithmetic -----------------------------------------------------------------------------------
 
 

@@ -18,11 +18,12 @@ from batchwright.kernels.fma_tile import fma_tile
 from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE as SUB
 from batchwright.kernels.paged_attention.online_softmax import RowState, weigh_tile
 from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
-from batchwright.kernels.simd import LANES, div, horizontal_sum, load, mul, splat, store
+from batchwright.kernels.simd import LANES, div, horizontal_sum, load, mul, prefetch, splat, store
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 F32 = np.float32
+CACHE_LINE = 16  # elements
 MANY_REGISTERS = get_host_cpu_features().get("avx512vl", False)
 """32 vector registers, so tiles of eight rows; with the 16 of AVX2 two or three rows are best."""
 
@@ -126,6 +127,10 @@ def _attend_keys(
         for key in range(sub_first, sub_end, SUB):
             block = np.int64(block_table[slot, key // block_size])
             k_at = (block * num_kv_heads + head) * head_dim * block_size + key % block_size
+            if key + SUB < last:
+                block = np.int64(block_table[slot, (key + SUB) // block_size])
+                at = (block * num_kv_heads + head) * head_dim * block_size
+                _prefetch(k_cache, at + (key + SUB) % block_size, head_dim, SUB, block_size)
             _scores(state, first_row, end_row, key - tile, k_cache, k_at)
         weigh_tile(
             state, first_row, end_row, tile, plan.key_start, plan.key_end, first_entry, group,
@@ -134,6 +139,10 @@ def _attend_keys(
         for key in range(sub_first, sub_end, SUB):
             block = np.int64(block_table[slot, key // block_size])
             v_at = ((block * num_kv_heads + head) * block_size + key % block_size) * padded_dim
+            if key + SUB < last:
+                block = np.int64(block_table[slot, (key + SUB) // block_size])
+                at = (block * num_kv_heads + head) * block_size + (key + SUB) % block_size
+                _prefetch(v_cache, at * padded_dim, SUB, padded_dim, padded_dim)
             if full_start <= key and key + SUB <= full_end:
                 _add_values(state, first_row, end_row, key - tile, v_cache, v_at, SUB)
                 continue
@@ -143,6 +152,14 @@ def _attend_keys(
                 row, at = (entry - first_entry) * group, v_at + (seen - key) * padded_dim
                 if num_seen > 0:
                     _add_values(state, row, row + group, seen - tile, v_cache, at, num_seen)
+
+
+@njit(forceinline=True, error_model="numpy")
+def _prefetch(cache: Any, at: int, num_rows: int, width: int, stride: int) -> None:
+    """Ask for the next keys or values, which lie somewhere else: the processor cannot guess it."""
+    for row in range(num_rows):
+        for i in range(0, width, CACHE_LINE):
+            prefetch(cache, at + row * stride + i)
 
 
 @njit(forceinline=True, error_model="numpy")
