@@ -128,7 +128,8 @@ def _time(module: nn.Module, into: list[float], index: int) -> None:
 def _make_real(linear: Linear, dtype: torch.dtype) -> None:
     weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.pack()
+    if dtype == torch.float32:
+        linear.pack()
     if linear.bias is not None:
         bias = torch.zeros(linear.out_features, dtype=dtype)
         linear.bias = nn.Parameter(bias, requires_grad=False)

@@ -74,7 +74,8 @@ def engine_products(weights: Sequence[torch.Tensor]) -> list[Linear]:
         with torch.device("meta"):
             linear = Linear(in_features, out_features)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.pack()
+        if weight.dtype == torch.float32:
+            linear.pack()
         linears.append(linear)
     return linears
 

@@ -50,10 +50,9 @@ class Linear(nn.Module):
         )
 
     def pack(self) -> None:
-        """Lay the weight out for our own kernel, if it is fp32 on the CPU; once."""
-        weight = self.weight
-        if weight.ndim == 2 and weight.dtype == torch.float32 and weight.device.type == "cpu":
-            self.weight = nn.Parameter(pack(weight), requires_grad=False)
+        """Lay the weight out for our own kernel, which multiplies in fp32 on the CPU; once."""
+        assert self.weight.ndim == 2, "packed already"
+        self.weight = nn.Parameter(pack(self.weight), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.ndim == 2:

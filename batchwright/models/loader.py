@@ -127,9 +127,12 @@ def load_model(source: WeightSource, *, dtype: torch.dtype, max_positions: int) 
                 value = _value(model, tensors, module, f"{module_name}.{name}", parameter.shape)
                 value = value.to(dtype).contiguous()
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
+        if dtype == torch.float32 and isinstance(module, Linear) and module is not head:
+            module.pack()  # one by one, so that only one weight is in memory twice
     if config["tie_word_embeddings"]:
         _tie(model, head)
-    _pack(model)
+    if dtype == torch.float32:
+        _pack_head(model, head)
     _warn_of_unused(tensors.unused(), model)
     return model.eval()
 
@@ -219,15 +222,14 @@ def _tie(model: CausalLM, head: nn.Module) -> None:
         )
 
 
-def _pack(model: CausalLM) -> None:
-    """Lay out weights for our kernels; the copy in the checkpoint's layout is let go of."""
+def _pack_head(model: CausalLM, head: nn.Module) -> None:
+    """Pack the output head; an embedding that is tied to it reads the packed weight then."""
+    assert isinstance(head, Linear)
+    plain = head.weight
+    head.pack()
     for module in model.modules():
-        if isinstance(module, Linear):
-            plain = module.weight
-            module.pack()
-            for other in model.modules():
-                if isinstance(other, Embedding) and other.weight is plain:
-                    other.weight = module.weight
+        if isinstance(module, Embedding) and module.weight is plain:
+            module.weight = head.weight
 
 
 def _warn_of_unused(names: list[str], model: CausalLM) -> None:
