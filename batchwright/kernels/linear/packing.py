@@ -38,7 +38,7 @@ def _worker() -> Any:
 
 
 def _pack(worker: int, num_workers: int, weight: Any, packed: Any) -> None:
-    """Panels in turns. torch's transposing copy takes ten times as long."""
+    """Panels in turns."""
     num_rows, in_features = weight.shape
     for panel in range(worker, len(packed), num_workers):
         width = min(PANEL, num_rows - panel * PANEL)
