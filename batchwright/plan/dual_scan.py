@@ -7,6 +7,7 @@ the density of the whole job: with M_L + M_R = M and M_L * rho_L + M_R * rho_R =
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -56,12 +57,13 @@ class DualScan:
         self._left, self._right = 0, len(self._ends) - 1  # the units they are in
         self._left_line, self._right_line = 0, int(self._starts[-1])
 
-    def pick(self, in_use: MemorySplit) -> Pick | None:
+    def pick(self, in_use: MemorySplit, but: Collection[bool] = ()) -> Pick | None:
         """The row to start next, which counts as taken; None: there is none, or none has room.
 
         Args:
             in_use: KV tokens expected of unfinished rows of either side. If it is nothing at all,
                 a row is picked whatever its size.
+            but: sides that no row is to come from, the left one being True.
         """
         self._enter_units()
         has_met = self._left == self._right
@@ -69,10 +71,12 @@ class DualScan:
             return None
         left = Pick(*self._at(self._left_line, is_left=True))
         if has_met:
+            if True in but:
+                return None
             self._left_line += 1
             return left
         right = Pick(*self._at(self._right_line, is_left=False))
-        pick = self._side_with_room(left, right, in_use)
+        pick = self._side_with_room(left, right, in_use, but)
         if pick is left:
             self._left_line += 1
         elif pick is right:
@@ -102,17 +106,19 @@ class DualScan:
             left = left[np.sort(first)]
         return self._rows[left]
 
-    def _side_with_room(self, left: Pick, right: Pick, in_use: MemorySplit) -> Pick | None:
+    def _side_with_room(
+        self, left: Pick, right: Pick, in_use: MemorySplit, but: Collection[bool]
+    ) -> Pick | None:
         densest, sparsest = self._units.density[[self._left, self._right]].tolist()
         mean = self._units.mean_density
         split = split_memory(self._kv_tokens, densest, sparsest, mean)
-        has_left = in_use.left + left.kv_tokens <= split.left
-        has_right = in_use.right + right.kv_tokens <= split.right
+        has_left = True not in but and in_use.left + left.kv_tokens <= split.left
+        has_right = False not in but and in_use.right + right.kv_tokens <= split.right
         if has_left and has_right:  # the side that lacks more of its share
             return left if in_use.left * split.right <= in_use.right * split.left else right
         if has_left or has_right:
             return left if has_left else right
-        if in_use.left + in_use.right > 0:
+        if but or in_use.left + in_use.right > 0:
             return None
         return left if split.left >= split.right else right
 

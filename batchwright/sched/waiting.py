@@ -54,6 +54,14 @@ class Waiting:
         else:
             self._held.append(sequence)
 
+    def refuse(self, sequence: Sequence) -> bool:
+        """A sequence from `next`, which finds no room, is about to be put back.
+
+        Returns:
+            Whether others may go before it.
+        """
+        return self._plan.refuse(sequence)
+
     def next(self, num_running: int = 0) -> Sequence | None:
         """The sequence to start next, which waits no more; None if there is none.
 
