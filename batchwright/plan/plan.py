@@ -34,6 +34,8 @@ MORE_ENDED = 2
 
 LEAST_ENDED = 16
 
+NO_LIMIT = 2**30
+
 LOOK_AHEAD_BLOCKS = 32_768
 """Prompt blocks of coming rows that are looked at to tell when a block is used next."""
 
@@ -120,6 +122,13 @@ class Plan:
                 if isinstance(self._scan, DualScan):
                     self._unfinished.append((sequence, pick))
                 return sequence
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of prompts in a Step, at most, that keep the balance of the order."""
+        if isinstance(self._scan, DualScan) and not self._scan.has_met:
+            return self._scan.prompt_tokens
+        return NO_LIMIT
 
     def refuse(self, sequence: Sequence) -> bool:
         """A row from here finds no room: as long as it waits, no other comes from its end.

@@ -256,7 +256,8 @@ class Forecast:
         """The Step in which each sequence holds nothing any more; the present one is 0."""
         left = np.maximum(expected - num_tokens, 0)
         left = np.where(is_constrained, left * (1 + self.num_late), left)
-        per_step = max(self._limits.max_tokens - self._slots.num_running, 1)
+        num_running = self._slots.num_running
+        per_step = max(self._limits.num_tokens(num_running) - num_running, 1)
         num_prompt_steps = -(-np.maximum(num_lacking, 0) // per_step)
         return left + num_prompt_steps + 1 + self.num_late
 

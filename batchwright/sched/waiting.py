@@ -62,6 +62,11 @@ class Waiting:
         """
         return self._plan.refuse(sequence)
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of prompts in a Step, at most."""
+        return self._plan.max_prompt_tokens
+
     def next(self, num_running: int = 0) -> Sequence | None:
         """The sequence to start next, which waits no more; None if there is none.
 

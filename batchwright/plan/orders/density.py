@@ -26,6 +26,11 @@ from batchwright.request import Int32Array
 MAX_DENSITY = 1e3
 """Density of rows that hardly decode: beyond it, more makes no difference."""
 
+ALIKE = 4.0
+"""Subtrees whose densities differ by less than about this factor are one unit, and start as they
+came. Sorted by density, rows of the same length would start together, grow together and leave
+together, and memory be half empty on average."""
+
 RECOMPUTED_SHARE = 0.01
 """Share of the job's shared tokens that parting subtrees may compute again."""
 
@@ -38,14 +43,29 @@ def density(job: JobFacts) -> Order:
     work = node_work(job)
     walk = tree.depth_first(-work.density)
     unit = _units(tree, work, RECOMPUTED_SHARE * _num_shared_tokens(tree))
-    unit = unit.sorted_by(walk.first_line)
-    starts = np.cumsum(unit.size) - unit.size
-    lines = np.arange(job.num_rows) + np.repeat(walk.first_line[unit.node] - starts, unit.size)
+    first_line = walk.first_line[unit.node]
+    kind = np.round(np.log(np.maximum(unit.density, 1 / MAX_DENSITY)) / np.log(ALIKE))
+    sequence = np.lexsort((walk.rows[first_line], -kind))
+    size = unit.size[sequence]
+    starts = np.cumsum(size) - size
+    lines = np.arange(job.num_rows) + np.repeat(first_line[sequence] - starts, size)
     rows = walk.rows[lines]
-    kv_tokens = _new_tokens(job, walk.rows, walk.first_line)[lines]
-    kv_tokens += job.num_output_tokens[rows] / 2
-    units = Units(unit.size, unit.density, float(work.density[ROOT]), kv_tokens)
+    new_tokens = _new_tokens(job, walk.rows, walk.first_line)[lines]
+    kv_tokens = new_tokens + job.num_output_tokens[rows] / 2
+    _, place = np.unique(-kind, return_inverse=True)
+    alike = _sums(place, unit.size), _sums(place, unit.compute_s), _sums(place, unit.memory_s)
+    units = Units(
+        alike[0].astype(np.int64),
+        density_of(alike[1], alike[2]),
+        float(work.density[ROOT]),
+        kv_tokens,
+        float(new_tokens.sum() / max((kv_tokens * job.num_output_tokens[rows]).sum(), 1.0)),
+    )
     return Order(rows, units)
+
+
+def _sums(place: np.ndarray, values: np.ndarray) -> Float64Array:
+    return np.bincount(place, values).astype(np.float64, copy=False)
 
 
 def row_work(
@@ -113,11 +133,12 @@ class _Unit(NamedTuple):
 
     node: Int64Array
     size: Int64Array
-    density: Float64Array
+    compute_s: Float64Array
+    memory_s: Float64Array
 
-    def sorted_by(self, first_line: Int64Array) -> _Unit:
-        order = np.lexsort((first_line[self.node], -self.density))
-        return _Unit(self.node[order], self.size[order], self.density[order])
+    @property
+    def density(self) -> Float64Array:
+        return density_of(self.compute_s, self.memory_s)
 
 
 def _units(tree: JobTree, work: NodeWork, budget: float) -> _Unit:
@@ -127,11 +148,11 @@ def _units(tree: JobTree, work: NodeWork, budget: float) -> _Unit:
         is_whole[ROOT] = True
     whole = np.flatnonzero(is_whole)
     own = np.flatnonzero(is_parted & (tree.num_ending > 0))
-    own_density = density_of(work.own_compute_s[own], work.own_memory_s[own])
     return _Unit(
         np.concatenate((whole, own)),
         np.concatenate((tree.num_users[whole], tree.num_ending[own])),
-        np.concatenate((work.density[whole], own_density)),
+        np.concatenate((work.compute_s[whole], work.own_compute_s[own])),
+        np.concatenate((work.memory_s[whole], work.own_memory_s[own])),
     )
 
 
