@@ -10,12 +10,14 @@ Where a Step may do more or less than one token (a prompt in chunks, a result th
 forecast takes the faster growth and the later end, so it is never too low.
 
 The curve is made once per Step, when a bound that costs nothing does not already say that all fits.
+A Step that was looked at before, in vain, takes the curve of the look.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +51,7 @@ class Forecast:
         self.was_needed = False
         self.is_made = False
         self._bound: list[int] | None = None  # blocks of each group if nothing were shared
+        self._looked: _Look | None = None  # the curves are of before a Step, and for these rows
 
     def begin_step(self, *, is_late: bool) -> None:
         """The next Step is scheduled: what was known of the last one is out of date.
@@ -98,8 +101,18 @@ class Forecast:
         if self.is_made:
             return
         self._expect_more_of_the_outgrown()
-        self._make_curves()
+        if self._looked is not None and self._looked.is_one_step_before(self._look()):
+            for group in self._groups:
+                group.go_on()
+        else:
+            self._make_curves()
+        self._looked = None
         self.is_made = True
+
+    def _look(self) -> _Look:
+        slots = self._slots
+        running = slots.running
+        return _Look(running, slots.num_tokens[running], slots.expected_len[running], self.num_late)
 
     def _make_curves(self) -> None:
         slots = self._slots
@@ -208,6 +221,8 @@ class Forecast:
         until_change = int((slots.expected_len[running] - slots.num_known[running]).min())
         num_steps = min(num_steps, until_change)
         self._make_curves()
+        if all(group.goes_on for group in self._groups):
+            self._looked = self._look()
         alone = [np.empty(0, np.int32)] * len(self._groups)
         own = self._own_blocks(sequence, num_computed, alone, num_held)
         return first_where_all(
@@ -220,6 +235,7 @@ class Forecast:
 
     def skip_steps(self, num_steps: int, num_made: int) -> None:
         """As after so many Steps, at least one, of which the first `num_made` made the curve."""
+        self._looked = None
         was_made = self.is_made if num_steps == 1 else num_made >= num_steps - 1
         self.begin_step(is_late=False)
         self.was_needed, self.is_made = was_made, num_made >= num_steps
@@ -274,6 +290,26 @@ class Forecast:
             slots.expected_len[which] = np.minimum(doubled, slots.max_len[which])
 
 
+class _Look(NamedTuple):
+    """What the curves of a look between Steps are made from, or those of the Step after it.
+
+    In between every running sequence draws one token; `num_refusals` says why that changes nothing.
+    """
+
+    running: Int32Array
+    num_tokens: Int32Array
+    expected_len: Int32Array
+    num_late: int
+
+    def is_one_step_before(self, other: _Look) -> bool:
+        return (
+            self.num_late == other.num_late
+            and np.array_equal(self.running, other.running)
+            and np.array_equal(self.num_tokens + 1, other.num_tokens)
+            and np.array_equal(self.expected_len, other.expected_len)
+        )
+
+
 class _Group:
     """The curve of one KV group."""
 
@@ -286,6 +322,16 @@ class _Group:
         self._curve: Int32Array = np.zeros(1, np.int32)
         self._released_at: Int32Array = np.zeros(self.num_blocks, np.int32)  # 0: nobody runs on it
         self._mark: Int32Array = np.zeros(self.num_blocks, np.int32)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the curve of the next Step is the rest of this one: nothing is left behind."""
+        return self._table.window is None
+
+    def go_on(self) -> None:
+        """Make the curve that of the next Step. Blocks that it takes are nobody else's."""
+        self._curve = self._curve[1:] if len(self._curve) > 1 else np.zeros(1, np.int32)
+        self._released_at = np.maximum(self._released_at - np.int32(1), 0)
 
     def blocks_at_end(self, ends: Int32Array, limits: StepLimits) -> int:
         """Blocks of sequences of these lengths that share nothing."""
