@@ -193,6 +193,25 @@ def test_an_engine_measures_when_that_pays_and_once() -> None:
     ) is find_order("groups")
 
 
+def test_beside_the_engine_nothing_is_measured() -> None:
+    """A thread that orders lines while the engine runs knows what the engine measured, or nothing."""
+    job = job_of(tree_prompts(), 8)
+    predict = Counting(engine(4000), measure_s=1e-3)
+    auto = predict.auto(token_s=1.0)
+    beside = auto.beside_engine()
+    beside(job)
+    assert predict.num_measured == 0 and beside.choice.name == UNTRIED
+    auto.measure_for(1e-3)
+    assert predict.num_measured == 0, "that would not pay"
+    auto.measure_for(1e6)
+    auto.measure_for(1e6)
+    assert predict.num_measured == 1
+    knowing = auto.beside_engine()
+    knowing(job)
+    assert predict.num_measured == 1 and set(knowing.choice.seconds) == set(ORDERS)
+    assert auto.choice is None
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("num_blocks", [60, 4000])
 def test_a_prediction_of_all_rows_is_the_simulated_run(order: str, num_blocks: int) -> None:
