@@ -56,7 +56,9 @@ def cautious(rows: Iterator[Sequence], caution: float) -> Iterator[Sequence]:
 
 def run(workload: Workload, engine: EngineSizes, cost: CostModel, caution: float) -> Simulation:
     """Simulate all rows."""
-    rows = families(workload.rows, workload.columns, workload.output, np.arange(len(workload.columns)))
+    rows = families(
+        workload.rows, workload.columns, workload.output, np.arange(len(workload.columns))
+    )
     simulation = Simulation(cautious(rows, caution), engine, cost)
     expected = simulation.scheduler.expected
     expected.estimate = lambda sequences: None  # type: ignore[method-assign]  # nobody is asked

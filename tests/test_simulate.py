@@ -59,5 +59,5 @@ def test_the_named_predictor_says_how_many_rows_run_at_once() -> None:
 
 
 def test_an_unknown_predictor_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no plan.lengths called .best."):
+    with pytest.raises(ConfigError, match=r"no plan.lengths called .best."):
         run("best")

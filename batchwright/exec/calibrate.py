@@ -26,7 +26,8 @@ from batchwright.exec.product_rates import (
 )
 from batchwright.models.layers import Linear
 from batchwright.models.row_invariance import REMEDIES, find_remedy
-from batchwright.plan.cost import Hardware, ModelShape, Product, RateCurve
+from batchwright.plan.cost import Hardware, RateCurve
+from batchwright.plan.shape import ModelShape, Product
 from batchwright.processor import processor
 
 LAYER_ROWS = (12, 32, 64, 128, 256, 512)

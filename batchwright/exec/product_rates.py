@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from batchwright.plan.cost import ModelShape, Product, RateCurve
+from batchwright.plan.cost import RateCurve
+from batchwright.plan.shape import ModelShape, Product
 
 CEILING_ROWS = (128, 256, 512)
 CEILING_S_PER_POINT = 0.1

@@ -2,9 +2,9 @@
 
 The left cursor is at the densest unit, the right one at the sparsest. KV memory is divided between
 rows that came from the left and from the right such that their densities, weighted by memory, make
-the density of the whole job: with M_L + M_R = M and M_L * rho_L + M_R * rho_R = M * rho. A row that
-finds no room at its end holds up its own side only: one that is to stay long must not keep out those
-that come and go.
+the density of the whole job: with M_L + M_R = M and M_L * rho_L + M_R * rho_R = M * rho. A row
+that finds no room holds up its own side only: one that is to stay long must not keep out those that
+come and go.
 
 Memory says what is read in a Step, and not what is computed: a prompt that takes a whole Step
 leaves none for those after it, and nothing to hide their reading. So prompts are spread evenly over
@@ -21,7 +21,6 @@ import numpy as np
 
 from batchwright.plan.order import Order
 from batchwright.request import Int32Array
-
 
 TILE_TOKENS = 128
 """The limit of prompt tokens in a Step is a multiple of this."""

@@ -1,8 +1,9 @@
 """Closed steps: for how many coming Steps nothing can start, so that admission need not be asked.
 
 Whoever is next is settled by then: the first of these Steps would ask the plan, and what is refused
-waits ahead of the plan; one row from each end if the order is started from both. So two things are left that may change while running sequences draw a token
-each: the blocks that are free, and what the forecast says.
+waits ahead of the plan; one row from each end if the order is started from both. So two things are
+left that may change while running sequences draw a token each: the blocks that are free, and what
+the forecast says.
 
 What cannot be told exactly counts as open; then the next Step is made as any other.
 """

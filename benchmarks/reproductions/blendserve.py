@@ -41,7 +41,7 @@ READ = (6000, 60)  # prompt and output tokens
 WRITE = (100, 16384)
 GROUP = 16
 MARK = 32  # tokens of the prefix that all rows of a kind share
-NUM_WRITERS = 240
+NUM_WRITERS = 160
 DFS_SHARE = 0.717
 
 
@@ -250,7 +250,7 @@ def main() -> None:
             "optimum: unique work at full rates, compute and keys overlapped by the same share; no "
             "fixed time per step, no tail",
             "2,048 tokens a step, up to 2,048 sequences, 90 % of the memory",
-            f"{NUM_WRITERS} rows that write in each trace: a run of two hours, not five",
+            f"{NUM_WRITERS} rows that write in each trace: a run of an hour, not five",
         ],
         overlap=overlap,
         seconds={name: values.tolist() for name, values in seconds.items()},

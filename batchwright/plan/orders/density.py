@@ -9,6 +9,9 @@ A subtree stays together unless its parts lie far apart in density. Parting cost
 prefix's tokens once more; parts that win most per token come first, and all partings together cost
 at most a share of what the job shares. The paper divides a threshold among a node's parts on the
 way down; a budget for the whole job can be kept exactly.
+
+Subtrees of like density are one unit and start as they came; `dual_scan.py` says how rows from both
+ends are mixed.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ ALIKE = 4.0
 came. Sorted by density, rows of the same length would start together, grow together and leave
 together, and memory be half empty on average."""
 
+NUM_OFFSETS = 16
+
 RECOMPUTED_SHARE = 0.01
 """Share of the job's shared tokens that parting subtrees may compute again."""
 
@@ -44,28 +49,38 @@ def density(job: JobFacts) -> Order:
     walk = tree.depth_first(-work.density)
     unit = _units(tree, work, RECOMPUTED_SHARE * _num_shared_tokens(tree))
     first_line = walk.first_line[unit.node]
-    kind = np.round(np.log(np.maximum(unit.density, 1 / MAX_DENSITY)) / np.log(ALIKE))
-    sequence = np.lexsort((walk.rows[first_line], -kind))
+    kind = _kinds(unit.density, unit.memory_s)
+    sequence = np.lexsort((walk.rows[first_line], kind))
     size = unit.size[sequence]
     starts = np.cumsum(size) - size
     lines = np.arange(job.num_rows) + np.repeat(first_line[sequence] - starts, size)
     rows = walk.rows[lines]
     new_tokens = _new_tokens(job, walk.rows, walk.first_line)[lines]
     kv_tokens = new_tokens + job.num_output_tokens[rows] / 2
-    _, place = np.unique(-kind, return_inverse=True)
-    alike = _sums(place, unit.size), _sums(place, unit.compute_s), _sums(place, unit.memory_s)
+    kinds, place = np.unique(kind, return_inverse=True)
+    compute_s, memory_s = (
+        _sum_by(place, values, len(kinds)) for values in (unit.compute_s, unit.memory_s)
+    )
+    held = float((kv_tokens * job.num_output_tokens[rows]).sum())  # a token, for a Step
     units = Units(
-        alike[0].astype(np.int64),
-        density_of(alike[1], alike[2]),
+        np.bincount(place, unit.size).astype(np.int64),
+        density_of(compute_s, memory_s),
         float(work.density[ROOT]),
         kv_tokens,
-        float(new_tokens.sum() / max((kv_tokens * job.num_output_tokens[rows]).sum(), 1.0)),
+        float(new_tokens.sum()) / max(held, 1.0),
     )
     return Order(rows, units)
 
 
-def _sums(place: np.ndarray, values: np.ndarray) -> Float64Array:
-    return np.bincount(place, values).astype(np.float64, copy=False)
+def _kinds(density: Float64Array, memory_s: Float64Array) -> Int64Array:
+    """[num_units] the kind of each unit, densest first; a kind spans ALIKE at most.
+
+    Bounds lie where few units, by their memory traffic, are near: one kind of row is not parted.
+    """
+    place = -np.log(np.maximum(density, np.finfo(np.float64).tiny)) / np.log(ALIKE)
+    offsets = np.arange(NUM_OFFSETS) / NUM_OFFSETS
+    near = [memory_s[(place + o + 0.125) % 1 < 0.25].sum() for o in offsets]
+    return np.floor(place + offsets[int(np.argmin(near))]).astype(np.int64)
 
 
 def row_work(
@@ -212,6 +227,6 @@ def _new_tokens(job: JobFacts, rows: Int32Array, first_line: Int64Array) -> Floa
     return new
 
 
-def _sum_by(nodes: Int32Array, values: np.ndarray, num_nodes: int) -> Float64Array:
+def _sum_by(nodes: np.ndarray, values: np.ndarray, num_nodes: int) -> Float64Array:
     """[num_nodes] sums of the values at each node."""
     return np.bincount(nodes, values, num_nodes).astype(np.float64, copy=False)
