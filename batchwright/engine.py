@@ -20,9 +20,9 @@ from batchwright.limits import ModelLimits
 from batchwright.open_requests import OpenRequests
 from batchwright.outputs import RunningRequest, Stream, failed
 from batchwright.parts import Parts
-from batchwright.plan.cost import ModelShape
 from batchwright.plan.lengths.self_report import Predictor as SelfReport
 from batchwright.plan.order import OrderFunction
+from batchwright.plan.shape import ModelShape
 from batchwright.recovery import Isolation, describe
 from batchwright.request import Request, Result, Task
 from batchwright.sampling.noise import noise_key

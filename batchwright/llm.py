@@ -26,9 +26,9 @@ from batchwright.models.loader import load_model, read_config
 from batchwright.models.shape import shape_of
 from batchwright.opened_model import answer_identity, engine_settings
 from batchwright.order_trial import chosen_order
-from batchwright.plan.cost import ModelShape
 from batchwright.plan.length_predictor import find_predictor
 from batchwright.plan.order import OrderFunction
+from batchwright.plan.shape import ModelShape
 from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.structured.compile import GrammarCompiler

@@ -17,7 +17,7 @@ from batchwright.exec.memory import available_memory_bytes
 from batchwright.kv.groups import KVGroup
 from batchwright.models.loader import read_config
 from batchwright.models.shape import read_shape
-from batchwright.plan.cost import ModelShape
+from batchwright.plan.shape import ModelShape
 from batchwright.request import DEFAULT_MAX_TOKENS
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
 from batchwright.weights.checkpoint import Checkpoint, open_checkpoint

@@ -14,8 +14,9 @@ from batchwright.config import AUTO_ORDER, ResolvedConfig
 from batchwright.exec.sim import LinearCost, StepCost
 from batchwright.kv.groups import KVGroup
 from batchwright.plan.auto_order import AutoOrder, Measured, Prediction, shared_tokens
-from batchwright.plan.cost import CostModel, ModelShape
+from batchwright.plan.cost import CostModel
 from batchwright.plan.order import JobFacts, OrderFunction, find_order, rates_of
+from batchwright.plan.shape import ModelShape
 from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Request, SamplingParams, Task
 from batchwright.sequence import Sequence

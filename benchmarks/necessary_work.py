@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from benchmarks.workloads import WorkRequest
 
 if TYPE_CHECKING:  # importing the package sets the environment, which benchmarks.run looks at first
-    from batchwright.plan.cost import ModelShape
+    from batchwright.plan.shape import ModelShape
 
 
 @dataclass(frozen=True)

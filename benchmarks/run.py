@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from batchwright.exec.executor import Executor
     from batchwright.exec.product_rates import Ceiling
     from batchwright.llm import LLM
-    from batchwright.plan.cost import ModelShape
+    from batchwright.plan.shape import ModelShape
     from batchwright.step import Step, StepResult
 
 TIE = 1e-3

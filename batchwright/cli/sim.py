@@ -14,7 +14,7 @@ from batchwright.cli.numbers import parse_count
 if TYPE_CHECKING:
     from batchwright.job.sim_job import Machine
     from batchwright.opened_model import OpenedModel
-    from batchwright.plan.cost import ModelShape
+    from batchwright.plan.shape import ModelShape
     from batchwright.synthetic import Workload
 
 THIS_MACHINE = "this"

@@ -23,7 +23,8 @@ from batchwright.exec.product_rates import (
     product_rates,
     usual_time_s,
 )
-from batchwright.plan.cost import Hardware, ModelShape, Product, RateCurve
+from batchwright.plan.cost import Hardware, RateCurve
+from batchwright.plan.shape import ModelShape, Product
 from batchwright.processor import processor
 
 LAYER_ROWS = (1, 4, 16, 32, 64, 128, 256, 512)

@@ -25,7 +25,8 @@ from batchwright.exec.local import LocalExecutor
 from batchwright.exec.sim import SimExecutor
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, windows_of_layers
 from batchwright.models.causal_lm import CausalLM
-from batchwright.plan.cost import ModelShape, row_keys
+from batchwright.plan.cost import row_keys
+from batchwright.plan.shape import ModelShape
 from batchwright.request import Int32Array, Request, SamplingParams
 from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import Sequence

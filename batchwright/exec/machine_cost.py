@@ -12,7 +12,8 @@ from batchwright.attention.backend import AttentionBackend
 from batchwright.config import ResolvedConfig
 from batchwright.exec import calibrate
 from batchwright.exec.layer_slice import NUM_LAYERS
-from batchwright.plan.cost import CostModel, ModelShape
+from batchwright.plan.cost import CostModel
+from batchwright.plan.shape import ModelShape
 
 CALIBRATION_S = 4.0
 """What measuring takes of a machine that nobody else uses, besides steps of a large model."""

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from batchwright.models.layers import Linear
-from batchwright.plan.cost import ModelShape, Product, RateCurve
+from batchwright.plan.cost import RateCurve
+from batchwright.plan.shape import ModelShape, Product
 
 CEILING_ROWS = (128, 256, 512)
 CEILING_S_PER_POINT = 0.1

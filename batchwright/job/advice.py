@@ -11,8 +11,8 @@ from batchwright.plan.advise.batch_size import ProfilePoint
 from batchwright.plan.advise.devices import LayoutTime
 from batchwright.plan.advise.knobs import Trial
 from batchwright.plan.advise.single_queue import ClippedQueue
-from batchwright.plan.cost import ModelShape
 from batchwright.plan.hardware import DeviceProfile
+from batchwright.plan.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

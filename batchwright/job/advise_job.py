@@ -55,7 +55,7 @@ from batchwright.plan.advise.step_costs import (
     decode_step,
     prompt_s,
 )
-from batchwright.plan.cost import CostModel, ModelShape
+from batchwright.plan.cost import CostModel
 from batchwright.plan.estimate import find_savings, output_lengths
 from batchwright.plan.hardware import (
     USABLE_SHARE,
@@ -64,6 +64,7 @@ from batchwright.plan.hardware import (
     kv_memory_bytes,
 )
 from batchwright.plan.job_rows import TASKS
+from batchwright.plan.shape import ModelShape
 from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Task
 

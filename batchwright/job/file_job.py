@@ -37,8 +37,13 @@ from batchwright.job.run_job import JobModel, JobPaths, run_job
 from batchwright.job.runner import JobOptions
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
+from batchwright.plan.auto_order import AutoOrder
+from batchwright.plan.order import OrderFunction
 from batchwright.prompt_cache.compose import PromptSchemas
 from batchwright.prompt_cache.schema import read_schemas, schema_settings
+
+BYTES_PER_TOKEN = 64
+"""Of an input file, for one token computed: more than most have, for names and shared prefixes."""
 
 
 def run_file(
@@ -125,7 +130,7 @@ class FileJob:
         if model.engine.num_unfinished:
             raise ConfigError("this model is still running other requests; let them finish first")
         arguments = self.arguments
-        self._arrangement.order = model.order
+        self._arrangement.order = self._order_of_lines(model.order)
         if arguments.force:  # only now: what fails before costs no finished row
             self.directory.clear()
         options = JobOptions(
@@ -153,6 +158,13 @@ class FileJob:
             )
         finally:
             model.engine.abandon()  # rows that a stop or an error left in it
+
+    def _order_of_lines(self, order: OrderFunction) -> OrderFunction:
+        """What the feed's thread orders a long file by, while the engine runs."""
+        if not isinstance(order, AutoOrder):
+            return order
+        order.measure_for((self._input_bytes or 0) / BYTES_PER_TOKEN)
+        return order.beside_engine()
 
     def _row_settings(self) -> dict[str, Any]:
         return {**self.arguments.row_settings(), **schema_settings(self._schemas)}

@@ -18,7 +18,7 @@ import msgspec
 from batchwright.errors import OutputError
 from batchwright.job.durable import write_all
 from batchwright.job.machine import Machine
-from batchwright.plan.cost import ModelShape
+from batchwright.plan.shape import ModelShape
 
 INTERVAL_S = 1.0
 

@@ -29,8 +29,8 @@ from batchwright.job.runner import Job, JobEngine, JobOptions
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
 from batchwright.job.validate import ParsedRow
-from batchwright.plan.cost import ModelShape
 from batchwright.plan.order import OrderFunction
+from batchwright.plan.shape import ModelShape
 from batchwright.prompt_cache.compose import PromptSchemas
 
 

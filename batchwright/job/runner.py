@@ -33,7 +33,7 @@ from batchwright.job.output_files import OutputFiles
 from batchwright.job.step_times import StepTimes
 from batchwright.job.stop import StopControl, StoppedAtOnce
 from batchwright.job.summary import EXPIRED_CODES, JobSummary, since_now
-from batchwright.plan.cost import ModelShape
+from batchwright.plan.shape import ModelShape
 from batchwright.request import DEFAULT_MAX_TOKENS, FinishReason, Request, Result, Task
 
 HORIZON_ROWS = 4096

@@ -16,12 +16,13 @@ from batchwright.job.runner import HORIZON_ROWS
 from batchwright.job.validate import ParsedRow
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, blocks_per_sequence, split_blocks
 from batchwright.order_runs import OrderRun, run_orders
-from batchwright.plan.cost import CostModel, ModelShape
+from batchwright.plan.cost import CostModel
 from batchwright.plan.estimate import folded_rows, output_lengths
 from batchwright.plan.hardware import device_hardware, find_device, kv_memory_bytes
 from batchwright.plan.job_rows import JobRows
 from batchwright.plan.order import OrderFunction, find_order
 from batchwright.plan.orders.fcfs import fcfs
+from batchwright.plan.shape import ModelShape
 from batchwright.simulate import EngineSizes
 from batchwright.synthetic import Workload
 

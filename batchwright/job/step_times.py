@@ -15,7 +15,7 @@ true of all steps that follow.
 from __future__ import annotations
 
 from batchwright.job.engine_counts import EngineCounts
-from batchwright.plan.cost import ModelShape
+from batchwright.plan.shape import ModelShape
 from batchwright.sched.work import work_flops
 
 

@@ -16,9 +16,10 @@ from batchwright.job.runner import HORIZON_ROWS
 from batchwright.order_trial import chosen_order
 from batchwright.plan.advise.batch_size import BATCH_SIZES, ProfilePoint
 from batchwright.plan.advise.knobs import Knobs, Trial
-from batchwright.plan.cost import CostModel, ModelShape, SharedReads
+from batchwright.plan.cost import CostModel, SharedReads
 from batchwright.plan.estimate import Int64Array, Savings, count_work
 from batchwright.plan.job_rows import JobRows, RowColumns
+from batchwright.plan.shape import ModelShape
 from batchwright.predict import predict
 from batchwright.simulate import EngineSizes
 from batchwright.step import EqualSteps, Step

@@ -14,7 +14,7 @@ from batchwright.models.causal_lm import CausalLM
 from batchwright.models.layers import Linear
 from batchwright.models.loader import build_empty
 from batchwright.models.moe import SparseMoE
-from batchwright.plan.cost import AttentionShape, ModelShape, Product
+from batchwright.plan.shape import AttentionShape, ModelShape, Product
 
 HEAD = "lm_head"
 

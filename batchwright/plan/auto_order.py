@@ -2,7 +2,8 @@
 
 Not a file of `plan/orders/`, because it remembers its choice: trying costs far more than ordering,
 so it is done when the first rows are known, and again when they have become many more. The machine
-is measured before the first trial, and only then.
+is measured before the first trial, and only then; never by a thread beside the engine's, which
+would measure what the engine leaves of it, and slow it down.
 """
 
 from __future__ import annotations
@@ -130,7 +131,33 @@ class AutoOrder:
         self._measure_s, self._token_s = measure_s, token_s
         self._is_told = is_told
         self._measured: Measured | None = None
+        self._engines: AutoOrder | None = None  # if this one is beside it
         self.choice: Choice | None = None
+
+    def measure_for(self, num_tokens: float) -> None:
+        """Measure the machine now, if that pays for a job that computes at least so many tokens."""
+        if self.measured is None and self._pays_for(num_tokens):
+            self._measured = self._measure()
+
+    def beside_engine(self) -> AutoOrder:
+        """One for another thread: it chooses for itself, and knows only what this one measured."""
+        other = AutoOrder(
+            self._measure,
+            self._candidates,
+            measure_s=self._measure_s,
+            token_s=self._token_s,
+            is_told=False,
+        )
+        other._engines = self
+        return other
+
+    @property
+    def measured(self) -> Measured | None:
+        """The machine, once it was measured."""
+        return self._measured if self._engines is None else self._engines.measured
+
+    def _pays_for(self, num_tokens: float) -> bool:
+        return MAX_SHARE_OF_RUN * self._token_s * num_tokens >= self._measure_s
 
     def __call__(self, job: JobFacts) -> Order:
         num_tried = 0 if self.choice is None else self.choice.num_rows
@@ -142,25 +169,25 @@ class AutoOrder:
         return find_order(name)(self._with_rates(job))
 
     def _with_rates(self, job: JobFacts) -> JobFacts:
-        if self._measured is None:
+        if self.measured is None:
             return job
-        return replace(job, make_tree=lambda: job.tree, rates=self._measured.rates)
+        return replace(job, make_tree=lambda: job.tree, rates=self.measured.rates)
 
     def _choose(self, job: JobFacts) -> Choice:
         sample = self._affordable_sample(job)
         if sample is None:
             shares = job.tree.num_distinct_tokens() < job.tree.depth[job.tree.node_of_row].sum()
             return Choice(UNTRIED if shares else YARDSTICK, {}, job.num_rows)
-        seconds = self._try(sample, sample.num_rows / job.num_rows)
+        assert self.measured is not None
+        seconds = self._try(self.measured, sample, sample.num_rows / job.num_rows)
         best = min(seconds, key=lambda name: (seconds[name], name))
         if seconds[best] > (1 - LEAST_GAIN) * seconds[YARDSTICK]:
             best = YARDSTICK
         return Choice(best, seconds, job.num_rows)
 
-    def _try(self, sample: JobFacts, share: float) -> dict[str, float]:
+    def _try(self, measured: Measured, sample: JobFacts, share: float) -> dict[str, float]:
         """Predicted seconds of every candidate; orders that agree are simulated once."""
-        assert self._measured is not None
-        predict = self._measured.predict
+        predict = measured.predict
         seconds: dict[str, float] = {}
         tried: dict[bytes, float] = {}
         for name in self._candidates:
@@ -174,15 +201,15 @@ class AutoOrder:
 
     def _affordable_sample(self, job: JobFacts) -> JobFacts | None:
         """As many rows as trying all candidates may take time for, judged by a few."""
-        spent_s = 0.0
-        if self._measured is None:
-            if MAX_SHARE_OF_RUN * self._token_s * _least_tokens(job) < self._measure_s:
+        measured, spent_s = self.measured, 0.0
+        if measured is None:
+            if self._engines is not None or not self._pays_for(_least_tokens(job)):
                 return None
-            self._measured = self._measure()
-            spent_s = self._measured.seconds
+            measured = self._measured = self._measure()
+            spent_s = measured.seconds
         job = self._with_rates(job)
         few = sample_of(job, GUESS_ROWS)
-        predict = self._measured.predict
+        predict = measured.predict
         guess = predict(few, find_order(YARDSTICK), few.num_rows / job.num_rows)
         num_rounds = len(self._candidates) * guess.num_rounds
         affordable = (MAX_SHARE_OF_RUN * guess.seconds - spent_s) / (num_rounds * SIMULATED_ROUND_S)

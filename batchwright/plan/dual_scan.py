@@ -2,17 +2,28 @@
 
 The left cursor is at the densest unit, the right one at the sparsest. KV memory is divided between
 rows that came from the left and from the right such that their densities, weighted by memory, make
-the density of the whole job: with M_L + M_R = M and M_L * rho_L + M_R * rho_R = M * rho.
+the density of the whole job: with M_L + M_R = M and M_L * rho_L + M_R * rho_R = M * rho. A row
+that finds no room holds up its own side only: one that is to stay long must not keep out those that
+come and go.
+
+Memory says what is read in a Step, and not what is computed: a prompt that takes a whole Step
+leaves none for those after it, and nothing to hide their reading. So prompts are spread evenly over
+the Steps.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 
 from batchwright.plan.order import Order
 from batchwright.request import Int32Array
+
+TILE_TOKENS = 128
+"""The limit of prompt tokens in a Step is a multiple of this."""
 
 
 class MemorySplit(NamedTuple):
@@ -43,6 +54,10 @@ class DualScan:
 
     When they meet in a unit, the left one takes what is left of it.
 
+    Attributes:
+        prompt_tokens: of prompts, to be computed in a Step, that the whole job takes alike in all
+            Steps if memory is full all the time.
+
     Args:
         order: rows and their units, at least one row.
         kv_tokens: KV memory in tokens.
@@ -51,33 +66,43 @@ class DualScan:
     def __init__(self, order: Order, kv_tokens: float) -> None:
         assert order.units is not None
         self._rows, self._units, self._kv_tokens = order.rows, order.units, kv_tokens
+        tiles = math.ceil(order.units.prompt_share * kv_tokens / TILE_TOKENS)
+        self.prompt_tokens = TILE_TOKENS * max(tiles, 1)
         self._ends = np.cumsum(order.units.size)
         self._starts = self._ends - order.units.size
         self._left, self._right = 0, len(self._ends) - 1  # the units they are in
         self._left_line, self._right_line = 0, int(self._starts[-1])
 
-    def pick(self, in_use: MemorySplit) -> Pick | None:
+    def pick(self, in_use: MemorySplit, but: Collection[bool] = ()) -> Pick | None:
         """The row to start next, which counts as taken; None: there is none, or none has room.
 
         Args:
             in_use: KV tokens expected of unfinished rows of either side. If it is nothing at all,
                 a row is picked whatever its size.
+            but: sides that no row is to come from, the left one being True. Once the cursors have
+                met there is only one.
         """
         self._enter_units()
-        has_met = self._left == self._right
-        if has_met and self._left_line == self._ends[self._left]:
+        if self.has_met and but:
+            return None
+        if self.has_met and self._left_line == self._ends[self._left]:
             return None
         left = Pick(*self._at(self._left_line, is_left=True))
-        if has_met:
+        if self.has_met:
             self._left_line += 1
             return left
         right = Pick(*self._at(self._right_line, is_left=False))
-        pick = self._side_with_room(left, right, in_use)
+        pick = self._side_with_room(left, right, in_use, but)
         if pick is left:
             self._left_line += 1
         elif pick is right:
             self._right_line += 1
         return pick
+
+    @property
+    def has_met(self) -> bool:
+        """Whether both cursors are in the same unit: there is nothing left to balance."""
+        return self._left == self._right
 
     def __len__(self) -> int:
         left = self._ends[self._left] - self._left_line
@@ -102,17 +127,19 @@ class DualScan:
             left = left[np.sort(first)]
         return self._rows[left]
 
-    def _side_with_room(self, left: Pick, right: Pick, in_use: MemorySplit) -> Pick | None:
+    def _side_with_room(
+        self, left: Pick, right: Pick, in_use: MemorySplit, but: Collection[bool]
+    ) -> Pick | None:
         densest, sparsest = self._units.density[[self._left, self._right]].tolist()
         mean = self._units.mean_density
         split = split_memory(self._kv_tokens, densest, sparsest, mean)
-        has_left = in_use.left + left.kv_tokens <= split.left
-        has_right = in_use.right + right.kv_tokens <= split.right
+        has_left = True not in but and in_use.left + left.kv_tokens <= split.left
+        has_right = False not in but and in_use.right + right.kv_tokens <= split.right
         if has_left and has_right:  # the side that lacks more of its share
             return left if in_use.left * split.right <= in_use.right * split.left else right
         if has_left or has_right:
             return left if has_left else right
-        if in_use.left + in_use.right > 0:
+        if but or in_use.left + in_use.right > 0:
             return None
         return left if split.left >= split.right else right
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from batchwright.folding import MAX_RECENT_RESULTS
-from batchwright.plan.cost import ModelShape, num_keys
+from batchwright.plan.cost import num_keys
 from batchwright.plan.job_rows import TASKS, JobRows, RowColumns
+from batchwright.plan.shape import ModelShape
 from batchwright.plan.sharing import shared_blocks
 from batchwright.request import Task
 

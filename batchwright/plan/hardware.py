@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchwright.errors import ConfigError
-from batchwright.plan.cost import Hardware, ModelShape, RateCurve
+from batchwright.plan.cost import Hardware, RateCurve
+from batchwright.plan.shape import ModelShape
 
 PRODUCT_SHARE = 218 / 312
 """Of the peak FLOP/s, that products and attention of prompts reach, where it is not measured."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from batchwright.errors import ConfigError
-from batchwright.plan.cost import AttentionShape, ModelShape, Product
+from batchwright.plan.shape import AttentionShape, ModelShape, Product
 
 
 class DecoderSizes(NamedTuple):

@@ -96,12 +96,14 @@ class Units(NamedTuple):
         density: [num_units] float64, seconds of compute per second of memory traffic, not rising.
         mean_density: of the whole job.
         kv_tokens: [num_rows] float64, KV that each row of the order holds on average, in tokens.
+        prompt_share: prompt tokens computed, per token of KV that is held for one Step.
     """
 
     size: Int64Array
     density: Float64Array
     mean_density: float
     kv_tokens: Float64Array
+    prompt_share: float = 0.0
 
 
 class Order(NamedTuple):

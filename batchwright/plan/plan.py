@@ -11,6 +11,7 @@ otherwise: then no long row is left to run alone at the end.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from batchwright.plan.lengths.declared import Predictor as Declared
 from batchwright.plan.order import JobFacts, OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.request import Int32Array
-from batchwright.sequence import Sequence
+from batchwright.sequence import NO_SLOT, Sequence
 
 NEW_SHARE = 0.25
 """Rows are ordered anew when the new ones reach this share of the ordered ones that wait."""
@@ -32,6 +33,8 @@ MORE_ENDED = 2
 """And when so many times the rows have ended as when they were ordered last, for lengths."""
 
 LEAST_ENDED = 16
+
+NO_LIMIT = 2**30
 
 LOOK_AHEAD_BLOCKS = 32_768
 """Prompt blocks of coming rows that are looked at to tell when a block is used next."""
@@ -48,7 +51,7 @@ class InOrder:
     def __len__(self) -> int:
         return len(self._rows) - self._line
 
-    def pick(self, in_use: MemorySplit) -> Pick | None:
+    def pick(self, in_use: MemorySplit, but: Collection[bool] = ()) -> Pick | None:
         """The next row, whatever memory is in use."""
         if self._line == len(self._rows):
             return None
@@ -88,7 +91,8 @@ class Plan:
         self._new: list[Sequence] = []  # not ordered yet
         self._rows: list[Sequence | None] = []  # ordered last, as they came; None once started
         self._scan: InOrder | DualScan = InOrder(np.empty(0, np.int32))
-        self._unfinished: list[tuple[Sequence, Pick]] = []  # only if the scan divides memory
+        self._unfinished: list[tuple[Sequence, Pick]] = []  # only if the scan has two ends
+        self._refused: dict[bool, Sequence] = {}  # by end, the left one being True
         self._num_started = 0
         self._next_use: Int64Array = np.empty(0, np.int64)  # by node, counted in starts
 
@@ -108,7 +112,7 @@ class Plan:
                 self._make_order()
             if not self._has_tail and len(self._scan) <= self._most_running and not self._new:
                 self._order_tail()
-            pick = self._scan.pick(self._memory_in_use())
+            pick = self._scan.pick(self._memory_in_use(), self._closed_ends())
             if pick is None:
                 return None
             sequence, self._rows[pick.row] = self._rows[pick.row], None
@@ -118,6 +122,34 @@ class Plan:
                 if isinstance(self._scan, DualScan):
                     self._unfinished.append((sequence, pick))
                 return sequence
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of prompts in a Step, at most, that keep the balance of the order."""
+        if isinstance(self._scan, DualScan) and not self._scan.has_met:
+            return self._scan.prompt_tokens
+        return NO_LIMIT
+
+    def refuse(self, sequence: Sequence) -> bool:
+        """A row from here finds no room: as long as it waits, no other comes from its end.
+
+        Returns:
+            Whether rows from another end may go before it.
+        """
+        if not isinstance(self._scan, DualScan):
+            return False
+        for one, pick in reversed(self._unfinished):
+            if one is sequence:
+                self._refused[pick.is_left] = sequence
+                return True
+        return False
+
+    def _closed_ends(self) -> Collection[bool]:
+        """Ends of the order from which a row waits that was refused."""
+        for is_left, sequence in [*self._refused.items()]:
+            if sequence.slot != NO_SLOT or sequence.finish_reason is not None:
+                del self._refused[is_left]
+        return self._refused.keys()
 
     def next_use(self, nodes: Int32Array) -> Int64Array:
         """[num_nodes] int64, about how many rows start before the next that uses each node."""

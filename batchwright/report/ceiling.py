@@ -18,7 +18,7 @@ from batchwright.errors import OutputError
 from batchwright.job.durable import write_private
 from batchwright.job.machine import Machine
 from batchwright.job.metrics import RunStart
-from batchwright.plan.cost import ModelShape
+from batchwright.plan.shape import ModelShape
 from batchwright.user_cache import user_cache_directory
 
 _DTYPES = ("float32", "bfloat16")

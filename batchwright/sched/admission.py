@@ -72,7 +72,9 @@ class Admission:
                 held.append(sequence)
                 continue
             if not self._has_room(sequence, num_matched, budget):
-                books.waiting.put_back(sequence)
+                held.append(sequence)
+                if books.waiting.refuse(sequence):
+                    continue
                 break
             budget -= self._start(sequence, num_matched, budget)
         self._advance_simple()

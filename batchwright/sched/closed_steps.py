@@ -1,8 +1,9 @@
 """Closed steps: for how many coming Steps nothing can start, so that admission need not be asked.
 
-Whoever is next is settled by then: the first of these Steps would ask the plan, and what it refuses
-waits ahead of the plan. So two things are left that may change while running sequences draw a token
-each: the blocks that are free, and what the forecast says.
+Whoever is next is settled by then: the first of these Steps would ask the plan, and what is refused
+waits ahead of the plan; one row from each end if the order is started from both. So two things are
+left that may change while running sequences draw a token each: the blocks that are free, and what
+the forecast says.
 
 What cannot be told exactly counts as open; then the next Step is made as any other.
 """
@@ -62,17 +63,39 @@ class ClosedSteps:
             return OPEN
         if not self._admission.num_free_slots:
             return Closed(num_steps, 0)
-        if not may_ask_plan and not waiting.is_known:
-            return OPEN
-        sequence = waiting.next(books.slots.num_running)
-        if sequence is None:
-            return Closed(num_steps, 0)
-        waiting.put_back(sequence)
-        if books.segments or sequence.request.layout is not None:
-            return OPEN  # an encoder may start, and segments are given up whole
-        is_unasked = sequence.expected_output is None
-        if wants_lengths and is_unasked:
-            return OPEN
+        if books.segments:
+            return OPEN  # they are given up whole
+        limit, refused, closed = waiting.max_prompt_tokens, list[Sequence](), Closed(num_steps, 0)
+        while closed.num_steps:
+            if not may_ask_plan and not waiting.is_known:
+                closed = OPEN
+                break
+            sequence = waiting.next(books.slots.num_running)
+            if sequence is None:
+                break
+            refused.append(sequence)
+            one = self._closed_to(sequence, budget, num_steps, growth, wants_lengths)
+            num_steps = min(closed.num_steps, one.num_steps)
+            closed = Closed(num_steps, min(max(closed.num_made, one.num_made), num_steps))
+            if closed.num_steps and not waiting.refuse(sequence):
+                break
+        for sequence in refused:
+            waiting.put_back(sequence)
+        # What the plan says of budgets holds from the Step after the one that asked it.
+        return closed if waiting.max_prompt_tokens == limit else OPEN
+
+    def _closed_to(
+        self,
+        sequence: Sequence,
+        budget: int,
+        num_steps: int,
+        growth: Growth,
+        wants_lengths: bool,
+    ) -> Closed:
+        """How long a sequence, which is next, does not start."""
+        expected, is_unasked = self._books.expected, sequence.expected_output is None
+        if sequence.request.layout is not None or (wants_lengths and is_unasked):
+            return OPEN  # an encoder may start
         closed = self._refused(sequence, budget, num_steps, growth)
         if closed.num_made and (expected.is_due or (is_unasked and expected.knows_any)):
             return Closed(1, 1)  # the next one knows that memory is short, and asks for lengths

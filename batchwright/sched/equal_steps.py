@@ -137,7 +137,7 @@ class Foresight:
             and _growth(table, slots, starts, 1) > table.pool.num_free
             for table in self._books.tables
         )
-        budget = self._limits.max_tokens - len(slots)
+        budget = self._limits.num_tokens(len(slots)) - len(slots)
 
         def growth(table: BlockTable, num_steps: int) -> int:
             return _growth(table, slots, starts, num_steps)

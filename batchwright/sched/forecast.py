@@ -10,20 +10,21 @@ Where a Step may do more or less than one token (a prompt in chunks, a result th
 forecast takes the faster growth and the later end, so it is never too low.
 
 The curve is made once per Step, when a bound that costs nothing does not already say that all fits.
+A Step that was looked at before, in vain, takes the curve of the look.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 
-from batchwright.kv.block_table import BlockTable, ragged_ranges
-from batchwright.kv.groups import blocks_per_sequence
+from batchwright.kv.block_table import BlockTable
 from batchwright.request import Int32Array
+from batchwright.sched.curve import Curve
 from batchwright.sched.limits import StepLimits
 from batchwright.sched.slots import Slots
 from batchwright.sequence import Sequence
@@ -43,12 +44,13 @@ class Forecast:
 
     def __init__(self, slots: Slots, tables: Seq[BlockTable], limits: StepLimits) -> None:
         self._slots, self._limits = slots, limits
-        self._groups = [_Group(table, slots) for table in tables]
+        self._curves = [Curve(table, slots) for table in tables]
         self.num_late = 1  # until it is known whether results come late
         self._has_begun = self._was_late = False
         self.was_needed = False
         self.is_made = False
         self._bound: list[int] | None = None  # blocks of each group if nothing were shared
+        self._looked: _Look | None = None  # the curves are of before a Step, and for these rows
 
     def begin_step(self, *, is_late: bool) -> None:
         """The next Step is scheduled: what was known of the last one is out of date.
@@ -75,7 +77,7 @@ class Forecast:
             self._expect_more_of_the_outgrown()
             self._bound = self._blocks_at_ends()
         needs = self._with_one_more(self._bound, sequence)
-        if any(n + num_spare > g.num_blocks for n, g in zip(needs, self._groups, strict=True)):
+        if any(n + num_spare > g.num_blocks for n, g in zip(needs, self._curves, strict=True)):
             return False
         self._bound = needs
         return True
@@ -83,14 +85,14 @@ class Forecast:
     def _blocks_at_ends(self) -> list[int]:
         """Blocks of each group that running sequences hold at their ends, if nothing is shared."""
         ends = self._slots.expected_len[self._slots.running]
-        return [group.blocks_at_end(ends, self._limits) for group in self._groups]
+        return [group.blocks_at_end(ends, self._limits) for group in self._curves]
 
     def _with_one_more(self, blocks: list[int], sequence: Sequence) -> list[int]:
         """The same with one sequence more."""
         end = max(sequence.expected_len, len(sequence.token_ids))
         return [
             num + group.blocks_of_one(end, self._limits)
-            for num, group in zip(blocks, self._groups, strict=True)
+            for num, group in zip(blocks, self._curves, strict=True)
         ]
 
     def make(self) -> None:
@@ -98,8 +100,18 @@ class Forecast:
         if self.is_made:
             return
         self._expect_more_of_the_outgrown()
-        self._make_curves()
+        if self._looked is not None and self._looked.is_one_step_before(self._look()):
+            for group in self._curves:
+                group.go_on()
+        else:
+            self._make_curves()
+        self._looked = None
         self.is_made = True
+
+    def _look(self) -> _Look:
+        slots = self._slots
+        running = slots.running
+        return _Look(running, slots.num_tokens[running], slots.expected_len[running], self.num_late)
 
     def _make_curves(self) -> None:
         slots = self._slots
@@ -118,7 +130,7 @@ class Forecast:
         )
         last = np.minimum(last, slots.compute_end[running])
         is_prompt = (num_lacking > 0)[by_end]
-        for group in self._groups:
+        for group in self._curves:
             group.make(running, ends, last, is_prompt, self._limits)
 
     def reserve(
@@ -143,9 +155,9 @@ class Forecast:
         if is_first_fork:  # until both have their copies, what they copy from is there too
             for own in steps:
                 own[1:2] += 1
-        if not all(group.fits(own) for group, own in zip(self._groups, steps, strict=True)):
+        if not all(group.fits(own) for group, own in zip(self._curves, steps, strict=True)):
             return False
-        for group, own in zip(self._groups, steps, strict=True):
+        for group, own in zip(self._curves, steps, strict=True):
             group.add(own)
         return True
 
@@ -171,7 +183,7 @@ class Forecast:
         first = int(num_tokens[0]) - 1 if sequence.samples else wanted
         return [
             group.steps(first, end, last, num_held, blocks, num_computed, self._limits)
-            for group, blocks in zip(self._groups, shared, strict=True)
+            for group, blocks in zip(self._curves, shared, strict=True)
         ]
 
     # Between Steps ----------------------------------------------------------------------------
@@ -203,23 +215,26 @@ class Forecast:
         if self.num_late and slots.constrained[running].any():
             return 0  # a token of theirs takes two Steps
         needs = self._with_one_more(self._blocks_at_ends(), sequence)
-        if all(need <= group.num_blocks for need, group in zip(needs, self._groups, strict=True)):
+        if all(need <= group.num_blocks for need, group in zip(needs, self._curves, strict=True)):
             return 0
         until_change = int((slots.expected_len[running] - slots.num_known[running]).min())
         num_steps = min(num_steps, until_change)
         self._make_curves()
-        alone = [np.empty(0, np.int32)] * len(self._groups)
+        if all(group.goes_on for group in self._curves):
+            self._looked = self._look()
+        alone = [np.empty(0, np.int32)] * len(self._curves)
         own = self._own_blocks(sequence, num_computed, alone, num_held)
         return first_where_all(
             num_steps,
             lambda first, end: [
                 group.fits_later(blocks, taken, first + 1, end + 1)
-                for group, blocks, taken in zip(self._groups, own, shared, strict=True)
+                for group, blocks, taken in zip(self._curves, own, shared, strict=True)
             ],
         )
 
     def skip_steps(self, num_steps: int, num_made: int) -> None:
         """As after so many Steps, at least one, of which the first `num_made` made the curve."""
+        self._looked = None
         was_made = self.is_made if num_steps == 1 else num_made >= num_steps - 1
         self.begin_step(is_late=False)
         self.was_needed, self.is_made = was_made, num_made >= num_steps
@@ -235,7 +250,7 @@ class Forecast:
             self._num_lacking(which),
             slots.constrained[which],
         )
-        for group in self._groups:
+        for group in self._curves:
             group.hold(slot, int(end[0]))
 
     def _num_lacking(self, which: np.ndarray) -> np.ndarray:
@@ -256,7 +271,8 @@ class Forecast:
         """The Step in which each sequence holds nothing any more; the present one is 0."""
         left = np.maximum(expected - num_tokens, 0)
         left = np.where(is_constrained, left * (1 + self.num_late), left)
-        per_step = max(self._limits.max_tokens - self._slots.num_running, 1)
+        num_running = self._slots.num_running
+        per_step = max(self._limits.num_tokens(num_running) - num_running, 1)
         num_prompt_steps = -(-np.maximum(num_lacking, 0) // per_step)
         return left + num_prompt_steps + 1 + self.num_late
 
@@ -273,148 +289,24 @@ class Forecast:
             slots.expected_len[which] = np.minimum(doubled, slots.max_len[which])
 
 
-class _Group:
-    """The curve of one KV group."""
+class _Look(NamedTuple):
+    """What the curves of a look between Steps are made from, or those of the Step after it.
 
-    def __init__(self, table: BlockTable, slots: Slots) -> None:
-        self._table, self._slots = table, slots
-        self._block_size = table.block_size
-        self.num_blocks = table.pool.num_blocks
-        most = slots.token_ids.shape[1] + 2
-        self._blocks_of = -(-np.arange(4 * most, dtype=np.int32) // table.block_size)
-        self._curve: Int32Array = np.zeros(1, np.int32)
-        self._released_at: Int32Array = np.zeros(self.num_blocks, np.int32)  # 0: nobody runs on it
-        self._mark: Int32Array = np.zeros(self.num_blocks, np.int32)
+    In between every running sequence draws one token; `num_refusals` says why that changes nothing.
+    """
 
-    def blocks_at_end(self, ends: Int32Array, limits: StepLimits) -> int:
-        """Blocks of sequences of these lengths that share nothing."""
-        blocks = self._blocks_of[ends]
-        return int(np.minimum(blocks, self._most(True, limits)).sum())
+    running: Int32Array
+    num_tokens: Int32Array
+    expected_len: Int32Array
+    num_late: int
 
-    def blocks_of_one(self, end: int, limits: StepLimits) -> int:
-        """The same for one sequence."""
-        return min(-(-end // self._block_size), self._most(True, limits))
-
-    def _most(self, is_prompt: bool, limits: StepLimits) -> int:
-        """Blocks that one sequence holds at most: behind a window it gives some up."""
-        if self._table.window is None:
-            return 2**30
-        chunk = limits.max_tokens if is_prompt else 1
-        return blocks_per_sequence(self._table.window, 2**30, self._block_size, chunk)
-
-    def make(
-        self,
-        running: Int32Array,
-        ends: np.ndarray,
-        last: np.ndarray,
-        is_prompt: np.ndarray,
-        limits: StepLimits,
-    ) -> None:
-        """The curve of these slots, those that end first first.
-
-        Args:
-            last: tokens whose KV each has in the end.
-        """
-        table, slots = self._table, self._slots
-        held = table.end[running] - table.start[running]
-        lines_of_rows = np.repeat(np.arange(len(running), dtype=np.int32), held)
-        rows, indices = ragged_ranges(running, table.start[running], held)
-        blocks = table.table[rows, indices]
-        ends_of_blocks = np.repeat(ends, held)
-        lines = np.arange(len(blocks), dtype=np.int32)
-        self._released_at[:] = 0
-        self._released_at[blocks] = ends_of_blocks  # of several holders the last one stays
-        self._mark[blocks] = lines
-        is_last_holder = self._mark[blocks] == lines
-        growth = np.maximum(self._blocks_of[last] - table.end[running], 0)
-        if table.window is not None:
-            most = np.where(is_prompt, self._most(True, limits), self._most(False, limits))
-            # Rows that share blocks leave them behind at different times: nothing counts as shared.
-            is_own = np.bincount(blocks, minlength=self.num_blocks)[blocks] == 1
-            own = np.bincount(lines_of_rows[is_own], minlength=len(running))
-            growth = np.minimum(growth, np.maximum(most - own, 0))
-        computed = slots.num_computed[running]
-        copies = table.num_blocks_to_grow(running, computed, computed + 1)
-        copies -= np.maximum(self._blocks_of[computed + 1] - table.end[running], 0)
-        copies = np.where(computed < slots.compute_end[running], copies, 0)
-        _, number = ragged_ranges(running, np.zeros_like(growth), growth)
-        first = table.end[running] * self._block_size + 2 - slots.num_tokens[running]
-        times = np.repeat(first, growth) + number * self._block_size
-        times = np.clip(times, 1, np.repeat(ends, growth))
-        width = int(ends[-1]) + 1 if len(ends) else 1
-        changes = np.bincount(times, minlength=width)
-        changes -= np.bincount(ends_of_blocks[is_last_holder], minlength=width)
-        changes -= np.bincount(ends, growth + copies, minlength=width).astype(np.int64)
-        changes[0] += np.count_nonzero(is_last_holder)
-        if width > 1:
-            changes[1] += copies.sum()
-        self._curve = np.cumsum(changes).astype(np.int32)
-
-    def steps(
-        self,
-        first: int,
-        end: int,
-        last: int,
-        num_held: int,
-        shared: Int32Array,
-        num_computed: int,
-        limits: StepLimits,
-    ) -> Int32Array:
-        """[end] blocks that a sequence adds to the curve.
-
-        Args:
-            first: tokens whose KV it has in this Step and, one more each, in those after it.
-            last: the same in the end, at most.
-        """
-        own = self._blocks_of[first : first + end] - np.int32(num_held)
-        own = np.minimum(own, int(self._blocks_of[last]) - num_held)
-        own[0] = min(int(own[0]), max(int(self._blocks_of[num_computed]) - num_held, 0))
-        if self._table.window is not None:
-            return np.minimum(own + len(shared), self._most(True, limits))
-        if len(shared):
-            released_at = np.minimum(self._released_at[shared], end)
-            own = own + np.cumsum(np.bincount(released_at, minlength=end + 1))[:end]
-        return own
-
-    def fits(self, own: Int32Array) -> bool:
-        """Whether a sequence with these blocks fits beside the others."""
-        both = min(len(own), len(self._curve))
-        most = int((own[:both] + self._curve[:both]).max())
-        if both < len(own):
-            most = max(most, int(own[both:].max()))
-        return most <= self.num_blocks
-
-    def fits_later(
-        self, own: Int32Array, shared: Int32Array, first: int, end: int
-    ) -> npt.NDArray[np.bool_]:
-        """[end - first] bool: whether a sequence fits if it starts so many Steps after the curve's.
-
-        Args:
-            own: blocks that it adds, without those that it takes over from others.
-            shared: these; each counts as its own when the others have left it.
-        """
-        if self._table.window is not None:
-            return np.ones(end - first, np.bool_)
-        length = max(len(self._curve), end) + len(own)
-        taken = np.bincount(np.minimum(self._released_at[shared], length), minlength=length)
-        others = np.cumsum(taken[:length])
-        others[: len(self._curve)] += self._curve
-        later = sliding_window_view(others[first : end + len(own) - 1], len(own))
-        fits: npt.NDArray[np.bool_] = (later + own).max(axis=1) <= self.num_blocks
-        return fits
-
-    def add(self, own: Int32Array) -> None:
-        """Count a sequence as started."""
-        missing = len(own) - len(self._curve)
-        if missing > 0:
-            self._curve = np.pad(self._curve, (0, missing))
-        self._curve[: len(own)] += own.astype(np.int32)
-
-    def hold(self, slot: int, end: int) -> None:
-        """A slot's blocks stay until it ends, in Step `end`."""
-        table = self._table
-        blocks = table.table[slot, table.start[slot] : table.end[slot]]
-        self._released_at[blocks] = np.maximum(self._released_at[blocks], end)
+    def is_one_step_before(self, other: _Look) -> bool:
+        return (
+            self.num_late == other.num_late
+            and np.array_equal(self.running, other.running)
+            and np.array_equal(self.num_tokens + 1, other.num_tokens)
+            and np.array_equal(self.expected_len, other.expected_len)
+        )
 
 
 def first_where_all(num: int, conditions: Callable[[int, int], list[npt.NDArray[np.bool_]]]) -> int:

@@ -9,6 +9,8 @@ logger = logging.getLogger(__name__)
 MIN_TOKENS = 16
 """Token budget below which a Step takes hardly less memory (products are padded to 12 rows)."""
 
+UNLIMITED = 2**30
+
 FIRST_WAIT_STEPS = 128
 """Good Steps after which limits that were halved are doubled for the first time."""
 
@@ -23,12 +25,15 @@ class StepLimits:
     Attributes:
         max_running: slots in use at once.
         max_tokens: tokens of a Step.
+        max_prompt_tokens: of these, of sequences that lack more than one; the plan says how many
+            it takes to spread prompts evenly.
         largest_max_tokens: what max_tokens may become again.
     """
 
     def __init__(self, max_running: int, max_tokens: int) -> None:
         self.max_running = self._largest_max_running = max_running
         self.max_tokens = self.largest_max_tokens = max_tokens
+        self.max_prompt_tokens = UNLIMITED
         self._wait_steps = FIRST_WAIT_STEPS
         self._num_good_steps = 0  # since the limits changed
         self._has_grown = False  # since memory ran out
@@ -45,6 +50,10 @@ class StepLimits:
         self.max_running = max(self.max_running // 2, 1)
         self.max_tokens = max(self.max_tokens // 2, smallest)
         return True
+
+    def num_tokens(self, num_singles: int) -> int:
+        """Token budget of a Step in which so many sequences lack one token."""
+        return min(self.max_tokens, num_singles + self.max_prompt_tokens)
 
     @property
     def are_full(self) -> bool:

@@ -44,7 +44,7 @@ class Progress:
         """Let all running sequences go on as far as budget and blocks allow.
 
         Returns:
-            (tokens they compute, whether a sequence was preempted for that).
+            (tokens of the budget that are left, whether a sequence was preempted for that).
         """
         slots, preempted = self._books.slots, False
         while True:
@@ -55,7 +55,8 @@ class Progress:
             self._preempt(int(slots.running[-1]))
             preempted = True
         self.advance(going, grants)
-        return int(grants.sum()), preempted
+        budget = self._limits.num_tokens(int(np.count_nonzero(grants == 1)))
+        return budget - int(grants.sum()), preempted
 
     def make_way(self) -> None:
         """An urgent sequence waits and every slot is taken: the youngest other one waits again.
@@ -80,7 +81,8 @@ class Progress:
         singles_first = np.argsort(wanted > 1, kind="stable")
         slots, wanted = slots[singles_first], wanted[singles_first]
         before = np.cumsum(wanted) - wanted
-        grants = np.clip(self._limits.max_tokens - before, 0, wanted).astype(np.int32)
+        budget = self._limits.num_tokens(int(np.count_nonzero(wanted == 1)))
+        grants = np.clip(budget - before, 0, wanted).astype(np.int32)
         return slots[grants > 0], grants[grants > 0]
 
     def make_room(self, slots: Int32Array, grants: Int32Array) -> bool:

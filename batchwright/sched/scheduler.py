@@ -170,12 +170,13 @@ class Scheduler:
 
         With results outstanding, None may only mean that nothing can go on without them.
         """
+        self.limits.max_prompt_tokens = self.books.waiting.max_prompt_tokens
         self._forecast.begin_step(is_late=bool(self._in_flight))
         self.books.segments.begin_schedule()
         self._progress.make_way()
-        num_tokens, preempted = self._progress.advance_running()
+        budget, preempted = self._progress.advance_running()
         if not preempted:  # what preemption freed belongs to the rows that needed it
-            self._admission.admit(self.limits.max_tokens - num_tokens)
+            self._admission.admit(budget)
         step, record = self.books.builder.build()
         if step is None or record is None:
             return None
@@ -199,6 +200,7 @@ class Scheduler:
         For a simulator, which may `skip` them. To be asked after all results have been taken in.
         """
         assert not self._in_flight, "results are outstanding"
+        self.limits.max_prompt_tokens = self.books.waiting.max_prompt_tokens
         return self._foresight.look()
 
     def skip(self, steps: EqualSteps, results: EqualResults) -> Update:

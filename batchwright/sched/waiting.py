@@ -54,6 +54,19 @@ class Waiting:
         else:
             self._held.append(sequence)
 
+    def refuse(self, sequence: Sequence) -> bool:
+        """A sequence from `next`, which finds no room, is about to be put back.
+
+        Returns:
+            Whether others may go before it.
+        """
+        return self._plan.refuse(sequence)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of prompts in a Step, at most."""
+        return self._plan.max_prompt_tokens
+
     def next(self, num_running: int = 0) -> Sequence | None:
         """The sequence to start next, which waits no more; None if there is none.
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from batchwright.plan.cost import ModelShape, num_distinct, num_keys
+from batchwright.plan.cost import num_distinct, num_keys
+from batchwright.plan.shape import ModelShape
 from batchwright.request import Int32Array
 from batchwright.step import Step
 

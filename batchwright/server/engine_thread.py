@@ -19,8 +19,8 @@ from batchwright.job.run_job import JobModel, JobPaths, run_job
 from batchwright.job.runner import DRAIN_S, JobOptions
 from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
-from batchwright.plan.cost import ModelShape
 from batchwright.plan.order import OrderFunction
+from batchwright.plan.shape import ModelShape
 from batchwright.server.batch_record import Batch, BatchError, Counts, Status
 from batchwright.server.batches import Batches, Live
 from batchwright.server.check_batch import RowChecks, batch_rows

@@ -1,9 +1,10 @@
 """BlendServe (arXiv:2411.16102): four traces by density and sharing, Llama-3-8B on an A100-80G.
 
 Synthetic traces to the stated density of the whole job and share of compute that prefixes save:
-rows that read (6,000 prompt tokens, 16 to a prefix, 60 output tokens) and rows that write (150
-prompt tokens, some 2,500 output tokens), each kind below a prefix of its own as from a data set of
-its own, mixed so that both numbers are right. Rows come in random order.
+rows that read (6,000 prompt tokens, 16 to a prefix, 60 output tokens: density 13, like the paper's
+BurstGPT, 18) and rows that write (100 prompt tokens, some 16,384 output tokens: density 0.1, like
+its OpenVid), each kind below a prefix of its own as from a data set of its own, mixed so that both
+numbers are right. Rows come in random order.
 
 Time is charged for several overlaps at once, since no decision depends on it. The overlap that the
 paper's engine has is set from one published number, depth first at 71.7 % of the optimum (mean of
@@ -37,10 +38,10 @@ PAPER_RATES = (11_080, 8_408, 8_403, 6_325)  # tokens/s
 OVERLAPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ORDERS = ("fcfs", "prefix_dfs", "density")
 READ = (6000, 60)  # prompt and output tokens
-WRITE = (150, 2500)
+WRITE = (100, 16384)
 GROUP = 16
 MARK = 32  # tokens of the prefix that all rows of a kind share
-NUM_WRITERS = 1600
+NUM_WRITERS = 160
 DFS_SHARE = 0.717
 
 
@@ -249,7 +250,7 @@ def main() -> None:
             "optimum: unique work at full rates, compute and keys overlapped by the same share; no "
             "fixed time per step, no tail",
             "2,048 tokens a step, up to 2,048 sequences, 90 % of the memory",
-            f"{NUM_WRITERS} rows that write in each trace: a run of minutes, not hours",
+            f"{NUM_WRITERS} rows that write in each trace: a run of an hour, not five",
         ],
         overlap=overlap,
         seconds={name: values.tolist() for name, values in seconds.items()},

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from batchwright.plan.cost import AttentionShape, ModelShape, Product
+from batchwright.plan.shape import AttentionShape, ModelShape, Product
 from batchwright.text.tokenizer import load_tokenizer
 from batchwright.weights.locate import locate_model
 from benchmarks.necessary_work import necessary_work

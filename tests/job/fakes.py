@@ -14,9 +14,9 @@ from batchwright.errors import RequestError
 from batchwright.job.formats.read_input import read_input
 from batchwright.job.rows import InputRow, RowError
 from batchwright.parts import Parts
-from batchwright.plan.cost import ModelShape
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
+from batchwright.plan.shape import ModelShape
 from batchwright.request import (
     NO_MARKUP,
     Completion,

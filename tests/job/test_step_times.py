@@ -4,7 +4,7 @@ import pytest
 
 from batchwright.job.engine_counts import EngineCounts
 from batchwright.job.step_times import StepTimes
-from batchwright.plan.cost import AttentionShape, ModelShape, Product
+from batchwright.plan.shape import AttentionShape, ModelShape, Product
 
 SHAPE = ModelShape(
     hidden_size=10,

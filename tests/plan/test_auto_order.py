@@ -24,9 +24,10 @@ from batchwright.plan.auto_order import (
     sample_of,
     shared_tokens,
 )
-from batchwright.plan.cost import CostModel, Product
+from batchwright.plan.cost import CostModel
 from batchwright.plan.job_tree import build_job_tree
 from batchwright.plan.order import JobFacts, Rates, find_order
+from batchwright.plan.shape import Product
 from batchwright.simulate import EngineSizes
 from batchwright.techniques import names
 from tests.plan.simulated import BLOCK_SIZE, rows, simulate
@@ -191,6 +192,25 @@ def test_an_engine_measures_when_that_pays_and_once() -> None:
     assert chosen_order(
         replace(config, order="groups"), [KVGroup(None, 9)], shape, measure
     ) is find_order("groups")
+
+
+def test_beside_the_engine_nothing_is_measured() -> None:
+    """Who orders lines while the engine runs knows what the engine measured, or nothing."""
+    job = job_of(tree_prompts(), 8)
+    predict = Counting(engine(4000), measure_s=1e-3)
+    auto = predict.auto(token_s=1.0)
+    beside = auto.beside_engine()
+    beside(job)
+    assert predict.num_measured == 0 and beside.choice.name == UNTRIED
+    auto.measure_for(1e-3)
+    assert predict.num_measured == 0, "that would not pay"
+    auto.measure_for(1e6)
+    auto.measure_for(1e6)
+    assert predict.num_measured == 1
+    knowing = auto.beside_engine()
+    knowing(job)
+    assert predict.num_measured == 1 and set(knowing.choice.seconds) == set(ORDERS)
+    assert auto.choice is None
 
 
 @pytest.mark.parametrize("order", ORDERS)

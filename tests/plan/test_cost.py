@@ -7,15 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batchwright.plan.cost import (
-    AttentionShape,
-    CostModel,
-    Hardware,
-    ModelShape,
-    Product,
-    RateCurve,
-    num_keys,
-)
+from batchwright.plan.cost import CostModel, Hardware, RateCurve, num_keys
+from batchwright.plan.shape import AttentionShape, ModelShape, Product
 from batchwright.step import NO_WRITE, Step, TableUpdate
 
 FLAT = RateCurve((1,), (100.0,))

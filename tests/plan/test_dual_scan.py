@@ -64,6 +64,23 @@ def test_a_row_larger_than_its_share_starts_when_nothing_else_runs() -> None:
     assert scan.pick(MemorySplit(9.0, 0.0)) is None
 
 
+def test_a_row_without_room_holds_up_its_own_end_only() -> None:
+    scan = DualScan(order_of([5, 5], [2.0, 0.0]), kv_tokens=4.0)
+    nothing = MemorySplit(0.0, 0.0)
+    assert scan.pick(nothing, but=[True]).row == 5
+    assert scan.pick(MemorySplit(0.0, 2.0), but=[True]) is None
+    assert scan.pick(nothing, but=[False]).row == 0
+    assert scan.pick(nothing, but=[False, True]) is None
+
+
+def test_prompts_are_spread_over_the_steps_for_which_memory_is_full() -> None:
+    """2 x 1,000 prompt tokens; 2 x 100 tokens of memory for 10 Steps each, of 100: 20 Steps."""
+    order = order_of([1, 1], [2.0, 0.0], kv=100.0)
+    order = order._replace(units=order.units._replace(prompt_share=2000 / (2 * 100 * 10)))
+    assert DualScan(order, kv_tokens=100.0).prompt_tokens == 128, "100, in whole tiles"
+    assert DualScan(order, kv_tokens=200.0).prompt_tokens == 256
+
+
 @settings(max_examples=200)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_every_row_is_picked_once_and_units_from_their_beginning(sizes, random) -> None:

@@ -11,16 +11,10 @@ import pytest
 
 from batchwright.kv.groups import KVGroup
 from batchwright.limits import ModelLimits
-from batchwright.plan.cost import (
-    AttentionShape,
-    CostModel,
-    Hardware,
-    ModelShape,
-    Product,
-    RateCurve,
-)
+from batchwright.plan.cost import CostModel, Hardware, RateCurve
 from batchwright.plan.estimate import Work, count_tokens, count_work, find_savings, output_lengths
 from batchwright.plan.job_rows import JobRows
+from batchwright.plan.shape import AttentionShape, ModelShape, Product
 from batchwright.plan.sharing import shared_blocks
 from batchwright.predict import Prediction, predict
 from batchwright.request import Request, SamplingParams, Task

@@ -14,7 +14,7 @@ from batchwright.job.formats.result_line import error_line
 from batchwright.job.journal import Journal, RowState
 from batchwright.job.machine import Machine
 from batchwright.job.metrics import RunStart, Sample
-from batchwright.plan.cost import AttentionShape, ModelShape, Product
+from batchwright.plan.shape import AttentionShape, ModelShape, Product
 
 SHAPE = ModelShape(
     hidden_size=10,

@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 from batchwright.clock import VirtualClock
 from batchwright.exec.sim import LinearCost, SimExecutor, StepCost
 from batchwright.kv.groups import KVGroup, blocks_per_sequence
-from batchwright.plan.cost import (
-    AttentionShape,
-    CostModel,
-    Hardware,
-    ModelShape,
-    Product,
-    RateCurve,
-)
+from batchwright.plan.cost import CostModel, Hardware, RateCurve
 from batchwright.plan.length_predictor import find_predictor
 from batchwright.plan.order import find_order
+from batchwright.plan.shape import AttentionShape, ModelShape, Product
 from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Request, SamplingParams, Task
 from batchwright.sched.intake import SchedulerStats, Update
@@ -301,6 +295,15 @@ def test_while_memory_is_full_a_queue_costs_no_rounds(lengths) -> None:
     rows = [Row((index + 1,) * 8, 80, 30 + 5 * (index % 11)) for index in range(40)]
     outcome = both(rows, num_blocks=66, max_num_seqs=24, order="fcfs", lengths=lengths)
     assert outcome.num_rounds < outcome.stats.num_steps / 3
+
+
+@pytest.mark.parametrize("lengths", PREDICTORS)
+def test_of_two_ends_each_waits_for_itself(lengths) -> None:
+    """Rows that write find no memory until others end; rows that read pass by them."""
+    rows = [Row((index + 1,) * 8, 90, 60 + 5 * (index % 7)) for index in range(16)]
+    rows += [Row((index + 40,) * 40, 4, None) for index in range(40)]
+    outcome = both(rows, num_blocks=70, max_num_seqs=12, order="density", lengths=lengths)
+    assert outcome.num_rounds < outcome.stats.num_steps
 
 
 def test_cached_blocks_are_given_up_at_the_same_step() -> None:

@@ -97,7 +97,7 @@ def test_the_curve_is_that_of_running_step_by_step(rows, data) -> None:
     counts = st.lists(st.integers(0, 6), min_size=len(rows), max_size=len(rows))
     running = Running(rows, data.draw(counts))
     running.forecast.make()
-    curve = running.forecast._groups[0]._curve.tolist()
+    curve = running.forecast._curves[0]._curve.tolist()
     used = running.run()
     assert curve == used + [0] * (len(curve) - len(used))
 
@@ -115,7 +115,7 @@ def test_its_highest_point_is_that_of_the_formula(rows) -> None:
         sum(-(-(c + r) // BLOCK_SIZE) for c in num_in_memory[left >= r].tolist())
         for r in left.tolist()
     ]
-    assert int(running.forecast._groups[0]._curve.max()) == max(peaks)
+    assert int(running.forecast._curves[0]._curve.max()) == max(peaks)
 
 
 @settings(max_examples=100)

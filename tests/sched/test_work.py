@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchwright.plan.cost import AttentionShape, ModelShape, Product
+from batchwright.plan.shape import AttentionShape, ModelShape, Product
 from batchwright.sched.work import Work, work_flops
 
 NUM_SLOTS = 6

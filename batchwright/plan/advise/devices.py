@@ -13,7 +13,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from batchwright.plan.cost import Hardware, ModelShape
+from batchwright.plan.cost import Hardware
+from batchwright.plan.shape import ModelShape
 
 MAX_DEVICES = 64
 REPLICA_SIZES = (1, 2, 4, 8)

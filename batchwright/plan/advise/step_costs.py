@@ -8,7 +8,8 @@ import numpy as np
 
 from batchwright.plan.advise.batch_queue import BatchService
 from batchwright.plan.advise.replicas import StepMix
-from batchwright.plan.cost import CostModel, ModelShape
+from batchwright.plan.cost import CostModel
+from batchwright.plan.shape import ModelShape
 from batchwright.step import Step, TableUpdate
 
 

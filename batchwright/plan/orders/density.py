@@ -9,6 +9,9 @@ A subtree stays together unless its parts lie far apart in density. Parting cost
 prefix's tokens once more; parts that win most per token come first, and all partings together cost
 at most a share of what the job shares. The paper divides a threshold among a node's parts on the
 way down; a budget for the whole job can be kept exactly.
+
+Subtrees of like density are one unit and start as they came; `dual_scan.py` says how rows from both
+ends are mixed.
 """
 
 from __future__ import annotations
@@ -26,6 +29,13 @@ from batchwright.request import Int32Array
 MAX_DENSITY = 1e3
 """Density of rows that hardly decode: beyond it, more makes no difference."""
 
+ALIKE = 4.0
+"""Subtrees whose densities differ by less than about this factor are one unit, and start as they
+came. Sorted by density, rows of the same length would start together, grow together and leave
+together, and memory be half empty on average."""
+
+NUM_OFFSETS = 16
+
 RECOMPUTED_SHARE = 0.01
 """Share of the job's shared tokens that parting subtrees may compute again."""
 
@@ -38,14 +48,39 @@ def density(job: JobFacts) -> Order:
     work = node_work(job)
     walk = tree.depth_first(-work.density)
     unit = _units(tree, work, RECOMPUTED_SHARE * _num_shared_tokens(tree))
-    unit = unit.sorted_by(walk.first_line)
-    starts = np.cumsum(unit.size) - unit.size
-    lines = np.arange(job.num_rows) + np.repeat(walk.first_line[unit.node] - starts, unit.size)
+    first_line = walk.first_line[unit.node]
+    kind = _kinds(unit.density, unit.memory_s)
+    sequence = np.lexsort((walk.rows[first_line], kind))
+    size = unit.size[sequence]
+    starts = np.cumsum(size) - size
+    lines = np.arange(job.num_rows) + np.repeat(first_line[sequence] - starts, size)
     rows = walk.rows[lines]
-    kv_tokens = _new_tokens(job, walk.rows, walk.first_line)[lines]
-    kv_tokens += job.num_output_tokens[rows] / 2
-    units = Units(unit.size, unit.density, float(work.density[ROOT]), kv_tokens)
+    new_tokens = _new_tokens(job, walk.rows, walk.first_line)[lines]
+    kv_tokens = new_tokens + job.num_output_tokens[rows] / 2
+    kinds, place = np.unique(kind, return_inverse=True)
+    compute_s, memory_s = (
+        _sum_by(place, values, len(kinds)) for values in (unit.compute_s, unit.memory_s)
+    )
+    held = float((kv_tokens * job.num_output_tokens[rows]).sum())  # a token, for a Step
+    units = Units(
+        np.bincount(place, unit.size).astype(np.int64),
+        density_of(compute_s, memory_s),
+        float(work.density[ROOT]),
+        kv_tokens,
+        float(new_tokens.sum()) / max(held, 1.0),
+    )
     return Order(rows, units)
+
+
+def _kinds(density: Float64Array, memory_s: Float64Array) -> Int64Array:
+    """[num_units] the kind of each unit, densest first; a kind spans ALIKE at most.
+
+    Bounds lie where few units, by their memory traffic, are near: one kind of row is not parted.
+    """
+    place = -np.log(np.maximum(density, np.finfo(np.float64).tiny)) / np.log(ALIKE)
+    offsets = np.arange(NUM_OFFSETS) / NUM_OFFSETS
+    near = [memory_s[(place + o + 0.125) % 1 < 0.25].sum() for o in offsets]
+    return np.floor(place + offsets[int(np.argmin(near))]).astype(np.int64)
 
 
 def row_work(
@@ -113,11 +148,12 @@ class _Unit(NamedTuple):
 
     node: Int64Array
     size: Int64Array
-    density: Float64Array
+    compute_s: Float64Array
+    memory_s: Float64Array
 
-    def sorted_by(self, first_line: Int64Array) -> _Unit:
-        order = np.lexsort((first_line[self.node], -self.density))
-        return _Unit(self.node[order], self.size[order], self.density[order])
+    @property
+    def density(self) -> Float64Array:
+        return density_of(self.compute_s, self.memory_s)
 
 
 def _units(tree: JobTree, work: NodeWork, budget: float) -> _Unit:
@@ -127,11 +163,11 @@ def _units(tree: JobTree, work: NodeWork, budget: float) -> _Unit:
         is_whole[ROOT] = True
     whole = np.flatnonzero(is_whole)
     own = np.flatnonzero(is_parted & (tree.num_ending > 0))
-    own_density = density_of(work.own_compute_s[own], work.own_memory_s[own])
     return _Unit(
         np.concatenate((whole, own)),
         np.concatenate((tree.num_users[whole], tree.num_ending[own])),
-        np.concatenate((work.density[whole], own_density)),
+        np.concatenate((work.compute_s[whole], work.own_compute_s[own])),
+        np.concatenate((work.memory_s[whole], work.own_memory_s[own])),
     )
 
 
@@ -191,6 +227,6 @@ def _new_tokens(job: JobFacts, rows: Int32Array, first_line: Int64Array) -> Floa
     return new
 
 
-def _sum_by(nodes: Int32Array, values: np.ndarray, num_nodes: int) -> Float64Array:
+def _sum_by(nodes: np.ndarray, values: np.ndarray, num_nodes: int) -> Float64Array:
     """[num_nodes] sums of the values at each node."""
     return np.bincount(nodes, values, num_nodes).astype(np.float64, copy=False)

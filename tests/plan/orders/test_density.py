@@ -149,3 +149,15 @@ def test_rows_of_opposite_kind_are_parted_when_that_is_cheap() -> None:
     assert sorted(order.rows[:10].tolist()) == list(range(10))
     assert len(order.units.size) > 1
     assert order.units.density[0] > order.units.mean_density > order.units.density[-1]
+
+
+def test_rows_of_like_density_are_one_unit_and_start_as_they_came() -> None:
+    """Sorted by length, rows that start together would also end together."""
+    writing = [[row + 10] for row in range(12)]
+    reading = [[row + 30] * 400 for row in range(4)]
+    outputs = [200 + 40 * (row * 5 % 12) for row in range(12)] + [1] * 4
+    order = density(job_of(writing + reading, outputs))
+    assert order.units.size.tolist() == [4, 12]
+    assert order.rows.tolist() == [12, 13, 14, 15, *range(12)]
+    held = sum((1 + n / 2) * n for n in outputs[:12]) + 4 * 400.5
+    assert order.units.prompt_share == pytest.approx((12 + 4 * 400) / held)
