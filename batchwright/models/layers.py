@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from batchwright.models.functional import rms_norm
+from batchwright.models.functional import add_rms_norm, rms_norm
 
 MIN_ROWS = 12
 """Rows below which BLAS takes other code paths with other rounding (measured on Zen 3 with MKL:
@@ -81,6 +81,11 @@ class RMSNorm(nn.Module):
         """x [..., hidden_size] -> the same shape and dtype; the mean is taken in fp32."""
         return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
 
+    def after_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(forward(residual + x), residual + x); `residual` may be overwritten."""
+        assert not self.unit_offset
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class LayerNorm(nn.Module):
     """Layer norm (arXiv:1607.06450), with weight and bias unless `affine` is False."""
@@ -113,4 +118,4 @@ class Embedding(nn.Module):
         rows = F.embedding(ids, self.weight)
         if self.scale is None:
             return rows
-        return rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
+        return rows * float(torch.tensor(self.scale, dtype=rows.dtype))

@@ -71,8 +71,9 @@ class Layer(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), attend)
+        normed, x = self.post_attention_layernorm.after_sum(attended, x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

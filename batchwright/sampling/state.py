@@ -112,6 +112,10 @@ class SamplingState:
         self._bias_ids[slot, : len(bias)] = list(bias)
         self._bias_values[slot, : len(bias)] = list(bias.values())
 
+    def are_plain(self, slots: Int32Array) -> bool:
+        """Whether an argmax of the raw logits is all that these slots want of a draw."""
+        return bool((self._is_greedy[slots] & (self._num_logprobs[slots] < 0)).all())
+
     def sample(
         self,
         logits: Float32Array,

@@ -14,7 +14,6 @@ and slots that hold no key, are not read at all.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,28 +22,13 @@ import triton
 import triton.language as tl
 
 from batchwright.errors import ShapeError
+from batchwright.kernels.paged_attention.device_work import DeviceWork
 from batchwright.kernels.paged_attention.tiling import TileShape, Tiling
 from batchwright.kernels.paged_attention.work_list import WorkList
 
 LOG2_E = math.log2(math.e)
 MAX_MERGED_AT_ONCE = 64
 """Partial results of a token and head that the merging kernel has in registers."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DeviceWork:
-    """A WorkList as int32 tensors on the device; see there. All are views of one buffer."""
-
-    narrow: torch.Tensor
-    wide: torch.Tensor
-    entry_tokens: torch.Tensor
-    key_start: torch.Tensor
-    key_end: torch.Tensor
-    partial_start: torch.Tensor
-    num_partials: torch.Tensor
-    merged_tokens: torch.Tensor
-    total_partials: int
-    max_partials: int
 
 
 def to_device(work: WorkList, device: torch.device | str) -> DeviceWork:
@@ -381,6 +365,8 @@ def _merge(
 ) -> None:
     """One token and one head: combine its partial results, as merge_attention of naive.py."""
     token = tl.load(merged_tokens + tl.program_id(0)).to(tl.int64)
+    if token < 0:  # fills a captured graph's list up
+        return
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     start = tl.load(partial_start + token).to(tl.int64)
