@@ -11,7 +11,6 @@ import importlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from batchwright.attention.spec import AttentionSpec, RotaryTable
@@ -206,7 +205,12 @@ class DeviceAttention:
             arrays: for each of `kinds`, the arrays of LISTS.
             counts: for each, total_partials and max_partials.
         """
-        return [DeviceWork(*lists, *count) for lists, count in zip(arrays, counts, strict=True)]
+        return [
+            DeviceWork(
+                **dict(zip(LISTS, lists, strict=True)), total_partials=total, max_partials=most
+            )
+            for lists, (total, most) in zip(arrays, counts, strict=True)
+        ]
 
     def run(
         self,
@@ -299,10 +303,3 @@ def _card(device: torch.device) -> tuple[int, tuple[int, int]]:
 def describe(work: WorkList) -> tuple[int, int]:
     """(total_partials, max_partials) of a work list."""
     return work.total_partials, work.max_partials
-
-
-def empty_work(num_tokens: int) -> WorkList:
-    """Nothing to do for so many tokens; only for sizes of buffers."""
-    none, items = np.zeros(0, np.int32), np.zeros((0, 8), np.int32)
-    zeros = np.zeros(num_tokens, np.int32)
-    return WorkList(items, items, zeros, zeros, zeros, zeros, zeros, none, 0, 0)

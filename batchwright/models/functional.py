@@ -1,9 +1,9 @@
 """Row-wise functions of the models, torch in and out: norm and activations.
 
-On CPU in fp32 they run in Numba kernels, on a GPU in Triton's, else in torch. Level bits in all: every row has the same
-bits in any batch. torch's own silu and gelu_tanh do not give that: the last few elements of each
-thread's share take a scalar path with other rounding (measured: widths 40, 48, 50 and 97 differ).
-exp, tanh and erf do, so activations are composed of them here.
+On CPU in fp32 they run in Numba kernels, on a GPU in Triton's, else in torch. Level bits in all:
+every row has the same bits in any batch. torch's own silu and gelu_tanh do not give that: the last
+few elements of each thread's share take a scalar path with other rounding (measured: widths 40, 48,
+50 and 97 differ). exp, tanh and erf do, so activations are composed of them here.
 """
 
 from __future__ import annotations

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
 from batchwright import llm
-from batchwright.attention.spec import AttentionSpec
 from batchwright.config import EngineConfig
 from batchwright.engine import Engine
-from batchwright.exec.device import executor as device_executor
 from batchwright.exec.device.executor import DeviceExecutor
 from batchwright.exec.device.graphs import Rerun
 from batchwright.kv.groups import windows_of_layers
-from batchwright.models.loader import load_model
-from batchwright.request import Request, SamplingParams, Task
 from batchwright.weights.checkpoint import open_checkpoint
-from tests.engine.harness import NoTokenizer, mixed_job, request, run
+from tests.engine.harness import NoTokenizer, mixed_job, run
 from tests.engine.test_parity import bytes_of_a_block
 from tests.models.reference import make_checkpoint
 from tests.sched.harness import start_what_fits_now

@@ -290,9 +290,8 @@ class DeviceExecutor:
         if key not in self._layouts:
             sizes = self._attention.graph_sizes(key.num_tokens, wide=key.wide, merged=key.merged)
             num_tokens = (key.num_tokens,)
-            shapes: dict[str, tuple[int, ...]] = {
-                name: num_tokens for name in ("token_ids", "token_slots", "position_ids")
-            }
+            names = "token_ids", "token_slots", "position_ids"
+            shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, num_tokens)
             shapes |= {f"kv_slots.{group}": num_tokens for group in range(len(self._tables))}
             for index, size in enumerate(sizes):
                 shapes[f"narrow.{index}"] = size.narrow, 8
