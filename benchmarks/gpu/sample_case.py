@@ -10,6 +10,11 @@ import torch
 from batchwright.kernels.sample import naive
 from batchwright.kernels.sample.layout import SLOT
 from batchwright.kernels.sample.triton import BLOCK, Scratch, make_scratch, sample_rows
+from batchwright.kernels.token_logprobs.naive import token_logprobs
+from batchwright.kernels.token_logprobs.triton import logprob_rows
+
+LOGPROB_TOLERANCE = 4e-6
+"""Relative above 1, else absolute: exponentials with 22 good bits, summed in fp32 in every lane."""
 
 KINDS = ("normal", "peaked", "ties", "constant", "zipf", "huge", "nan", "inf", "impossible")
 
@@ -185,3 +190,41 @@ def make_problem(
         allowed=words if masked else None,
         mask_of_sample=rng.integers(-1, 3, num_samples).astype(np.int32),
     )
+
+
+def logprob_errors(
+    num: int, vocab_size: int, dtype: torch.dtype, device: str, *, max_top: int, block: int = BLOCK
+) -> dict[str, tuple[float, float]]:
+    """(error, tolerance) of each result of logprob_rows against its twin."""
+    rng = np.random.default_rng(0)
+    x = np.stack([make_row(KINDS[i % len(KINDS)], vocab_size, rng) for i in range(num)])
+    x[0, vocab_size // 3 :] = -np.inf  # rivals run out
+    x[0, 3:9] = -np.inf
+    logits = torch.from_numpy(x).to(dtype)
+    rows = rng.permutation(num).astype(np.int32)
+    tokens = rng.integers(0, vocab_size, num).astype(np.int32)
+    num_top = rng.integers(-1, max_top + 1, num).astype(np.int32)
+    rows[0], num_top[0], tokens[1] = 0, max_top, -1
+    there = [torch.from_numpy(x).to(device) for x in (rows, tokens, num_top)]
+    found = [
+        x.cpu().numpy()
+        for x in logprob_rows(logits.to(device), *there, max_top=max_top, block=block)
+    ]
+    wide = token_logprobs(logits.float().numpy()[rows], np.where(num_top < 0, -1, tokens), max_top)
+    beyond = np.arange(max_top)[None, :] >= num_top[:, None]
+    top_ids = np.where(beyond, -1, wide.top_ids)
+    top_logprobs = np.where(beyond, np.nan, wide.top_logprobs)
+
+    def largest(a: np.ndarray, b: np.ndarray) -> float:
+        if not (np.isnan(a) == np.isnan(b)).all() or not ((a == -np.inf) == (b == -np.inf)).all():
+            return np.inf
+        finite = np.isfinite(b)
+        scale = np.maximum(1.0, np.abs(b[finite]))
+        return float((np.abs(a[finite] - b[finite]) / scale).max(initial=0.0))
+
+    return {
+        "logprobs": (largest(found[0], wide.logprobs), LOGPROB_TOLERANCE),
+        "ranks that differ": (float((found[1] != wide.ranks).sum()), 0.0),
+        "rivals that differ": (float((found[2] != top_ids).sum()), 0.0),
+        "rivals' logprobs": (largest(found[3], top_logprobs), LOGPROB_TOLERANCE),
+    }

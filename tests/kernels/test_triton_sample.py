@@ -19,7 +19,7 @@ else:
 from batchwright.errors import ShapeError
 from batchwright.kernels.sample.layout import SLOT
 from batchwright.kernels.sample.triton import append_tokens, make_scratch, sample_rows
-from benchmarks.gpu.sample_case import SampleProblem, make_problem
+from benchmarks.gpu.sample_case import SampleProblem, logprob_errors, make_problem
 
 # the interpreter computes both sides of a tl.where
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -112,3 +112,14 @@ def test_disagreeing_tensors_are_refused() -> None:
         sample_rows(logits, i, i, i, slots, mask_of_sample=i, allowed=i[:, None], **tables)
     with pytest.raises(ShapeError, match="scratch"):
         sample_rows(logits, i, i, i, slots, scratch=make_scratch(2, 39, "cpu"), **tables)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_logprobs_equal_their_twin(dtype: torch.dtype) -> None:
+    errors = logprob_errors(11, 133, dtype, DEVICE, max_top=5, block=32)
+    assert all(error <= tolerance for error, tolerance in errors.values()), errors
+
+
+def test_logprobs_without_rivals() -> None:
+    errors = logprob_errors(9, 133, torch.float32, DEVICE, max_top=0, block=256)
+    assert all(error <= tolerance for error, tolerance in errors.values()), errors
