@@ -71,6 +71,15 @@ SMALL_ATTENTION = [
         head_dim=80, block_size=48,
     ),
     AttentionCase(
+        name="fp8 keys and values", rows=((0, 1), (70, 1), (300, 5)), num_q_heads=4,
+        num_kv_heads=2, head_dim=24, num_programs=(100, 100), cache="fp8",
+    ),
+    AttentionCase(
+        name="int8 keys and values", rows=((0, 1), (70, 1), (300, 5)), num_q_heads=4,
+        num_kv_heads=2, head_dim=24, block_size=48, window=200, num_programs=(100, 100),
+        cache="int8",
+    ),
+    AttentionCase(
         name="heads of 256", rows=((70, 1), (20, 9)), num_q_heads=2, num_kv_heads=1, head_dim=256,
         block_size=64,
     ),
@@ -96,6 +105,13 @@ LARGE_ATTENTION = [
         name="Llama-3-8B shared prefixes", num_programs=(1056, 264), **_LLAMA,
         rows=((2100, 1), *((1024 + 37 * i, 1) for i in range(38)), (2048, 20)),
         parents={i: (0, 1024 if i % 3 else 960) for i in range(1, 39)} | {39: (0, 2048)},
+    ),
+    *(
+        AttentionCase(
+            name=f"Llama-3-8B, {cache} keys and values", num_programs=(1056, 264), cache=cache,
+            rows=((0, 1), (62, 1), (1000, 1), (4999, 1), (1000, 57), (0, 300)), **_LLAMA,
+        )
+        for cache in ("fp8", "int8")
     ),
     AttentionCase(
         name="block 16", rows=((900, 1), (100, 77)), num_q_heads=32, num_kv_heads=8, head_dim=128,
