@@ -99,7 +99,7 @@ class DeviceAttention:
         self._block_size = block_size
         self._share_prefixes = share_prefixes
         self._device = device
-        self._has_kernels = device.type == "cuda" or _interprets()
+        self.has_kernels = device.type == "cuda" or _interprets()
         architecture, self._num_programs = _card(device)
         if num_programs is not None:
             self._num_programs = num_programs
@@ -244,7 +244,7 @@ class DeviceAttention:
         keys, values = kv
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        if not self._has_kernels:
+        if not self.has_kernels:
             rotary_naive.rotary_kv_write(
                 q, k, v, keys.transpose(2, 3), values, position_ids, kv_slots[kind.group],
                 cos, sin, interleaved=interleaved,

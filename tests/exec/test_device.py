@@ -1,12 +1,14 @@
 """The device executor without a GPU: the CPU device, twins for kernels, reruns for graphs.
 
-Whole jobs through the engine, against the CPU executor: the same greedy tokens.
+Whole jobs through the engine, against the CPU executor: the same tokens. On a card, and in Triton's
+interpreter (TRITON_INTERPRET=1, see test_device_interpreter.py), the kernels compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,11 @@ from batchwright.config import EngineConfig
 from batchwright.engine import Engine
 from batchwright.exec.device.executor import DeviceExecutor
 from batchwright.exec.device.graphs import Rerun
-from batchwright.kv.groups import windows_of_layers
+from batchwright.exec.device.layout import Layout
+from batchwright.exec.device.shapes import graph_tokens
+from batchwright.kv.groups import KVGroup, windows_of_layers
+from batchwright.models.loader import load_model
+from batchwright.request import Request, SamplingParams, Task
 from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import NoTokenizer, mixed_job, run
 from tests.engine.test_parity import bytes_of_a_block
@@ -121,3 +127,156 @@ def test_forced_preemption(look_ahead, tmp_path, monkeypatch):
     start_what_fits_now(engine._scheduler)
     assert tokens_of(engine, job) == expected
     assert engine.stats.num_preemptions > 0
+
+
+def varied_job(max_tokens: int = 10) -> list[Request]:
+    """Every kind of draw: greedy, temperature, filters, penalties, bias, minima, n > 1."""
+    rng = np.random.default_rng(3)
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.8},
+        {"temperature": 1.2, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.7, "n": 2},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5, "n": 2},
+        {"temperature": 0.0, "logit_bias": {5: 30.0, 7: -100.0}},
+        {"temperature": 0.5, "min_tokens": 4, "stop_token_ids": (5, 6, 7, 8, 9)},
+        {"temperature": 0.0, "logprobs": 3},
+        {"temperature": 0.9, "logprobs": 0, "top_k": 20},
+    ]
+    return [
+        Request(
+            id=f"v{index}",
+            prompt_token_ids=rng.integers(3, 90, 5 + 9 * index).astype(np.int32),
+            params=SamplingParams(max_tokens=max_tokens, seed=index, **kind),
+        )
+        for index, kind in enumerate(kinds)
+    ]
+
+
+def test_draws_are_those_of_the_cpu(tmp_path, monkeypatch):
+    make_checkpoint("llama", tmp_path)
+    expected = run(tmp_path, varied_job())
+    engine = device_engine(tmp_path, monkeypatch, max_num_batched_tokens=60, max_num_seqs=8)
+    results = {result.request_id: result for result in engine.run(varied_job())}
+    assert {id: [o.token_ids for o in r.outputs] for id, r in results.items()} == expected.tokens()
+    for id in ("v9", "v10"):
+        found, wanted = (r[id].outputs[0].logprobs for r in (results, expected.results))
+        for one, other in zip(found, wanted):
+            assert one.rank == other.rank and one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+
+
+def test_scores_and_embeddings_are_those_of_the_cpu(tmp_path, monkeypatch):
+    make_checkpoint("llama", tmp_path)
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, 90, length).astype(np.int32) for length in (3, 40, 70)]
+    job = [Request(id=f"s{i}", prompt_token_ids=p, task=Task.SCORE) for i, p in enumerate(prompts)]
+    job += [
+        Request(id=f"e{i}", prompt_token_ids=p, task=Task.EMBED, pooling=pooling)
+        for i, (p, pooling) in enumerate(zip(prompts, ("mean", "last", "mean")))
+    ]
+    expected = run(tmp_path, job, max_num_batched_tokens=32, max_num_seqs=4).results
+    engine = device_engine(tmp_path, monkeypatch, max_num_batched_tokens=32, max_num_seqs=4)
+    for result in engine.run(job):
+        wanted = expected[result.request_id]
+        if result.score is not None:
+            assert result.score.logprob == pytest.approx(wanted.score.logprob, abs=1e-3)
+        else:
+            np.testing.assert_allclose(result.embedding, wanted.embedding, atol=1e-4)
+
+
+def test_memory_that_runs_out_halves_the_batch(tmp_path, monkeypatch):
+    """Once in the middle of a step, once of a capture; nothing is lost, and graphs are given up."""
+    make_checkpoint("llama", tmp_path)
+    expected = run(tmp_path, mixed_job()).tokens()
+    executors = []
+    engine = device_engine(
+        tmp_path, monkeypatch, made=executors.append, max_num_batched_tokens=48, max_num_seqs=6
+    )
+    executor, calls = executors[0], iter(range(10**6))
+    forward = executor._model.forward
+
+    def failing(*arguments):
+        if next(calls) in (3, 9):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*arguments)
+
+    executor._model.forward = failing
+    assert tokens_of(engine, mixed_job()) == expected
+    assert next(calls) > 10 and not executor._sizes
+
+
+def test_a_result_that_fails_when_it_is_waited_for_ends_one_row(tmp_path, monkeypatch):
+    make_checkpoint("llama", tmp_path)
+    expected = run(tmp_path, mixed_job()).tokens()
+    executors = []
+    engine = device_engine(
+        tmp_path, monkeypatch, made=executors.append, max_num_batched_tokens=48, max_num_seqs=6
+    )
+    execute = executors[0].execute
+    bad = mixed_job()[2].prompt_token_ids
+
+    class Failing:
+        def wait(self):
+            raise RuntimeError("the device says no")
+
+    def failing(step):
+        pending = execute(step)
+        starts = any(np.array_equal(new.token_ids, bad) for new in step.new_sequences)
+        return Failing() if starts else pending
+
+    executors[0].execute = failing
+    results = {result.request_id: result for result in engine.run(mixed_job())}
+    failed = {id for id, result in results.items() if result.error is not None}
+    assert failed == {"r2"}
+    for id in results.keys() - failed:
+        assert [o.token_ids for o in results[id].outputs] == expected[id]
+
+
+def test_copies_of_tokens_and_blocks(tmp_path):
+    """All sources are read before anything is written."""
+    make_checkpoint("llama", tmp_path)
+    model = load_model(open_checkpoint(tmp_path), dtype=torch.float32, max_positions=128)
+    executor = DeviceExecutor(
+        model, [KVGroup(None, 4)], [0, 0, 0], block_size=32, max_num_seqs=2, max_model_len=128,
+        vocab_size=97, graphs=None,
+    )  # fmt: skip
+    before = torch.randn(executor._kv[0].shape)
+    executor._kv[0].copy_(before)
+    blocks = torch.tensor([[0, 1], [1, 2]]).T
+    tokens = torch.tensor([[3 * 32 + 5, 1], [7, 40]]).T
+    step = type("S", (), {})()
+    executor._apply(step, {"copied_blocks.0": blocks})
+    expected = before.clone()
+    expected[:, :, 1], expected[:, :, 2] = before[:, :, 0], before[:, :, 1]
+    assert torch.equal(executor._kv[0], expected)
+    executor._apply(step, {"copied_tokens": tokens})
+    now = expected.clone()
+    now[:, :, 0, :, 1] = expected[:, :, 3, :, 5]
+    now[:, :, 1, :, 8] = expected[:, :, 0, :, 7]
+    assert torch.equal(executor._kv[0], now)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 40, 512])
+def test_sizes_of_graphs_reach_their_limit(limit):
+    sizes = graph_tokens(limit)
+    assert sizes == sorted(set(sizes)) and sizes[-1] >= limit
+    assert len(sizes) < 2 or sizes[-2] < limit
+
+
+def test_a_layout_fills_up_with_zeros_and_is_aligned():
+    layout = Layout({"a": (np.int32, (3,)), "b": (np.int64, (5,)), "c": (np.int32, (0, 8))}, 16)
+    buffer = np.full(layout.end, 255, np.uint8)
+    arrays = {
+        "a": np.array([1, -2], np.int32),
+        "b": np.arange(5),
+        "c": np.zeros((0, 8), np.int32),
+    }
+    layout.write(arrays, buffer)
+    views = layout.views(torch.from_numpy(buffer))
+    assert views["a"].tolist() == [1, -2, 0] and views["b"].tolist() == [0, 1, 2, 3, 4]
+    assert views["c"].shape == (0, 8)
+    assert all(view.data_ptr() % 8 == 0 for view in views.values())
+    assert (buffer[:16] == 255).all()

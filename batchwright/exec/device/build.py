@@ -32,11 +32,11 @@ def build_device_executor(
     specs = model.attention_specs
     windows, group_of_layer = windows_of_layers([spec.window for spec in specs])
     sizes = bytes_of_blocks(specs, group_of_layer, config)
-    # an expert's rows are counted by the host
-    captures = not any(isinstance(module, SparseMoE) for module in model.modules())
-    graphs: Graphs | None = None
-    if captures:
-        graphs = CudaGraphs() if on_gpu else Rerun()
+    if on_gpu:
+        for module in model.modules():
+            if isinstance(module, SparseMoE):
+                module.stack()
+    graphs: Graphs = CudaGraphs() if on_gpu else Rerun()
     measures = measure and on_gpu
     first = [KVGroup(window, 2) for window in windows]
     groups = first if measures else config.kv_groups(windows, sizes)

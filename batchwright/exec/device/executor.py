@@ -27,7 +27,7 @@ from batchwright.attention.device import (
 from batchwright.attention.spec import AttentionSpec
 from batchwright.exec.device.graphs import Compute, Graphs
 from batchwright.exec.device.layout import Array, Layout
-from batchwright.exec.device.sampler import DeviceSampler, greedy
+from batchwright.exec.device.sampler import DeviceSampler, HostSampler, Sampler, greedy
 from batchwright.exec.device.shapes import (
     MAX_GRAPH_TOKENS,
     filled,
@@ -90,18 +90,19 @@ class Pending:
     """A StepResult whose tokens are on their way."""
 
     step_id: int
-    token_ids: Arriving | None
-    sample_logprobs: TokenLogprobs | None
+    drawn: Arriving | None
     score_logprobs: TokenLogprobs | None
     embeddings: dict[int, Float32Array] | None
 
     def wait(self) -> StepResult:
         """Waits for the device."""
-        none = np.empty(0, np.int32)
+        token_ids, logprobs = np.empty(0, np.int32), None
+        if self.drawn is not None:
+            token_ids, logprobs = self.drawn.wait()
         return StepResult(
             step_id=self.step_id,
-            token_ids=none if self.token_ids is None else self.token_ids.wait(),
-            sample_logprobs=self.sample_logprobs,
+            token_ids=token_ids,
+            sample_logprobs=logprobs,
             score_logprobs=self.score_logprobs,
             embeddings=self.embeddings,
         )
@@ -160,7 +161,12 @@ class DeviceExecutor:
         lines = max_num_seqs + 1
         self._tables = [self._zeros(lines, max_blocks) for _ in groups]
         self._last_token = self._zeros(lines)
-        self._sampler = DeviceSampler(max_num_seqs, max_model_len, vocab_size)
+        sizes = max_num_seqs, max_model_len, vocab_size
+        self._sampler: Sampler = (
+            DeviceSampler(*sizes, self._device)
+            if self._attention.has_kernels
+            else HostSampler(*sizes)
+        )
         self._pooler = Pooler()
         self._num_prompt: Int32Array = np.zeros(max_num_seqs, np.int32)
         self._upload = Upload(UPLOAD_BYTES, self._device)
@@ -226,18 +232,20 @@ class DeviceExecutor:
             self._install(new)
         self._slots.apply(step)
         planned = self._plan(step)
+        slots = step.sample_slots
+        output_positions = step.positions[step.sample_tokens] + 1 - self._num_prompt[slots]
         changes = _changes(step, self._slots.block_tables)
+        changes |= self._sampler.inputs(step, output_positions)
         layout, views = self._send(planned, changes)
         self._apply(step, views)
         hidden = self._compute(planned, layout)
-        arriving, logprobs = None, None
-        if len(step.sample_slots):
-            arriving, logprobs = self._draw(step, hidden, views)
+        drawn = None
+        if len(slots):
+            drawn = self._draw(step, hidden, output_positions, views)
         score = self._score(step, hidden, views["score_tokens"]) if len(step.score_tokens) else None
         return Pending(
             step_id=step.step_id,
-            token_ids=arriving,
-            sample_logprobs=logprobs,
+            drawn=drawn,
             score_logprobs=score,
             embeddings=self._pooler.pool(step, hidden) if len(step.pool_rows) else None,
         )
@@ -322,7 +330,8 @@ class DeviceExecutor:
         return layout, rest.views(self._sent)
 
     def _apply(self, step: Step, views: dict[str, torch.Tensor]) -> None:
-        """Block tables and copies of keys and values."""
+        """Block tables, copies of keys and values, and what new sequences want drawn."""
+        self._sampler.apply(views)
         for group, (table, kv) in enumerate(zip(self._tables, self._kv, strict=True)):
             if f"table_ids.{group}" in views:
                 ids, places = views[f"table_ids.{group}"], views[f"table_places.{group}"]
@@ -395,15 +404,17 @@ class DeviceExecutor:
     # Drawing ---------------------------------------------------------------------------------
 
     def _draw(
-        self, step: Step, hidden: torch.Tensor, views: dict[str, torch.Tensor]
-    ) -> tuple[Arriving, TokenLogprobs | None]:
-        slots = step.sample_slots
-        output_positions = step.positions[step.sample_tokens] + 1 - self._num_prompt[slots]
+        self,
+        step: Step,
+        hidden: torch.Tensor,
+        output_positions: Int32Array,
+        views: dict[str, torch.Tensor],
+    ) -> Arriving:
         logits = self._model.logits(hidden.index_select(0, views["sample_tokens"]))
-        drawn = self._sampler.draw(logits, step, output_positions)
+        drawn = self._sampler.draw(logits, step, output_positions, views)
         # -1, of a row that has failed, is never looked up: see SlotState.note_sampled
         self._last_token.index_copy_(0, views["sample_slots"], drawn.token_ids.clamp(min=0))
-        return self._download.start(drawn.token_ids), drawn.logprobs
+        return self._download.start(*drawn)
 
     def _score(self, step: Step, hidden: torch.Tensor, tokens: torch.Tensor) -> TokenLogprobs:
         """Score given tokens a chunk of rows at a time, on the host."""

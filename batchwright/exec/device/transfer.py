@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from batchwright.exec.device.layout import Bytes
+from batchwright.exec.device.sampler import Logprobs
 from batchwright.request import Int32Array
+from batchwright.step import TokenLogprobs
 
 NUM_TURNS = 3
 """Steps whose memory may be in use at once: two handed out and one being made."""
@@ -73,26 +75,39 @@ class Download:
         ]
         self._turn = 0
 
-    def start(self, token_ids: torch.Tensor) -> Arriving:
-        """Begin to copy [n] int32 tokens."""
+    def start(self, token_ids: torch.Tensor, logprobs: Logprobs | None = None) -> Arriving:
+        """Begin to copy [n] int32 tokens, and what is told of them."""
         self._turn = (self._turn + 1) % len(self._host)
         place = self._host[self._turn][: len(token_ids)]
         place.copy_(token_ids, non_blocking=True)
+        told = None
+        if logprobs is not None:
+            told = [torch.empty(x.shape, dtype=x.dtype, pin_memory=self._pin) for x in logprobs]
+            for there, here in zip(logprobs, told, strict=True):
+                here.copy_(there, non_blocking=True)
         event = None
         if self._pin:
             event = torch.cuda.Event()
             event.record()
-        return Arriving(place, event)
+        return Arriving(place, told, event)
 
 
 class Arriving:
     """Tokens that are on their way."""
 
-    def __init__(self, place: torch.Tensor, event: torch.cuda.Event | None) -> None:
-        self._place, self._event = place, event
+    def __init__(
+        self,
+        place: torch.Tensor,
+        told: list[torch.Tensor] | None,
+        event: torch.cuda.Event | None,
+    ) -> None:
+        self._place, self._told, self._event = place, told, event
 
-    def wait(self) -> Int32Array:
-        """[n] int32, a copy; waits for the device."""
+    def wait(self) -> tuple[Int32Array, TokenLogprobs | None]:
+        """([n] int32, a copy, and log-probabilities if any were drawn); waits for the device."""
         if self._event is not None:
             self._event.synchronize()
-        return np.array(self._place.numpy(), np.int32)
+        logprobs = None
+        if self._told is not None:
+            logprobs = TokenLogprobs(*(column.numpy() for column in self._told))
+        return np.array(self._place.numpy(), np.int32), logprobs
