@@ -81,7 +81,9 @@ class RMSNorm(nn.Module):
         """x [..., hidden_size] -> the same shape and dtype; the mean is taken in fp32."""
         return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
 
-    def after_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def after_sum(
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(forward(residual + x), residual + x); `residual` may be overwritten."""
         assert not self.unit_offset
         return add_rms_norm(x, residual, self.weight, self.eps)

@@ -9,9 +9,9 @@ benchmarks.workloads with GPU_SCALE times the rows. transformers' `generate` run
 A line has: output and total tokens a second by the clock, the share of two bounds, what the card
 did. The bounds follow from what the steps had to compute and to read and from the copy bandwidth
 and matrix rate of this card (card.py): `serial` is the sum of each kernel's own bound, `overlapped`
-lets reading of keys hide behind products. The profile is of PROFILED_STEPS steps in the middle of a
-run of its own: time per kernel family, and the share of time in which the card computed nothing,
-which is the host's gap.
+lets reading of keys hide behind products. Two profiles are of PROFILED_STEPS steps of runs of their
+own, one of steps that only decode, one of prompts: time per kernel family beside its bound, and the
+share of time in which the card computed nothing, which is the host's gap.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 
 from batchwright.engine import Engine
 from batchwright.exec.device.executor import DeviceExecutor, Pending
+from batchwright.exec.device.sampler import HostSampler
 from batchwright.models.shape import shape_of
 from batchwright.plan.cost import CostModel, ModelShape
 from batchwright.plan.hardware import DeviceProfile, device_hardware
@@ -34,11 +35,15 @@ from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Request, SamplingParams
 from batchwright.step import Step
 from benchmarks.gpu.card import Budget, Timer, ceilings
+from benchmarks.gpu.parity import compare_draws
 from benchmarks.gpu.under_test import make_engine, random_model
 from benchmarks.workloads import build_workloads
 
 GPU_SCALE = 4
-PROFILED_STEPS = 24
+NUM_ROWS = {"128/128": 1536, "2048/128": 224, "1000/1000": 256, "128/2048": 256}
+PROFILED_STEPS = 12
+PROFILED_ROWS = {"decoding": ("128/128", 512, 60), "prompts": ("2048/128", 64, 6)}
+"""Workload, rows, and first step that is profiled: 128/128 decodes by then, 2048/128 does not."""
 ROWS_PER_LOAD = 16
 """Tokens of a wide tile of the attention kernel, for four query heads per kv head."""
 
@@ -107,6 +112,8 @@ def run(timer: Timer, budget: Budget) -> dict[str, Any]:
     dry = timer.device == "cpu"
     limits = ceilings(timer)
     found: dict[str, Any] = {"ceilings": limits, "models": {}, "lines": [], "left_out": []}
+    if not dry:
+        found["sampler"] = _usable_sampler(timer.device)
     for name, config, wanted in _models(dry):
         if budget.is_spent():
             found["left_out"].append(name)
@@ -115,6 +122,17 @@ def run(timer: Timer, budget: Budget) -> dict[str, Any]:
     if not dry:
         found["transformers"] = _transformers(budget, found)
     return found
+
+
+def _usable_sampler(device: str) -> str:
+    """`device`, or `host` if the sampling kernel is wrong on this card: the rest is measured."""
+    try:
+        found = compare_draws(device)
+    except Exception as error:  # noqa: BLE001  told, and the rest goes on
+        print(f"the sampling kernel fails: {type(error).__name__}: {error}"[:500], flush=True)
+        return "host"
+    print(f"draws, against the CPU's sampler: {found}", flush=True)
+    return "device" if found["different_rows"] <= 1 else "host"
 
 
 def _models(dry: bool) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
@@ -153,7 +171,7 @@ def workload(name: str, vocab_size: int, *, dry: bool) -> list[Row]:
         requests = build_workloads(encode, scale=0.02 if dry else GPU_SCALE)[name]
         return [(one.prompt_token_ids, one.num_output_tokens) for one in requests]
     num_in, num_out = map(int, name.split("/"))
-    num_rows = {"128/128": 2048, "2048/128": 384, "1000/1000": 384, "128/2048": 320}[name]
+    num_rows = NUM_ROWS[name]
     if dry:
         num_in, num_out, num_rows = num_in // 32, 3, 3
     return [(draw(num_in), num_out) for _ in range(num_rows)]
@@ -179,6 +197,9 @@ def _run_model(
     if not dry:
         sizes = {"max_num_seqs": 512, "max_num_batched_tokens": 4096, "block_size": 64}
     engine, executor, about = make_engine(model, device, max_model_len=length, **sizes)
+    if found.get("sampler") == "host":
+        sizes_of_slots = about["max_num_seqs"], length, config["vocab_size"]
+        executor._sampler = HostSampler(*sizes_of_slots)
     recorder = Recorder(engine, executor)
     ready_s = time.monotonic() - start - made_s
     recorder.play(_requests(workload("128/128", config["vocab_size"], dry=True), "warm"))
@@ -200,8 +221,10 @@ def _run_model(
         line |= _bounds(recorder.steps, shape, about, limits, line["seconds"])
         if not dry:
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-            if which in ("128/128", "2048/128") and not budget.is_spent():
-                line["profile"] = recorder.profile(rows, which)
+            for what, (of, num_rows, first) in PROFILED_ROWS.items():
+                if of == which and not budget.is_spent():
+                    profile, steps = recorder.profile(rows[:num_rows], what, first)
+                    line["profile"] = profile | _part_bounds(steps, shape, about, limits, profile)
         found["lines"].append(line)
         print(_line(line), flush=True)
     engine.close()
@@ -278,22 +301,30 @@ class Recorder:
     def _on_gpu(self) -> bool:
         return torch.cuda.is_available()
 
-    def profile(self, rows: Sequence[Row], name: str) -> dict[str, Any]:
-        """Run a part of the workload; profile steps in its middle."""
+    def profile(
+        self, rows: Sequence[Row], name: str, first: int
+    ) -> tuple[dict[str, Any], list[Step]]:
+        """Run some rows; profile PROFILED_STEPS steps from the `first` on: (the profile, they)."""
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as torch_profile
 
-        few = rows[: max(len(rows) // 3, 1)]
         self._num_runs += 1
-        requests = _requests(few, f"{name}-profile-{self._num_runs}")
-        self._profile_from = max(len(self.steps) // 6, 4)
+        requests = _requests(rows, f"{name}-{self._num_runs}")
+        self._profile_from = first
         self._profiler = torch_profile(activities=[ProfilerActivity.CUDA], acc_events=True)
         self._control = 0
         self.play(requests)
         if self._control == 1:
             self._stop_profiler()
         profiler, self._profiler = self._profiler, None
-        return _families(profiler, self._profiled)
+        if self._control == 0:
+            return {"what": name, "note": f"the run had only {len(self.steps)} steps"}, []
+        profiled = self.steps[self._started : self._started + self._profiled]
+        return {
+            "what": name,
+            "tokens_per_step": sum(step.num_tokens for step in profiled) / self._profiled,
+            "rows_per_step": sum(step.num_rows for step in profiled) / self._profiled,
+        } | _families(profiler, self._profiled), profiled
 
     def _control_profiler(self) -> None:
         at = len(self.steps)
@@ -360,6 +391,27 @@ def _families(profiler: Any, num_steps: int) -> dict[str, Any]:
     }
 
 
+def _part_bounds(
+    steps: Sequence[Step],
+    shape: ModelShape,
+    about: dict[str, Any],
+    limits: dict[str, float],
+    profile: dict[str, Any],
+) -> dict[str, Any]:
+    """Bounds of profiled steps by part, milliseconds a step, and the shares that were reached."""
+    if "ms_per_step" not in profile:
+        return {}
+    cost = _card_cost(shape, about, limits, overlap=0.0)
+    parts = [cost.parts(step) for step in steps]
+    seconds = 1e-3 * profile["ms_per_step"] * len(steps)
+    return {
+        "bound_ms_per_step": {
+            part: 1e3 * sum(getattr(one, part) for one in parts) / len(steps)
+            for part in ("layers", "head", "attention")
+        },
+    } | _bounds(steps, shape, about, limits, seconds)
+
+
 def _bounds(
     steps: Sequence[Step],
     shape: ModelShape,
@@ -368,6 +420,23 @@ def _bounds(
     seconds: float,
 ) -> dict[str, float]:
     """Shares of the bounds: these steps where every kernel reaches the card's own rates."""
+    shares = {}
+    for bound, overlap in (("serial", 0.0), ("overlapped", 1.0)):
+        cost = _card_cost(shape, about, limits, overlap=overlap)
+        costs = StepCosts(cost, about["block_size"])
+        bound_s = sum(costs.seconds(step) for step in steps)
+        shares[f"{bound}_bound_s"] = bound_s
+        shares[f"share_of_{bound}_bound"] = bound_s / seconds
+    flops = shape.layer_flops_per_token * sum(step.num_tokens for step in steps)
+    flops += shape.head_flops_per_token * sum(len(step.sample_tokens) for step in steps)
+    shares["share_of_matrix_rate"] = flops / seconds / limits["matrix_flops_per_s"]
+    return shares
+
+
+def _card_cost(
+    shape: ModelShape, about: dict[str, Any], limits: dict[str, float], *, overlap: float
+) -> CostModel:
+    """What steps cost where products and attention reach the rates that were measured."""
     itemsize = getattr(torch, about["dtype"]).itemsize
     card = DeviceProfile(
         name="this card",
@@ -382,18 +451,8 @@ def _bounds(
         step_s=0.0,
         tile_rows=1,
     )
-    shares = {}
-    for bound, overlap in (("serial", 0.0), ("overlapped", 1.0)):
-        hardware = device_hardware(card, shape, itemsize, overlap=overlap)
-        cost = CostModel(shape, hardware, itemsize, itemsize, ROWS_PER_LOAD)
-        costs = StepCosts(cost, about["block_size"])
-        bound_s = sum(costs.seconds(step) for step in steps)
-        shares[f"{bound}_bound_s"] = bound_s
-        shares[f"share_of_{bound}_bound"] = bound_s / seconds
-    flops = shape.layer_flops_per_token * sum(step.num_tokens for step in steps)
-    flops += shape.head_flops_per_token * sum(len(step.sample_tokens) for step in steps)
-    shares["share_of_matrix_rate"] = flops / seconds / limits["matrix_flops_per_s"]
-    return shares
+    hardware = device_hardware(card, shape, itemsize, overlap=overlap)
+    return CostModel(shape, hardware, itemsize, itemsize, ROWS_PER_LOAD)
 
 
 def _transformers(budget: Budget, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -415,7 +474,7 @@ def _transformers(budget: Budget, found: dict[str, Any]) -> list[dict[str, Any]]
         torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    for which, batch in (("128/128", 256), ("2048/128", 64)):
+    for which, batch in (("128/128", 128), ("2048/128", 32)):
         if budget.is_spent():
             found["left_out"].append(f"transformers {which}")
             continue
@@ -452,9 +511,13 @@ def table(found: dict[str, Any]) -> str:
             profile = line["profile"]
             parts = profile["ms_per_step_by_family"].items()
             lines.append(
-                f"{line['model']} {line['workload']}: {profile['ms_per_step']:.2f} ms a step, gap "
-                f"{profile['gap_share']:.1%}; "
+                f"{line['model']} {profile['what']} ({profile['rows_per_step']:.0f} rows, "
+                f"{profile['tokens_per_step']:.0f} tokens): {profile['ms_per_step']:.2f} ms, gap "
+                f"{profile['gap_share']:.1%}, serial {profile['share_of_serial_bound']:.1%}, "
+                f"matrix {profile['share_of_matrix_rate']:.1%}; "
                 + ", ".join(f"{family} {ms:.2f}" for family, ms in parts)
+                + "; bounds: "
+                + ", ".join(f"{p} {ms:.2f}" for p, ms in profile["bound_ms_per_step"].items())
             )
     for other in found.get("transformers", []):
         lines.append(f"transformers: {other}")

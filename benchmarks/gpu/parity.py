@@ -10,7 +10,7 @@
 
 Where the model's file is too large for one transfer, `--model` is a folder of its parts, which are
 put together in order of their names. Before it, and in a dry run instead, the same in fp32 with a
-tiny random model.
+tiny random model, and on a card all kinds of draws with it, against the same engine on the CPU.
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ TINY = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+TINY_MIXTURE = TINY | {
+    "model_type": "mixtral",
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
 
 
 def run(timer: Timer, budget: Budget, model_name: str) -> dict[str, Any]:
@@ -65,6 +71,11 @@ def run(timer: Timer, budget: Budget, model_name: str) -> dict[str, Any]:
     tiny = random_model(dict(TINY), torch.float32, device, 256)
     found: dict[str, Any] = {"tiny": _in_fp32(dict(TINY), tiny, device, tiny_prompts)[1]}
     found["failed"] = int(found["tiny"]["mismatches"] > 0)
+    if device != "cpu":
+        found["draws"] = compare_draws(device)
+        found["failed"] += int(found["draws"]["different_rows"] > 1)
+        found["mixture"] = compare_draws(device, TINY_MIXTURE)
+        found["failed"] += int(found["mixture"]["different_rows"] > 1)
     if device == "cpu" or budget.is_spent():
         return found
     start = time.monotonic()
@@ -87,6 +98,54 @@ def run(timer: Timer, budget: Budget, model_name: str) -> dict[str, Any]:
     allowed = ERROR_FACTOR * found["bf16"]["largest_error_of_transformers"]
     found["failed"] += int(not found["bf16"]["largest_error"] <= allowed)
     return found
+
+
+DRAWS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.8},
+    {"temperature": 1.2, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.7, "n": 2},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+    {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5, "n": 2},
+    {"temperature": 0.0, "logit_bias": {5: 30.0, 7: -100.0}},
+    {"temperature": 0.5, "min_tokens": 4, "stop_token_ids": (5, 6, 7, 8, 9)},
+    {"temperature": 0.0, "logprobs": 3},
+    {"temperature": 0.9, "logprobs": 0, "top_k": 20},
+)
+"""Every kind of draw."""
+
+
+def compare_draws(device: str, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Rows whose tokens differ from those that the same engine draws on the CPU, by its sampler.
+
+    fp32 logits differ in the last bits, which may decide a draw: one row may differ.
+    """
+    rng = np.random.default_rng(1)
+    requests = [
+        Request(
+            id=str(index),
+            prompt_token_ids=rng.integers(3, 97, 5 + 9 * index).astype(np.int32),
+            params=SamplingParams(max_tokens=12, seed=0, **kind),
+        )
+        for index, kind in enumerate(DRAWS)
+    ]
+    drawn, logprobs = [], []
+    for where in ("cpu", device):
+        model = random_model(dict(config or TINY), torch.float32, "cpu", 256).to(where)
+        engine, _, _ = make_engine(model, where, max_num_seqs=8, max_num_batched_tokens=64, seed=0)
+        results = {result.request_id: result for result in engine.run(requests)}
+        engine.close()
+        drawn.append({id: [o.token_ids for o in result.outputs] for id, result in results.items()})
+        logprobs.append([one.logprob for one in results["8"].outputs[0].logprobs or ()])
+    different = [id for id in drawn[0] if drawn[0][id] != drawn[1][id]]
+    return {
+        "rows": len(requests),
+        "different_rows": len(different),
+        "which": different,
+        "largest_logprob_difference": max(
+            (abs(a - b) for a, b in zip(*logprobs, strict=True)), default=0.0
+        ),
+    }
 
 
 def _in_fp32(
@@ -239,6 +298,9 @@ def table(found: dict[str, Any]) -> str:
         for name in ("tiny", "fp32")
         if (fp32 := found.get(name)) is not None
     ]
+    if "draws" in found:
+        lines.append(f"draws, against the CPU's sampler: {found['draws']}")
+        lines.append(f"draws of a mixture of experts: {found['mixture']}")
     if "left_out" in found:
         lines.append(f"left out: {found['left_out']}")
     if "bf16" in found:
