@@ -71,6 +71,25 @@ def device_engine(
     return engine
 
 
+def test_graphs_recorded_before_the_first_step(tmp_path, monkeypatch):
+    """Recording writes nothing, and steps that decode find their graphs."""
+    make_checkpoint("llama", tmp_path)
+    expected = run(tmp_path, mixed_job()).tokens()
+    executors = []
+    engine = device_engine(
+        tmp_path, monkeypatch, made=executors.append, max_num_batched_tokens=48, max_num_seqs=6
+    )
+    (executor,) = executors
+    before = [kv.clone() for kv in executor._kv]
+    executor.run_largest(48, 6, 256)
+    executor.capture_decoding()
+    for kv, was in zip(executor._kv, before):
+        assert torch.equal(kv.nan_to_num(7.0), was.nan_to_num(7.0))
+    assert {key.num_tokens for key in executor._captured} == {1, 2, 4, 8}  # six slots
+    assert all(replay is not None for replay in executor._captured.values())
+    assert tokens_of(engine, mixed_job()) == expected
+
+
 def tokens_of(engine: Engine, job) -> dict[str, list[list[int]]]:
     results = {result.request_id: result for result in engine.run(job)}
     engine.check_integrity()

@@ -60,6 +60,7 @@ def build_device_executor(
         config = dataclasses.replace(config, kv_cache_bytes=left)
         groups = config.kv_groups(windows, sizes)
         executor.allocate(groups)
+        executor.capture_decoding()
     return executor, groups, config
 
 

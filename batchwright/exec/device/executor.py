@@ -21,6 +21,7 @@ import torch
 from batchwright.attention.device import (
     LISTS,
     DeviceAttention,
+    RowBatch,
     WorkSizes,
     describe,
 )
@@ -270,6 +271,12 @@ class DeviceExecutor:
         if size is not None and key is None:  # too many levels of shared keys: none, then
             work = self._attention.work(rows, step.num_rows, tables, share=False)
             key = self._key(size, work)
+        return self._planned(step, rows, work, key)
+
+    def _planned(
+        self, step: Step, rows: RowBatch, work: Sequence[WorkList], key: GraphKey | None
+    ) -> PlannedStep:
+        """The arrays of a step, of the lengths that its graph has."""
         arrays: dict[str, Array] = dict(token_arrays(step, rows, self._no_slot))
         counts = [describe(one) for one in work]
         if key is not None:
@@ -426,7 +433,26 @@ class DeviceExecutor:
             chunks.append(token_logprobs(on_host, step.score_targets[rows], step.score_top))
         return TokenLogprobs(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 
-    # Measuring -------------------------------------------------------------------------------
+    # Before the first step -------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def capture_decoding(self) -> None:
+        """Record the graphs of steps that only decode, of every size; others wait for such a step.
+
+        While one is recorded the device has nothing to do: in the middle of a job that costs.
+        """
+        largest = next((s for s in self._sizes if s >= self._no_slot), None)  # a token a slot
+        sizes = self._sizes if largest is None else [s for s in self._sizes if s <= largest]
+        for size in reversed(sizes):  # what the largest took serves the others
+            step = self._empty_step(0, 1)
+            rows = padded_rows(step, size, self._no_slot)
+            work = self._attention.work(rows, 0, self._slots.block_tables, share=False)
+            for merged in (False, True):
+                planned = self._planned(step, rows, work, GraphKey(size, False, merged))
+                for _ in range(2):  # the first run compiles kernels
+                    layout, _ = self._send(planned, {})
+                    self._compute(planned, layout)
+        self.num_replayed = 0
 
     @torch.inference_mode()
     def run_largest(self, num_tokens: int, num_samples: int, max_model_len: int) -> None:
@@ -434,13 +460,24 @@ class DeviceExecutor:
 
         Compiles kernels and takes as much memory as a step may. Block 0 must exist.
         """
-        length = min(num_tokens, max_model_len)
+        step = self._empty_step(num_tokens, min(num_tokens, max_model_len))
+        rows = padded_rows(step, num_tokens, self._no_slot)
+        work = self._attention.work(rows, 0, self._slots.block_tables, share=False)
+        planned = self._planned(step, rows, work, None)
+        layout, _ = self._send(planned, {})
+        hidden = self._compute(planned, layout)
+        greedy(self._model.logits(hidden[:1].expand(num_samples, -1).contiguous()))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _empty_step(self, num_tokens: int, length: int) -> Step:
+        """Tokens of rows of `length` that have no slot; nothing is written or drawn."""
         num_rows = -(-num_tokens // length)
         starts = np.minimum(np.arange(num_rows + 1) * length, num_tokens).astype(np.int32)
         positions = (np.arange(num_tokens) % length).astype(np.int32)
         none, pairs = np.empty(0, np.int32), np.empty((0, 2), np.int32)
         num_groups = len(self._tables)
-        step = Step(
+        return Step(
             step_id=-1,
             finished_slots=none,
             new_sequences=(),
@@ -456,17 +493,6 @@ class DeviceExecutor:
             score_tokens=none,
             score_targets=none,
         )
-        rows = padded_rows(step, num_tokens, self._no_slot)
-        work = self._attention.work(rows, 0, self._slots.block_tables, share=False)
-        arrays: dict[str, Array] = dict(token_arrays(step, rows, self._no_slot))
-        for index, one in enumerate(work):
-            arrays |= {f"{name}.{index}": getattr(one, name) for name in LISTS}
-        planned = PlannedStep(arrays, [describe(one) for one in work], None)
-        layout, _ = self._send(planned, {})
-        hidden = self._compute(planned, layout)
-        greedy(self._model.logits(hidden[:1].expand(num_samples, -1).contiguous()))
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def _changes(step: Step, block_tables: Sequence[Int32Array]) -> dict[str, Array]:
