@@ -16,6 +16,7 @@ import torch
 from batchwright import llm
 from batchwright.config import EngineConfig
 from batchwright.engine import Engine
+from batchwright.errors import ConfigError
 from batchwright.exec.device.executor import DeviceExecutor
 from batchwright.exec.device.graphs import Rerun
 from batchwright.exec.device.layout import Layout
@@ -301,3 +302,21 @@ def test_a_layout_fills_up_with_zeros_and_is_aligned():
     assert views["c"].shape == (0, 8)
     assert all(view.data_ptr() % 8 == 0 for view in views.values())
     assert (buffer[:16] == 255).all()
+
+
+def test_settings_of_a_gpu():
+    sizes = {"context_length": 4096, "free_memory_bytes": 10**9}
+    found = EngineConfig().resolve(**sizes, has_gpu=True)
+    assert (found.device, found.dtype, found.look_ahead) == ("cuda", "bfloat16", 1)
+    assert found.max_num_batched_tokens == 2048 and found.kv_cache_bytes == 10**9
+    found = EngineConfig(device="cpu").resolve(**sizes, has_gpu=True)
+    assert (found.device, found.dtype, found.look_ahead) == ("cpu", "float32", 0)
+    assert found.max_num_batched_tokens == 512 and found.kv_cache_bytes == 10**9 // 2
+    assert EngineConfig().resolve(**sizes) == found
+    kept = EngineConfig(dtype="float32", look_ahead=0, max_num_batched_tokens=300)
+    found = kept.resolve(**sizes, has_gpu=True)
+    assert (found.dtype, found.look_ahead, found.max_num_batched_tokens) == ("float32", 0, 300)
+    with pytest.raises(ConfigError, match="no NVIDIA card"):
+        EngineConfig(device="cuda").resolve(**sizes)
+    with pytest.raises(ConfigError, match="device is 'tpu'"):
+        EngineConfig(device="tpu").check()

@@ -22,6 +22,8 @@ else:
 
 from batchwright.errors import ConfigError, ShapeError
 from batchwright.kernels.gated_activation.triton import activation, gated_activation
+from batchwright.kernels.paged_attention import work_naive
+from batchwright.kernels.paged_attention.triton import to_device
 from batchwright.kernels.rms_norm.triton import rms_norm
 from batchwright.kernels.rotary_kv_write.triton import rotary_kv_write
 from benchmarks.gpu.attention_case import (
@@ -30,7 +32,13 @@ from benchmarks.gpu.attention_case import (
     make_problem,
     relative_error,
 )
-from benchmarks.gpu.check import ATTENTION_TOLERANCE, LSE_TOLERANCE, Check, all_checks
+from benchmarks.gpu.check import (
+    ATTENTION_TOLERANCE,
+    LSE_TOLERANCE,
+    SMALL_ATTENTION,
+    Check,
+    all_checks,
+)
 
 ON_CARD = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_CARD
@@ -57,6 +65,22 @@ def test_equals_twin(check: Check, dtype: torch.dtype) -> None:
 TINY = AttentionCase(
     name="tiny", rows=((40, 1), (3, 2)), num_q_heads=2, num_kv_heads=1, head_dim=16
 )
+
+
+@pytest.mark.parametrize("case", SMALL_ATTENTION, ids=lambda case: case.name)
+def test_the_twin_that_reads_work_lists(case: AttentionCase) -> None:
+    problem = make_problem(case, torch.float32, "cpu")
+    work, _ = problem.plan()
+    out = torch.full(problem.q.shape, torch.nan)
+    lse = torch.full(problem.q.shape[:2], torch.nan)
+    work_naive.paged_attention(
+        problem.q, problem.k_cache, problem.v_cache, problem.block_table, to_device(work, "cpu"),
+        scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap,
+        sinks=problem.sinks, out=out, lse=lse,
+    )  # fmt: skip
+    right, right_lse = problem.run_twin()
+    assert relative_error(out, right) <= ATTENTION_TOLERANCE[torch.float32]
+    assert largest_difference(lse, right_lse) <= LSE_TOLERANCE[torch.float32]
 
 
 def test_a_wrong_position_is_noticed() -> None:

@@ -38,8 +38,16 @@ def test_kernels_equal_their_twins_in_the_interpreter() -> None:
 
 
 @pytest.mark.slow
+def test_dry_run_of_parity(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    run("-m", "benchmarks.gpu", "--dry-run", "--only", "parity", "--out", str(tmp_path))
+    found = json.loads((tmp_path / "parity.json").read_text())
+    assert found["failed"] == 0 and found["tiny"]["num_tokens"] == 12
+
+
+@pytest.mark.slow
 def test_dry_run_of_the_gpu_benchmark(tmp_path: Path) -> None:
-    sections = "check,rates,attention,rowwise,tune"
+    sections = "check,rates,attention,rowwise,tune,engine"
     run("-m", "benchmarks.gpu", "--dry-run", "--only", sections, "--out", str(tmp_path))
     for section in sections.split(","):
         found = json.loads((tmp_path / f"{section}.json").read_text())
@@ -59,7 +67,7 @@ class Missing:
 UPPER = ("batchwright.job", "batchwright.server")
 MISSING = {"llguidance", "matplotlib", "msgspec", "psutil", "pyarrow", "rich", "starlette", "typer"}
 sys.meta_path.insert(0, Missing())
-for name in ("attention", "check", "rates", "rowwise", "tune", "__main__"):
+for name in ("attention", "check", "rates", "rowwise", "tune", "parity", "engine", "__main__"):
     importlib.import_module(f"benchmarks.gpu.{name}")
 loaded = [name for name in sys.modules if name.startswith(UPPER)]
 sys.exit(", ".join(loaded) or 0)
