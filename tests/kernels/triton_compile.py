@@ -43,7 +43,8 @@ def attend(
     x, i32, f32 = f"*{dtype}", "*i32", "*fp32"
     kept, scales = f"*{cache or dtype}", f32 if cache == "i8" else None
     return paged_attention._attend, {
-        "q": x, "k_cache": kept, "v_cache": kept, "k_scales": scales, "v_scales": scales, "block_table": i32, "items": i32, "entry_tokens": i32,
+        "q": x, "k_cache": kept, "v_cache": kept, "k_scales": scales, "v_scales": scales,
+        "block_table": i32, "items": i32, "entry_tokens": i32,
         "key_start": i32, "key_end": i32, "partial_start": i32,
         "sinks": f32 if flags["SINKS"] else None, "out": x, "lse": f32, "partial_out": f32,
         "partial_lse": f32, "score_scale": "fp32", "cap": "fp32", "q_token_stride": "i32",
