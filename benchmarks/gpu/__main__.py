@@ -3,14 +3,14 @@
     python -m benchmarks.gpu [--only check,rates,...] [--budget-s 240] [--out DIR] [--dry-run]
 
 Sections, each a table and DIR/SECTION.json: `check` (every kernel against its twin, fp32, fp16 and
-bf16), `rates` (what a cost model must know of the card), `attention` and `rowwise` (shares of
-bandwidth and matrix rate), and, only when named, `tune` (other tile shapes), `parity` (SmolLM2's
-tokens against transformers') and `engine` (whole jobs on random weights). `check` takes at most
-half of the budget; what it did not reach counts as failed. After a failed check the exit status is
-1 and the JSON of the others says so: such speeds are for finding the fault, they are no results.
-Needs torch, triton, numpy and numba; `parity` also safetensors, tokenizers, jinja2 and
-transformers. `--dry-run`: tiny sizes on the CPU in Triton's interpreter, to see that the script
-works.
+bf16), `rates` (what a cost model must know of the card), `attention`, `rowwise`, `sampling` and
+`moe` (shares of bandwidth and matrix rate), and, only when named, `tune` (other tile shapes),
+`parity` (SmolLM2's tokens against transformers') and `engine` (whole jobs on random weights).
+`check` takes at most half of the budget; what it did not reach counts as failed. After a failed
+check the exit status is 1 and the JSON of the others says so: such speeds are for finding the
+fault, they are no results. Needs torch, triton, numpy and numba; `parity` also safetensors,
+tokenizers, jinja2 and transformers. `--dry-run`: tiny sizes on the CPU in Triton's interpreter, to
+see that the script works.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("check", "rates", "attention", "rowwise")
+SECTIONS = ("check", "rates", "attention", "rowwise", "sampling", "moe")
 ALL_SECTIONS = (*SECTIONS, "tune", "parity", "engine")
 
 

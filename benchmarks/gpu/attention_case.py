@@ -76,6 +76,7 @@ class AttentionProblem:
             case.head_dim,
             self.q.element_size(),
             architecture=architecture(self.q.device.type),
+            cache_bytes=self.k_cache.element_size(),
         )
         work = plan_work(
             self.cu_seqlens_q,

@@ -1,4 +1,4 @@
-"""Runs test_triton.py in Triton's interpreter, and the dry run of benchmarks.gpu."""
+"""Runs the tests of GPU kernels in Triton's interpreter, and the dry run of benchmarks.gpu."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def run(*arguments: str) -> str:
 
 
 def test_kernels_equal_their_twins_in_the_interpreter() -> None:
-    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_triton.py")
+    files = [f"tests/kernels/test_triton{part}.py" for part in ("", "_sample", "_experts")]
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     passed = re.search(r"(\d+) passed", output)
-    assert passed is not None and int(passed[1]) > 30 and "skipped" not in output, output
+    assert passed is not None and int(passed[1]) >= 80 and "skipped" not in output, output
 
 
 @pytest.mark.slow
@@ -47,7 +48,7 @@ def test_dry_run_of_parity(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_dry_run_of_the_gpu_benchmark(tmp_path: Path) -> None:
-    sections = "check,rates,attention,rowwise,tune,engine"
+    sections = "check,rates,attention,rowwise,sampling,moe,tune,engine"
     run("-m", "benchmarks.gpu", "--dry-run", "--only", sections, "--out", str(tmp_path))
     for section in sections.split(","):
         found = json.loads((tmp_path / f"{section}.json").read_text())
@@ -67,7 +68,8 @@ class Missing:
 UPPER = ("batchwright.job", "batchwright.server")
 MISSING = {"llguidance", "matplotlib", "msgspec", "psutil", "pyarrow", "rich", "starlette", "typer"}
 sys.meta_path.insert(0, Missing())
-for name in ("attention", "check", "rates", "rowwise", "tune", "parity", "engine", "__main__"):
+SECTIONS = "attention check engine moe parity rates rowwise sampling tune __main__"
+for name in SECTIONS.split():
     importlib.import_module(f"benchmarks.gpu.{name}")
 loaded = [name for name in sys.modules if name.startswith(UPPER)]
 sys.exit(", ".join(loaded) or 0)

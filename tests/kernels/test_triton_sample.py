@@ -33,13 +33,12 @@ def check(problem: SampleProblem, *, block: int = 32, special: bool = True) -> N
         assert problem.scratch is not None and not problem.scratch.counts.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_all_options_together(dtype: torch.dtype) -> None:
-    check(make_problem(18, 133, dtype))
+def test_all_options_together() -> None:
+    check(make_problem(18, 133, torch.float32))
 
 
 def test_filters() -> None:
-    check(make_problem(18, 301, torch.float32, adjusted=False, masked=False, seed=1), block=64)
+    check(make_problem(12, 201, torch.float32, adjusted=False, masked=False, seed=1), block=64)
 
 
 def test_a_row_in_one_block() -> None:
@@ -53,7 +52,7 @@ def test_adjusted_rows_without_filters() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_plain_rows_need_no_scratch(masked: bool) -> None:
     problem = make_problem(
-        18, 301, torch.float32, filtered=False, adjusted=False, masked=masked, seed=4
+        12, 201, torch.float32, filtered=False, adjusted=False, masked=masked, seed=4
     )
     check(problem, block=64, special=False)
 
@@ -78,7 +77,7 @@ def test_more_samples_than_programs_share_scratch() -> None:
 def test_noise_of_a_flat_row_is_that_of_the_definition() -> None:
     """Nothing but the noise decides, in every lane of several blocks."""
     problem = make_problem(
-        24, 515, torch.float32, kinds=("constant",), filtered=False, adjusted=False, masked=False
+        14, 515, torch.float32, kinds=("constant",), filtered=False, adjusted=False, masked=False
     )
     problem.slots["temperature"] = 1
     check(problem, block=128, special=False)

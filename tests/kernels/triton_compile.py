@@ -37,13 +37,20 @@ def attend(
     dtype: str, head_dim: int, wide: bool, architecture: int, cache: str = "", **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The attention kernel in a shape of Llama-3-8B or like it: 4 query heads per kv head."""
-    tiling = choose_tiling(4, head_dim, ELEMENT_BYTES[dtype], architecture=architecture)
+    tiling = choose_tiling(
+        4,
+        head_dim,
+        ELEMENT_BYTES[dtype],
+        architecture=architecture,
+        cache_bytes=1 if cache else None,
+    )
     shape = tiling.wide if wide else tiling.narrow
     flags = {"WINDOWED": False, "SOFT_CAP": False, "SINKS": False, "BLOCK_SIZE": 64} | options
     x, i32, f32 = f"*{dtype}", "*i32", "*fp32"
     kept, scales = f"*{cache or dtype}", f32 if cache == "i8" else None
     return paged_attention._attend, {
-        "q": x, "k_cache": kept, "v_cache": kept, "k_scales": scales, "v_scales": scales, "block_table": i32, "items": i32, "entry_tokens": i32,
+        "q": x, "k_cache": kept, "v_cache": kept, "k_scales": scales, "v_scales": scales,
+        "block_table": i32, "items": i32, "entry_tokens": i32,
         "key_start": i32, "key_end": i32, "partial_start": i32,
         "sinks": f32 if flags["SINKS"] else None, "out": x, "lse": f32, "partial_out": f32,
         "partial_lse": f32, "score_scale": "fp32", "cap": "fp32", "q_token_stride": "i32",
@@ -199,9 +206,11 @@ def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
                             *attend(dtype, head_dim, wide, architecture, **option),
                         )
             for cache in ("fp8e4nv", "i8") if architecture >= 89 else ("i8",):
-                for wide in (False, True):
-                    label = f"{'wide' if wide else 'narrow'} {dtype} 128 {cache}"
-                    yield label, architecture, *attend(dtype, 128, wide, architecture, cache)
+                for head_dim in (64, 128, 256):
+                    for wide in (False, True):
+                        label = f"{'wide' if wide else 'narrow'} {dtype} {head_dim} {cache}"
+                        case = attend(dtype, head_dim, wide, architecture, cache)
+                        yield label, architecture, *case
                 yield f"rotary {dtype} {cache}", architecture, *rotary(dtype, cache=cache)
             for special in (False, True):
                 for masked in (False, True):

@@ -73,8 +73,10 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int) -> ExpertRows:
         raise ShapeError(f"sort_by_expert: experts are {experts.dtype}, or not contiguous")
     if not 0 < num_experts <= 1024:
         raise ShapeError(f"sort_by_expert: {num_experts} experts; the limits are 1 and 1024")
-    options = {"dtype": torch.int32, "device": experts.device}
-    rows = ExpertRows(torch.empty(num_pairs, **options), torch.empty(num_experts + 1, **options))
+    rows = ExpertRows(
+        torch.empty(num_pairs, dtype=torch.int32, device=experts.device),
+        torch.empty(num_experts + 1, dtype=torch.int32, device=experts.device),
+    )
     block = min(1024, triton.next_power_of_2(max(num_pairs, 16)))
     _sort[(num_experts,)](experts, *rows, num_pairs, BLOCK=block, num_warps=4)
     return rows

@@ -173,8 +173,8 @@ def _launch(
     """Run the kernel over items of one tile shape."""
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     _attend[(len(items) * num_kv_heads,)](
-        q, k_cache, v_cache, *scales, block_table, items, work.entry_tokens, work.key_start, work.key_end,
-        work.partial_start, sinks, out, lse, *partials,
+        q, k_cache, v_cache, *scales, block_table, items, work.entry_tokens, work.key_start,
+        work.key_end, work.partial_start, sinks, out, lse, *partials,
         scale * LOG2_E if soft_cap is None else scale / soft_cap,
         0.0 if soft_cap is None else soft_cap * LOG2_E,
         q.stride(0), q.stride(1), block_table.stride(0),
@@ -253,9 +253,9 @@ def _attend(
     seen_to = tl.zeros([ROWS], tl.int32)
     for key in range(begin, full_end, KEYS):
         acc, top, total = _add_tile(
-            q_rows, k_cache, v_cache, k_scales, v_scales, table, head, key, begin, end, seen_from, seen_to, acc, top,
-            total, score_scale, cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, KEYS, False,
-            SOFT_CAP, SCALED,
+            q_rows, k_cache, v_cache, k_scales, v_scales, table, head, key, begin, end, seen_from,
+            seen_to, acc, top, total, score_scale, cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
+            KEYS, False, SOFT_CAP, SCALED,
         )  # fmt: skip
     seen_to = tl.load(key_end + token, mask=live, other=0)
     if WINDOWED:
@@ -263,9 +263,9 @@ def _attend(
         begin = tl.min(tl.where(live, seen_from, 2147483647), 0)
     for key in range(full_end, end, KEYS):
         acc, top, total = _add_tile(
-            q_rows, k_cache, v_cache, k_scales, v_scales, table, head, key, begin, end, seen_from, seen_to, acc, top,
-            total, score_scale, cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, KEYS, True,
-            SOFT_CAP, SCALED,
+            q_rows, k_cache, v_cache, k_scales, v_scales, table, head, key, begin, end, seen_from,
+            seen_to, acc, top, total, score_scale, cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
+            KEYS, True, SOFT_CAP, SCALED,
         )  # fmt: skip
 
     if SINKS and piece < 0:
