@@ -20,10 +20,12 @@ from batchwright.errors import ConfigError
 from batchwright.exec.device.executor import DeviceExecutor
 from batchwright.exec.device.graphs import Rerun
 from batchwright.exec.device.layout import Layout
+from batchwright.exec.device.sampler import DeviceSampler, HostSampler
 from batchwright.exec.device.shapes import graph_tokens
 from batchwright.kv.groups import KVGroup, windows_of_layers
 from batchwright.models.loader import load_model
 from batchwright.request import Request, SamplingParams, Task
+from batchwright.step import NewSequence, Step
 from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import NoTokenizer, mixed_job, run
 from tests.engine.test_parity import bytes_of_a_block
@@ -31,6 +33,9 @@ from tests.models.reference import make_checkpoint
 from tests.sched.harness import start_what_fits_now
 
 pytestmark = pytest.mark.cpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def device_engine(
@@ -188,6 +193,37 @@ def test_draws_are_those_of_the_cpu(tmp_path, monkeypatch):
         for one, other in zip(found, wanted):
             assert one.rank == other.rank and one.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
+
+
+@pytest.mark.skipif(not KERNELS, reason="no kernels: neither a card nor Triton's interpreter")
+def test_draws_keep_to_masks():
+    """DeviceSampler against HostSampler, with masks for some of the draws."""
+    rng = np.random.default_rng(2)
+    masks = rng.integers(0, 2**32, (2, 4), dtype=np.uint32)
+    none = np.empty(0, np.int32)
+    step = Step(
+        step_id=0, finished_slots=none, new_sequences=(), table_updates=(), block_copies=(),
+        slots=none, cu_seqlens_q=none, token_ids=none, positions=none, kv_slots=(),
+        sample_tokens=none, sample_slots=np.array([3, 0, 2], np.int32), masks=masks,
+        mask_of_sample=np.array([1, -1, 0], np.int32), score_tokens=none, score_targets=none,
+    )  # fmt: skip
+    logits = torch.from_numpy(rng.standard_normal((3, 97)).astype(np.float32)).to(DEVICE)
+    positions = np.array([4, 0, 1], np.int32)
+    samplers = HostSampler(4, 50, 97), DeviceSampler(4, 50, 97, torch.device(DEVICE))
+    drawn = []
+    for sampler in samplers:
+        for slot, params in enumerate(({"temperature": 0.0}, {}, {"top_k": 9}, {"top_p": 0.8})):
+            prompt = np.array([5, 6], np.int32)
+            sampler.add(NewSequence(slot, prompt, 2, SamplingParams(**params), 7 + slot, 0, ()))
+        arrays = sampler.inputs(step, positions)
+        layout = Layout.of(arrays)
+        buffer = np.zeros(layout.end, np.uint8)
+        layout.write(arrays, buffer)
+        views = layout.views(torch.from_numpy(buffer).to(DEVICE))
+        sampler.apply(views)
+        drawn.append(sampler.draw(logits, step, positions, views).token_ids.tolist())
+    assert drawn[0] == drawn[1]
+    assert masks[1, drawn[0][0] // 32] >> np.uint32(drawn[0][0] % 32) & 1
 
 
 def test_scores_and_embeddings_are_those_of_the_cpu(tmp_path, monkeypatch):
