@@ -191,15 +191,15 @@ def all_checks() -> Iterator[Check]:
     for tokens, num_experts, top_k, hidden, width, small in (
         (13, 5, 2, 24, 20, True),
         (1, 8, 2, 16, 33, True),
-        (3, 8, 2, 4096, 1792, False),
+        (3, 8, 2, 2048, 896, False),
         (300, 8, 2, 1024, 1792, False),
         (2000, 8, 2, 576, 1536, False),
-        (700, 64, 6, 2048, 704, False),
+        (700, 64, 6, 512, 704, False),
     ):
         name = f"experts: {tokens} tokens to {top_k} of {num_experts}, {hidden} x {width}"
         yield Check(name, _experts((tokens, num_experts, top_k, hidden, width)), small)
     for samples, vocab_size, small in (
-        (7, 133, True), (64, 49152, False), (300, 32000, False), (40, 128256, False),
+        (7, 133, True), (48, 49152, False), (96, 32000, False), (24, 128256, False),
     ):  # fmt: skip
         yield Check(f"sample: {samples} rows of {vocab_size}", _sample(samples, vocab_size), small)
 
