@@ -14,8 +14,10 @@ from batchwright.techniques import names
 
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 512
+GPU_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_MAX_MODEL_LEN = 8192
 KV_SHARE_OF_FREE_MEMORY = 0.5
+DEVICES = ("auto", "cpu", "cuda")
 AUTO_ORDER = "auto"
 
 _COUNTS = (
@@ -34,8 +36,9 @@ class EngineConfig:
     """Settings of an engine. None means: choose for me (`resolve` does, and says why).
 
     Attributes:
-        dtype: "auto", "float32" or "bfloat16"; auto is float32 on a CPU, where bf16 products
-            run at a tenth of the speed without AVX-512 or AMX.
+        device: "auto", "cpu" or "cuda" (one NVIDIA card); auto is cuda where there is one.
+        dtype: "auto", "float32" or "bfloat16"; auto is bfloat16 on a GPU, and float32 on a CPU,
+            where bf16 products run at a tenth of the speed without AVX-512 or AMX.
         max_model_len: most tokens of a sequence, prompt and output.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens computed per step.
@@ -47,12 +50,14 @@ class EngineConfig:
             measures the machine and tries them on a sample of the rows, if there is enough to do.
         length_predictor: what output lengths are expected, a file of `batchwright/plan/lengths`;
             memory and order go by it.
-        attention: backend, a file of `batchwright/attention/backends`.
+        attention: backend of a CPU, a file of `batchwright/attention/backends`.
         seed: keys the randomness of rows that have no seed of their own.
         num_threads: threads of matrix products and kernels, at most the cores there are.
-        look_ahead: steps handed out before the oldest result is read, 0 or 1.
+        look_ahead: steps handed out before the oldest result is read, 0 or 1; by default 1 on a
+            GPU, which then never waits for the host.
     """
 
+    device: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
@@ -66,14 +71,18 @@ class EngineConfig:
     attention: str = "numba"
     seed: int = 0
     num_threads: int | None = None
-    look_ahead: int = 0
+    look_ahead: int | None = None
 
-    def resolve(self, *, context_length: int, free_memory_bytes: int) -> ResolvedConfig:
+    def resolve(
+        self, *, context_length: int, free_memory_bytes: int, has_gpu: bool = False
+    ) -> ResolvedConfig:
         """Settle the open settings for a model.
 
         Args:
             context_length: positions the model was made for.
-            free_memory_bytes: memory left once the weights are there.
+            free_memory_bytes: memory left once the weights are there, on the device that is used
+                (see `uses_gpu`).
+            has_gpu: whether there is a card that torch can use.
         Raises:
             ConfigError: with all problems at once.
         """
@@ -88,15 +97,25 @@ class EngineConfig:
                 f"kv_cache_bytes is {self.kv_cache_bytes}, but only {free_memory_bytes} bytes are "
                 "free; lower it or leave it out"
             )
+        if self.device == "cuda" and not has_gpu:
+            problems.append(
+                "device is cuda, but torch finds no NVIDIA card; install torch with CUDA and a "
+                "driver, or leave device out"
+            )
         if problems:
             raise ConfigError("; ".join(problems))
         num_cores = len(os.sched_getaffinity(0))
+        on_gpu = self.uses_gpu(has_gpu)
+        own_dtype = "bfloat16" if on_gpu else "float32"
+        kv_share = 1.0 if on_gpu else KV_SHARE_OF_FREE_MEMORY
+        look_ahead = int(on_gpu) if self.look_ahead is None else self.look_ahead
         return ResolvedConfig(
-            dtype="float32" if self.dtype == "auto" else self.dtype,
+            device="cuda" if on_gpu else "cpu",
+            dtype=own_dtype if self.dtype == "auto" else self.dtype,
             max_model_len=self.max_model_len or min(context_length, DEFAULT_MAX_MODEL_LEN),
             max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self._token_budget,
-            kv_cache_bytes=self.kv_cache_bytes or int(free_memory_bytes * KV_SHARE_OF_FREE_MEMORY),
+            max_num_batched_tokens=self._token_budget(on_gpu),
+            kv_cache_bytes=self.kv_cache_bytes or int(free_memory_bytes * kv_share),
             kv_tokens=self.kv_tokens,
             block_size=self.block_size,
             prefix_sharing=self.prefix_sharing,
@@ -105,8 +124,12 @@ class EngineConfig:
             attention=self.attention,
             seed=self.seed,
             num_threads=min(self.num_threads or num_cores, num_cores),
-            look_ahead=self.look_ahead,
+            look_ahead=look_ahead,
         )
+
+    def uses_gpu(self, has_gpu: bool) -> bool:
+        """Whether the engine will run on a card, if there is one."""
+        return has_gpu and self.device != "cpu"
 
     def check(self) -> None:
         """Refuse what no model could make right; takes no time.
@@ -117,9 +140,9 @@ class EngineConfig:
         if problems := self._problems():
             raise ConfigError("; ".join(problems))
 
-    @property
-    def _token_budget(self) -> int:
-        return self.max_num_batched_tokens or max(DEFAULT_MAX_NUM_BATCHED_TOKENS, self.max_num_seqs)
+    def _token_budget(self, on_gpu: bool) -> int:
+        usual = GPU_MAX_NUM_BATCHED_TOKENS if on_gpu else DEFAULT_MAX_NUM_BATCHED_TOKENS
+        return self.max_num_batched_tokens or max(usual, self.max_num_seqs)
 
     def _problems(self) -> list[str]:
         """What is wrong whatever the model is."""
@@ -140,6 +163,8 @@ class EngineConfig:
                 problems.append(f"{name} is {value}, must be at least 1")
         if self.block_size < 32 or self.block_size % 32:
             problems.append(f"block_size is {self.block_size}, must be a multiple of 32")
+        if self.device not in DEVICES:
+            problems.append(f"device is {self.device!r}, must be one of {', '.join(DEVICES)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype is {self.dtype!r}, must be auto, float32 or bfloat16")
         if self.order not in (orders := [AUTO_ORDER, *names("plan.orders")]):
@@ -150,11 +175,11 @@ class EngineConfig:
             )
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed is {self.seed}, must be between 0 and 2^63 - 1")
-        if self.look_ahead not in (0, 1):
+        if self.look_ahead not in (None, 0, 1):
             problems.append(f"look_ahead is {self.look_ahead}, must be 0 or 1")
-        if self._token_budget < self.max_num_seqs:
+        if self._token_budget(on_gpu=False) < self.max_num_seqs:
             problems.append(
-                f"max_num_batched_tokens is {self._token_budget}, below max_num_seqs "
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs "
                 f"{self.max_num_seqs}; every running sequence needs one token per step, so raise "
                 "it or lower the other"
             )
@@ -165,6 +190,7 @@ class EngineConfig:
 class ResolvedConfig:
     """An EngineConfig without open settings; see there for the meaning of each."""
 
+    device: str
     dtype: str
     max_model_len: int
     max_num_seqs: int

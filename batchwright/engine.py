@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from batchwright.errors import ConfigError, RequestError, ResourceError
-from batchwright.exec.executor import Executor
+from batchwright.exec.executor import Executor, PendingResult
 from batchwright.exec.memory import is_out_of_memory
 from batchwright.folding import fold_key
 from batchwright.length_questions import LengthQuestions
@@ -30,10 +30,12 @@ from batchwright.sched.intake import SchedulerStats
 from batchwright.sched.scheduler import Scheduler
 from batchwright.sequence import Sequence
 from batchwright.step import Step, StepResult
-from batchwright.structured.compile import CompiledGrammar, GrammarCompiler
 from batchwright.structured.masks import with_masks
 from batchwright.text.tokenizer import Tokenizer
 from batchwright.watchdog import Watchdog
+
+if TYPE_CHECKING:  # the engine runs without what compiles grammars
+    from batchwright.structured.compile import CompiledGrammar, GrammarCompiler
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ class Engine:
             self._questions = LengthQuestions(expected.predictor, expected, tokenizer, self._limits)
         self._open = OpenRequests(scheduler, tokenizer)
         self.shape = shape
-        self._outstanding: deque[StepResult] = deque()
+        self._outstanding: deque[tuple[Step, PendingResult]] = deque()
         self._num_added = 0
         self._is_running = False  # between the first and the last result of a `run`
         self._parts = Parts()
@@ -246,23 +248,32 @@ class Engine:
             if step is None:
                 break
             try:
-                result = self._execute(step)
+                pending = self._execute(step)
             except Exception as error:  # noqa: BLE001 - recovery finds the row that causes it
-                suspects = [
-                    request_id
-                    for request_id in self._scheduler.requests_of(step)
-                    if request_id in self._open.running  # an encoder may outlive its row
-                ]
-                self._outstanding.clear()
-                self._scheduler.requeue_running()
-                self._recover(error, suspects)
+                self._step_failed(step, error)
                 return
-            self._outstanding.append(result)
+            self._outstanding.append((step, pending))
         if self._outstanding:
-            result = self._outstanding.popleft()
+            step, pending = self._outstanding.popleft()
+            try:
+                result = self._wait(step, pending)
+            except Exception as error:  # noqa: BLE001 - a device tells late
+                self._step_failed(step, error)
+                return
             self._open.take(self._scheduler.update(result), result)
         else:
             assert not self._open.running, "requests are left but nothing can run"
+
+    def _step_failed(self, step: Step, error: Exception) -> None:
+        """Everything waits again; the rows that now are where the step's were are suspects."""
+        suspects = [
+            request_id
+            for request_id in self._scheduler.requests_of(step)
+            if request_id in self._open.running  # an encoder may outlive its row
+        ]
+        self._outstanding.clear()
+        self._scheduler.requeue_running()
+        self._recover(error, suspects)
 
     def _next_step(self) -> Step | None:
         step = self._scheduler.schedule()
@@ -272,11 +283,20 @@ class Engine:
             step = self._scheduler.schedule()
         return step
 
-    def _execute(self, step: Step) -> StepResult:
+    def _execute(self, step: Step) -> PendingResult:
         step = self._masked(step)
         self._watchdog.begin(step.num_tokens, step.num_rows)
         try:
             return self._executor.execute(step)
+        finally:
+            self._watchdog.end()
+
+    def _wait(self, step: Step, pending: PendingResult) -> StepResult:
+        if isinstance(pending, StepResult):
+            return pending
+        self._watchdog.begin(step.num_tokens, step.num_rows)
+        try:
+            return pending.wait()
         finally:
             self._watchdog.end()
 

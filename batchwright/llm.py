@@ -17,10 +17,13 @@ from batchwright.attention.backend import AttentionBackend, block_bytes
 from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.engine import Engine
 from batchwright.errors import ConfigError, RequestError
+from batchwright.exec.device.build import build_device_executor
+from batchwright.exec.device.memory import free_bytes, has_gpu
+from batchwright.exec.executor import Executor
 from batchwright.exec.local import LocalExecutor
 from batchwright.exec.machine_cost import machine_cost
 from batchwright.exec.memory import available_memory_bytes
-from batchwright.kv.groups import windows_of_layers
+from batchwright.kv.groups import KVGroup, windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.loader import load_model, read_config
 from batchwright.models.shape import shape_of
@@ -218,39 +221,34 @@ def build_engine(
 ) -> tuple[Engine, ResolvedConfig]:
     """Load a model and put an engine around it."""
     model_config = read_config(checkpoint.config)
+    on_gpu = config.uses_gpu(has_gpu())
     resolved = config.resolve(
         context_length=model_config["max_position_embeddings"],
-        free_memory_bytes=available_memory_bytes(),
+        free_memory_bytes=free_bytes() if on_gpu else available_memory_bytes(),
+        has_gpu=has_gpu(),
     )
     kernels.set_num_threads(resolved.num_threads)
     torch.set_num_threads(resolved.num_threads)  # after the kernels': starting theirs resets it
     dtype = getattr(torch, resolved.dtype)
-    backend = _backend(resolved)
-    kv_dtype = backend.kv_dtype(dtype)
-    model = load_model(checkpoint, dtype=dtype, max_positions=resolved.max_model_len)
+    model = load_model(
+        checkpoint, dtype=dtype, max_positions=resolved.max_model_len, device=resolved.device
+    )
     shape = shape_of(model)
-    windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
-    sizes = _block_bytes(model, group_of_layer, resolved, kv_dtype)
-    groups = resolved.kv_groups(windows, sizes)
+    executor: Executor
+    if on_gpu:
+        executor, groups, resolved = build_device_executor(
+            model, resolved, vocab_size=model_config["vocab_size"]
+        )
+    else:
+        executor, groups = _local_executor(model, resolved, model_config["vocab_size"])
     logger.info(
-        "memory for keys and values: up to %s, %.1f GB, taken as needed",
+        "memory for keys and values: up to %s, %s",
         " and ".join(
             f"{group.num_blocks * resolved.block_size:,} tokens"
             + (f" (window {group.window})" if group.window else "")
             for group in groups
         ),
-        sum(group.num_blocks * size for group, size in zip(groups, sizes, strict=True)) / 1e9,
-    )
-    executor = LocalExecutor(
-        model,
-        backend,
-        groups,
-        group_of_layer,
-        block_size=resolved.block_size,
-        max_num_seqs=resolved.max_num_seqs,
-        max_model_len=resolved.max_model_len,
-        vocab_size=model_config["vocab_size"],
-        kv_dtype=kv_dtype,
+        "taken now" if on_gpu else "taken as needed",
     )
     scheduler = Scheduler(
         groups,
@@ -278,8 +276,26 @@ def build_engine(
     return engine, resolved
 
 
-def _backend(config: ResolvedConfig) -> AttentionBackend:
-    return techniques.find("attention.backends", config.attention).Backend()
+def _local_executor(
+    model: CausalLM, config: ResolvedConfig, vocab_size: int
+) -> tuple[LocalExecutor, list[KVGroup]]:
+    """An executor for the CPU, and its KV groups."""
+    backend: AttentionBackend = techniques.find("attention.backends", config.attention).Backend()
+    kv_dtype = backend.kv_dtype(getattr(torch, config.dtype))
+    windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
+    groups = config.kv_groups(windows, _block_bytes(model, group_of_layer, config, kv_dtype))
+    executor = LocalExecutor(
+        model,
+        backend,
+        groups,
+        group_of_layer,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        vocab_size=vocab_size,
+        kv_dtype=kv_dtype,
+    )
+    return executor, groups
 
 
 def _block_bytes(

@@ -13,6 +13,7 @@ import torch
 from batchwright import techniques
 from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.errors import ConfigError
+from batchwright.exec.device.memory import free_bytes, has_gpu
 from batchwright.exec.memory import available_memory_bytes
 from batchwright.kv.groups import KVGroup
 from batchwright.models.loader import read_config
@@ -22,6 +23,9 @@ from batchwright.request import DEFAULT_MAX_TOKENS
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
 from batchwright.weights.checkpoint import Checkpoint, open_checkpoint
 from batchwright.weights.locate import locate_model
+
+GPU_KV_SHARE = 0.9
+"""Of a card's memory beside the weights, that keys and values will probably get."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,20 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
     path = locate_model(model)
     tokenizer, checkpoint = load_tokenizer(path), open_checkpoint(path)
     model_config = read_config(checkpoint.config)
+    shape = read_shape(checkpoint.config)
     free_memory_bytes = available_memory_bytes()
+    if engine_config.uses_gpu(has_gpu()):  # about: the engine measures what a step takes
+        itemsize = 4 if engine_config.dtype == "float32" else 2
+        free_memory_bytes = int(GPU_KV_SHARE * (free_bytes() - shape.num_params * itemsize))
     config = engine_config.resolve(
         context_length=model_config["max_position_embeddings"],
         free_memory_bytes=free_memory_bytes,
+        has_gpu=has_gpu(),
     )
-    shape = read_shape(checkpoint.config)
-    backend = techniques.find("attention.backends", config.attention).Backend()
-    kv_dtype: torch.dtype = backend.kv_dtype(getattr(torch, config.dtype))
+    kv_dtype: torch.dtype = getattr(torch, config.dtype)
+    if config.device == "cpu":
+        backend = techniques.find("attention.backends", config.attention).Backend()
+        kv_dtype = backend.kv_dtype(kv_dtype)
     block_elements = [one.kv_elements * config.block_size for one in shape.attention]
     return OpenedModel(
         path=path,

@@ -59,11 +59,12 @@ def chosen_order(
         )
         return Measured(Trial(engine, cost), rates_of(cost), time.perf_counter() - start_s)
 
+    on_gpu = config.device == "cuda"
     return AutoOrder(
         measured,
         techniques.names("plan.orders"),
-        measure_s=calibration_s(shape, config.num_threads),
-        token_s=least_token_s(shape, config.num_threads),
+        measure_s=0.0 if on_gpu else calibration_s(shape, config.num_threads),
+        token_s=least_token_s(shape, config.num_threads, on_gpu=on_gpu),
         is_told=is_told,
     )
 

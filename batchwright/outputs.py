@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -22,10 +22,12 @@ from batchwright.request import (
 )
 from batchwright.sequence import Sequence
 from batchwright.step import StepResult, TokenLogprobs
-from batchwright.structured.compile import CompiledGrammar
-from batchwright.structured.matcher import Matcher
 from batchwright.text.detokenizer import StopMatch, StopStringChecker
 from batchwright.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # an engine runs without what compiles grammars
+    from batchwright.structured.compile import CompiledGrammar
+    from batchwright.structured.matcher import Matcher
 
 
 class End(NamedTuple):

@@ -122,6 +122,10 @@ class StepResult:
     score_logprobs: TokenLogprobs | None = None  # [num_scored] lines
     embeddings: dict[int, Float32Array] | None = None  # slot -> [hidden_size], for pool_done rows
 
+    def wait(self) -> StepResult:
+        """Itself: it is there already; see `exec.executor.PendingResult`."""
+        return self
+
 
 class EqualSteps(NamedTuple):
     """Coming Steps in which the same rows compute one token each, for a simulator.

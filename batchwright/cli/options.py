@@ -18,6 +18,14 @@ class DtypeName(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class DeviceName(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 InputPath = Annotated[
     str | None,
     typer.Argument(metavar="IN", help="File of requests; - is stdin (JSONL).", show_default=False),
@@ -81,6 +89,9 @@ Lengths = Annotated[
     typer.Option(metavar="NAME", help="How output lengths are guessed (subtree); docs/lengths.md."),
 ]
 Dtype = Annotated[DtypeName, typer.Option(help="Number format to compute in.")]
+Device = Annotated[
+    DeviceName, typer.Option(help="cuda is one NVIDIA GPU; auto takes it if there is one.")
+]
 Seed = Annotated[
     int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
 ]

@@ -44,6 +44,7 @@ def plan(
     kv_tokens: options.KVTokens = None,
     order: options.Order = None,
     lengths: options.Lengths = None,
+    device: options.Device = options.DeviceName.auto,
     dtype: options.Dtype = options.DtypeName.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
@@ -72,6 +73,7 @@ def plan(
         shard=None if shard is None else parse_shard(shard),
     )
     settings = options.given(
+        device=device.value,
         dtype=dtype.value,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

@@ -78,6 +78,7 @@ def run(
     kv_tokens: options.KVTokens = None,
     order: options.Order = None,
     lengths: options.Lengths = None,
+    device: options.Device = options.DeviceName.auto,
     dtype: options.Dtype = options.DtypeName.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
@@ -109,6 +110,7 @@ def run(
     from batchwright.job.preflight import JobArguments
 
     settings = options.given(
+        device=device.value,
         dtype=dtype.value,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

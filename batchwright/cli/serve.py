@@ -43,6 +43,7 @@ def serve(
     kv_tokens: options.KVTokens = None,
     order: options.Order = None,
     lengths: options.Lengths = None,
+    device: options.Device = options.DeviceName.auto,
     dtype: options.Dtype = options.DtypeName.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
@@ -63,6 +64,7 @@ def serve(
     from batchwright.server.settings import DEFAULT_MAX_UPLOAD, ServerSettings, read_api_key
 
     engine = {
+        "device": device.value,
         "dtype": dtype.value,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,10 @@ from batchwright.config import ResolvedConfig
 from batchwright.exec import calibrate
 from batchwright.exec.layer_slice import NUM_LAYERS
 from batchwright.plan.cost import CostModel
+from batchwright.plan.hardware import DEVICES, device_hardware, find_device
 from batchwright.plan.shape import ModelShape
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION_S = 4.0
 """What measuring takes of a machine that nobody else uses, besides steps of a large model."""
@@ -24,6 +28,9 @@ STEPS_TOKENS = 2500
 QUICK_FLOPS_PER_S = 1e11
 """What a thread of a fast processor reaches in fp32."""
 
+GPU_FLOPS_PER_S = 1e15
+"""What a fast card reaches in bf16."""
+
 
 def machine_cost(
     model_config: Mapping[str, Any], shape: ModelShape, config: ResolvedConfig
@@ -33,6 +40,8 @@ def machine_cost(
     Args:
         model_config: its config.json.
     """
+    if config.device == "cuda":
+        return _gpu_cost(shape, config)
     kernels.set_num_threads(config.num_threads)
     torch.set_num_threads(config.num_threads)  # after the kernels': starting theirs resets it
     dtype: torch.dtype = getattr(torch, config.dtype)
@@ -54,13 +63,26 @@ def machine_cost(
     )
 
 
+def _gpu_cost(shape: ModelShape, config: ResolvedConfig) -> CostModel:
+    """By the profile of the card; nothing is measured. A card that has none counts as an A100."""
+    name = torch.cuda.get_device_name()
+    known = [profile for profile in DEVICES.values() if profile.name.split("-")[0] in name]
+    profile = known[0] if known else find_device("A100-80G")
+    if not known:
+        logger.info("no profile of %s: orders are tried as on an %s", name, profile.name)
+    itemsize = getattr(torch, config.dtype).itemsize
+    return CostModel(shape, device_hardware(profile, shape, itemsize), itemsize, itemsize, 16)
+
+
 def calibration_s(shape: ModelShape, num_threads: int) -> float:
-    """About what `machine_cost` takes."""
+    """About what `machine_cost` takes on a CPU."""
     share = min(1.0, NUM_LAYERS / shape.num_layers)
     flops = STEPS_TOKENS * share * shape.layer_flops_per_token
     return CALIBRATION_S + 2 * flops / (QUICK_FLOPS_PER_S * num_threads)
 
 
-def least_token_s(shape: ModelShape, num_threads: int) -> float:
+def least_token_s(shape: ModelShape, num_threads: int, *, on_gpu: bool = False) -> float:
     """Less than what a token takes, on most machines."""
+    if on_gpu:
+        return shape.layer_flops_per_token / GPU_FLOPS_PER_S
     return shape.layer_flops_per_token / (QUICK_FLOPS_PER_S * num_threads)

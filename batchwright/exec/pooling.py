@@ -36,7 +36,7 @@ class Pooler:
             else:
                 pooled = self._add(slot, states.double()) / num_tokens
             if done:
-                embeddings[slot] = pooled.float().numpy()
+                embeddings[slot] = pooled.float().cpu().numpy()
         return embeddings
 
     def _add(self, slot: int, states: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,18 @@
 """Row-wise functions of the models, torch in and out: norm and activations.
 
-On CPU in fp32 they run in Numba kernels, else in torch. Level bits in both: every row has the same
-bits in any batch. torch's own silu and gelu_tanh do not give that: the last few elements of each
-thread's share take a scalar path with other rounding (measured: widths 40, 48, 50 and 97 differ).
-exp, tanh and erf do, so activations are composed of them here.
+On CPU in fp32 they run in Numba kernels, on a GPU in Triton's, else in torch. Level bits in all:
+every row has the same bits in any batch. torch's own silu and gelu_tanh do not give that: the last
+few elements of each thread's share take a scalar path with other rounding (measured: widths 40, 48,
+50 and 97 differ). exp, tanh and erf do, so activations are composed of them here.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -32,11 +35,30 @@ def rms_norm(
             x.numpy(), weight.detach().numpy(), eps, out.numpy(), unit_offset=unit_offset
         )
         return out
+    if x.is_cuda:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _gpu("rms_norm").rms_norm(x, weight, eps, out, unit_offset=unit_offset)
+        return out
     x32 = x.float()
     x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     if unit_offset:
         return (x32 * (1.0 + weight.float())).to(x.dtype)
     return weight * x32.to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(residual + x), residual + x), both [num_tokens, hidden_size].
+
+    One pass on a GPU, where `residual` is overwritten with the sum.
+    """
+    if x.is_cuda:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _gpu("rms_norm").rms_norm(x, weight, eps, out, residual=residual)
+        return out, residual
+    total = residual + x
+    return rms_norm(total, weight, eps), total
 
 
 def relu(x: torch.Tensor) -> torch.Tensor:
@@ -49,17 +71,17 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
     Like all functions here, x is [num_tokens, width] and the result has its dtype.
     """
-    return _activation(x, "gelu") if _has_kernel(x) else _gelu(x)
+    return _activation(x, "gelu") if _has_activation(x) else _gelu(x)
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """GELU's tanh approximation, elementwise, in fp32."""
-    return _activation(x, "gelu_tanh") if _has_kernel(x) else _gelu_tanh(x)
+    return _activation(x, "gelu_tanh") if _has_activation(x) else _gelu_tanh(x)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for a merged [num_tokens, 2 * width] -> [num_tokens, width]."""
-    if _has_kernel(gate_up):
+    if _has_activation(gate_up):
         return _gated_activation(gate_up, "silu")
     gate, up = gate_up.chunk(2, dim=-1)
     return _silu(gate) * up
@@ -67,7 +89,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gelu_tanh(gate) * up for a merged [num_tokens, 2 * width] -> [num_tokens, width]."""
-    if _has_kernel(gate_up):
+    if _has_activation(gate_up):
         return _gated_activation(gate_up, "gelu_tanh")
     gate, up = gate_up.chunk(2, dim=-1)
     return _gelu_tanh(gate) * up
@@ -95,17 +117,36 @@ GATED_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def _has_kernel(x: torch.Tensor) -> bool:
+    """Whether Numba computes it."""
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+def _has_activation(x: torch.Tensor) -> bool:
+    """Whether Numba or Triton computes it."""
+    return x.is_cuda or _has_kernel(x)
+
+
+@functools.cache
+def _gpu(kernel: str) -> ModuleType:
+    """The Triton kernels of a folder; Triton is needed only where there is a GPU."""
+    return importlib.import_module(f"batchwright.kernels.{kernel}.triton")
+
+
 def _activation(x: torch.Tensor, kind: str) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.is_cuda:
+        _gpu("gated_activation").activation(x, kind, out)
+        return out
     activation_kernel.activation(x.numpy(), kind, out.numpy())
     return out
 
 
 def _gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
-    out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype)
+    shape = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device)
+    if gate_up.is_cuda:
+        _gpu("gated_activation").gated_activation(gate_up, kind, out)
+        return out
     activation_kernel.gated_activation(gate_up.numpy(), kind, out.numpy())
     return out
 

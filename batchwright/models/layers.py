@@ -14,7 +14,7 @@ from torch import nn
 
 from batchwright.kernels.linear import numba as linear_kernel
 from batchwright.kernels.linear.packing import pack, packed_rows
-from batchwright.models.functional import rms_norm
+from batchwright.models.functional import add_rms_norm, rms_norm
 
 _NO_BIAS = torch.empty(0)
 
@@ -80,6 +80,13 @@ class RMSNorm(nn.Module):
         """x [..., hidden_size] -> the same shape and dtype; the mean is taken in fp32."""
         return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
 
+    def after_sum(
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(forward(residual + x), residual + x); `residual` may be overwritten."""
+        assert not self.unit_offset
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class LayerNorm(nn.Module):
     """Layer norm (arXiv:1607.06450), with weight and bias unless `affine` is False."""
@@ -116,4 +123,4 @@ class Embedding(nn.Module):
         rows = packed_rows(self.weight, ids) if packed else F.embedding(ids, self.weight)
         if self.scale is None:
             return rows
-        return rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
+        return rows * float(torch.tensor(self.scale, dtype=rows.dtype))

@@ -17,6 +17,9 @@ from batchwright.models.functional import GATED_ACTIVATIONS
 from batchwright.models.layers import Embedding, Linear, RMSNorm
 from batchwright.models.rotary import rotary_parameters, rotary_table
 
+Summands = tuple[torch.Tensor, torch.Tensor]
+"""A layer's output and the residual that it is to be added to."""
+
 
 class Attention(nn.Module):
     """Grouped-query attention; q, k and v come from one merged product."""
@@ -60,7 +63,11 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer.
+
+    It leaves its last sum, output plus residual, to the norm that comes next, which does both in
+    one pass on a GPU.
+    """
 
     def __init__(self, config: Mapping[str, Any], attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
@@ -70,15 +77,20 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
         self.mlp = mlp
 
-    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: torch.Tensor | Summands, attend: Attend) -> Summands:
+        if isinstance(x, torch.Tensor):
+            normed, residual = self.input_layernorm(x), x
+        else:
+            normed, residual = self.input_layernorm.after_sum(*x)
+        attended = self.self_attn(normed, attend)
+        normed, residual = self.post_attention_layernorm.after_sum(attended, residual)
+        return self.mlp(normed), residual
 
 
 class Decoder(nn.Module):
     """Embedding, layers, final norm: the checkpoint's `model.` part."""
 
-    def __init__(self, embed_tokens: nn.Module, layers: list[nn.Module], norm: nn.Module) -> None:
+    def __init__(self, embed_tokens: nn.Module, layers: list[nn.Module], norm: RMSNorm) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(layers)
@@ -88,7 +100,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(token_ids)
         for layer in self.layers:
             x = layer(x, attend)
-        return self.norm(x)
+        return self.norm(x) if isinstance(x, torch.Tensor) else self.norm.after_sum(*x)[0]
 
 
 class Llama(CausalLM):

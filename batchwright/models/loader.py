@@ -104,13 +104,16 @@ def build_empty(config: Mapping[str, Any], max_positions: int) -> CausalLM:
         raise ModelFormatError(f"config.json lacks {error.args[0]!r}") from error
 
 
-def load_model(source: WeightSource, *, dtype: torch.dtype, max_positions: int) -> CausalLM:
+def load_model(
+    source: WeightSource, *, dtype: torch.dtype, max_positions: int, device: str = "cpu"
+) -> CausalLM:
     """Build the model and fill it with weights.
 
     Args:
         source: config and tensors by their Hugging Face names.
         dtype: type of all parameters.
         max_positions: longest context; rotary tables cover it.
+        device: where the parameters shall be; each is copied there as it is read.
     Raises:
         UnsupportedModelError: unknown architecture or setting.
         ModelFormatError: a tensor or config entry is missing or has the wrong shape.
@@ -120,18 +123,19 @@ def load_model(source: WeightSource, *, dtype: torch.dtype, max_positions: int) 
     config = model.config
     tensors = _Tensors(source)
     head = model.get_submodule("lm_head")
+    packs = dtype == torch.float32 and torch.device(device).type == "cpu"
     is_tied = config["tie_word_embeddings"] and "lm_head.weight" not in tensors
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not (is_tied and module is head):
-                value = _value(model, tensors, module, f"{module_name}.{name}", parameter.shape)
-                value = value.to(dtype).contiguous()
+                parts = _parts(model, tensors, module, f"{module_name}.{name}", parameter.shape)
+                value = _join(parts, parameter.shape, dtype, device)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
-        if dtype == torch.float32 and isinstance(module, Linear) and module is not head:
+        if packs and isinstance(module, Linear) and module is not head:
             module.pack()  # one by one, so that only one weight is in memory twice
     if config["tie_word_embeddings"]:
         _tie(model, head)
-    if dtype == torch.float32:
+    if packs:
         _pack_head(model, head)
     _warn_of_unused(tensors.unused(), model)
     return model.eval()
@@ -176,24 +180,38 @@ class _Tensors(Mapping[str, torch.Tensor]):
         return sorted(self._names - self._used)
 
 
-def _value(
+def _parts(
     model: CausalLM,
     tensors: _Tensors,
     module: nn.Module,
     name: str,
     shape: torch.Size,
-) -> torch.Tensor:
-    """A parameter from the checkpoint; a merged one from its parts, which stand beside it."""
+) -> Iterator[torch.Tensor]:
+    """A parameter from the checkpoint; of a merged one its parts, which stand beside it."""
     if not (isinstance(module, Linear) and module.parts):
-        return _checked(model.fetch(tensors, name), name, shape)
+        yield _checked(model.fetch(tensors, name), name, shape)
+        return
     owner, _, kind = name.rpartition(".")
     parent = owner.rpartition(".")[0]
-    values = []
     for part, width in module.parts.items():
         part_name = f"{parent}.{part}.{kind}"
         part_shape = torch.Size((width, *shape[1:]))
-        values.append(_checked(model.fetch(tensors, part_name), part_name, part_shape))
-    return torch.cat(values)
+        yield _checked(model.fetch(tensors, part_name), part_name, part_shape)
+
+
+def _join(
+    parts: Iterator[torch.Tensor], shape: torch.Size, dtype: torch.dtype, device: str
+) -> torch.Tensor:
+    """One tensor of the parts; on another device it is filled part by part, without a copy here."""
+    if torch.device(device).type == "cpu":
+        values = list(parts)
+        value = values[0] if len(values) == 1 else torch.cat(values)
+        return value.to(dtype).contiguous()
+    whole, start = torch.empty(shape, dtype=dtype, device=device), 0
+    for part in parts:
+        whole[start : start + len(part)].copy_(part.to(device))  # converted there
+        start += len(part)
+    return whole
 
 
 def _checked(value: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:

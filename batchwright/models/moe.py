@@ -6,8 +6,11 @@ those probabilities as weights.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import re
 from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -40,15 +43,29 @@ class SparseMoE(nn.Module):
         self.experts = nn.ModuleList(MLP(hidden_size, width) for _ in range(num_experts))
         self.top_k = top_k
         self.renormalise = renormalise
+        self.stacked: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, hidden_size] -> the same shape and dtype; weighted and summed in fp32."""
         weights, experts = route(self.gate(x), self.top_k, renormalise=self.renormalise)
+        if self.stacked is not None:
+            return _gpu_kernel().expert_mlp(x, experts, weights, *self.stacked)
         outputs = self.outputs(x, experts).unflatten(0, experts.shape)
         total = outputs[:, 0].float() * weights[:, :1]
         for rank in range(1, self.top_k):
             total += outputs[:, rank].float() * weights[:, rank, None]
         return total.to(x.dtype)
+
+    def stack(self) -> None:
+        """Put the experts' weights into one tensor for each product, for the kernel of a GPU.
+
+        The experts' own parameters become views of it, so nothing is held twice.
+        """
+        experts = [expert for expert in self.experts if isinstance(expert, MLP)]
+        self.stacked = (
+            _stack([expert.gate_up_proj for expert in experts]),
+            _stack([expert.down_proj for expert in experts]),
+        )
 
     def outputs(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Every (token, rank) pair through its expert: [num_tokens * top_k, hidden_size]."""
@@ -61,6 +78,18 @@ class SparseMoE(nn.Module):
                 mine = by_expert[start:end]
                 outputs[mine] = expert(x[mine // self.top_k])
         return outputs
+
+
+def _stack(linears: list[Linear]) -> torch.Tensor:
+    weights = torch.stack([linear.weight for linear in linears])
+    for linear, weight in zip(linears, weights, strict=True):
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    return weights
+
+
+@functools.cache
+def _gpu_kernel() -> ModuleType:
+    return importlib.import_module("batchwright.kernels.expert_product.triton")
 
 
 def route(

@@ -2,7 +2,7 @@
 
 A product takes as long as its FLOPs or as reading its weights, whichever is longer, so its curve of
 rates has one point: the rows at which both take the same time. Peaks are the makers'. The shares of
-the H200 were measured by this project, with the kernels it has (docs/gpu.md); no model was run.
+the H200 were measured by this project, from its kernels alone (docs/gpu.md).
 Those of the others are assumed: they follow from BlendServe's Table 1 (arXiv:2411.16102:
 Llama-3-8B on an A100, products in 205 to 223 TFLOP/s, 1.73 TB/s in attention of single tokens).
 Several devices share a model by dividing every product and head (tensor parallel); what they send

@@ -6,7 +6,7 @@ kernels/sample; which noise a draw uses is sampling/noise.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,17 @@ from batchwright.step import NewSequence, TokenLogprobs
 
 NO_LOGPROBS = -1
 MIN_TEMPERATURE = 1e-8  # keeps 1 / temperature and logits divided by it finite in float32
+
+
+class SlotLine(NamedTuple):
+    """Lists of a slot; `num_tokens` is the length of its history."""
+
+    num_biased: int
+    num_suppressed: int
+    num_tokens: int
+    bias_ids: Int32Array
+    bias_values: Float32Array
+    suppressed_ids: Int32Array
 
 
 class SamplingState:
@@ -111,6 +122,45 @@ class SamplingState:
         self._bias_values = _widened(self._bias_values, len(bias))
         self._bias_ids[slot, : len(bias)] = list(bias)
         self._bias_values[slot, : len(bias)] = list(bias.values())
+
+    def line(self, slot: int) -> SlotLine:
+        """What is kept of a slot beside its record, for a sampler that keeps it elsewhere."""
+        record = self._slots[slot]
+        num_biased, num_suppressed = int(record["num_biased"]), int(record["num_suppressed"])
+        return SlotLine(
+            num_biased,
+            num_suppressed,
+            int(record["num_tokens"]),
+            self._bias_ids[slot, :num_biased],
+            self._bias_values[slot, :num_biased],
+            self._suppressed_ids[slot, :num_suppressed],
+        )
+
+    def records(self, slots: npt.NDArray[np.int64]) -> Int32Array:
+        """[num_slots, SLOT.itemsize / 4] int32, the words of the slots' records."""
+        words: Int32Array = self._slots[slots].view(np.int32).reshape(len(slots), -1)
+        return words
+
+    def is_special(self, slot: int) -> bool:
+        """Whether a draw of this slot needs more than its logits and a temperature."""
+        record = self._slots[slot]
+        return bool(
+            record["num_biased"]
+            or record["num_tokens"]
+            or (record["num_suppressed"] and record["min_tokens"])
+            or record["top_k"]
+            or record["top_p"] < 1
+            or record["min_p"] > 0
+        )
+
+    def num_logprobs(self, slots: Int32Array) -> Int32Array:
+        """[num_slots] rivals that each wants reported; NO_LOGPROBS: no log-probabilities."""
+        wanted: Int32Array = self._num_logprobs[slots]
+        return wanted
+
+    def are_plain(self, slots: Int32Array) -> bool:
+        """Whether an argmax of the raw logits is all that these slots want of a draw."""
+        return bool((self._is_greedy[slots] & (self._num_logprobs[slots] < 0)).all())
 
     def sample(
         self,

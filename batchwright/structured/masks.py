@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from batchwright.step import Step
-from batchwright.structured.matcher import Matcher
+
+if TYPE_CHECKING:
+    from batchwright.structured.matcher import Matcher
 
 
 def with_masks(step: Step, draws: Sequence[tuple[int, Matcher]]) -> Step:

@@ -3,11 +3,13 @@
     python -m benchmarks.gpu [--only check,rates,...] [--budget-s 240] [--out DIR] [--dry-run]
 
 Sections, each a table and DIR/SECTION.json: `check` (every kernel against its twin, fp32, fp16 and
-bf16), `rates` (what a cost model must know of the card), `attention` and `rowwise` (shares of
-bandwidth and matrix rate), and, only when named, `tune` (other tile shapes). `check` takes at most
-half of the budget; what it did not reach counts as failed. After a failed check the exit status is
-1 and the JSON of the others says so: such speeds are for finding the fault, they are no results.
-Needs torch, triton, numpy and numba. `--dry-run`: tiny sizes on the CPU in Triton's interpreter, to
+bf16), `rates` (what a cost model must know of the card), `attention`, `rowwise`, `sampling` and
+`moe` (shares of bandwidth and matrix rate), and, only when named, `tune` (other tile shapes),
+`parity` (SmolLM2's tokens against transformers') and `engine` (whole jobs on random weights).
+`check` takes at most half of the budget; what it did not reach counts as failed. After a failed
+check the exit status is 1 and the JSON of the others says so: such speeds are for finding the
+fault, they are no results. Needs torch, triton, numpy and numba; `parity` also safetensors,
+tokenizers, jinja2 and transformers. `--dry-run`: tiny sizes on the CPU in Triton's interpreter, to
 see that the script works.
 """
 
@@ -19,12 +21,13 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("check", "rates", "attention", "rowwise")
-ALL_SECTIONS = (*SECTIONS, "tune")
+SECTIONS = ("check", "rates", "attention", "rowwise", "sampling", "moe")
+ALL_SECTIONS = (*SECTIONS, "tune", "parity", "engine")
 
 
 def main() -> int:
@@ -35,6 +38,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="tiny, in the interpreter")
     parser.add_argument("--workers", type=int, default=8, help="processes of `check`")
+    parser.add_argument(
+        "--model", default="smollm2", help="for parity: a model, or a folder of part-* of its file"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)  # of a process of `check`: number/of
     args = parser.parse_args()
     names = args.only.split(",")
@@ -57,7 +63,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     about = describe(device)
     print(json.dumps(about))
-    checks = "not run"
+    checks, failed = "not run", False
     for name in ALL_SECTIONS:
         if name not in names:
             continue
@@ -71,8 +77,14 @@ def main() -> int:
             text = _check_table(found)
         else:
             section = import_module(f"benchmarks.gpu.{name}")
-            found = section.run(timer, budget)
-            text = section.table(found)
+            extra = (args.model,) if name == "parity" else ()
+            try:
+                found = section.run(timer, budget, *extra)
+                text = section.table(found)
+            except Exception as error:  # noqa: BLE001  told, and the other sections go on
+                text = traceback.format_exc()
+                found = {"failed": 1, "error": f"{type(error).__name__}: {error}"[:2000]}
+            failed |= bool(found.get("failed"))
         seconds = time.monotonic() - start
         result = {
             "section": name,
@@ -82,7 +94,7 @@ def main() -> int:
         } | found
         (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"== {name} ({seconds:.0f} s)\n{text}", flush=True)
-    return int(checks == "failed")
+    return int(failed or checks == "failed")
 
 
 def _check(workers: int, dry_run: bool, budget: Any) -> dict[str, Any]:

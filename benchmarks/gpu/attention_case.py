@@ -12,6 +12,7 @@ from batchwright.kernels.paged_attention.shared_nodes import SharedNode, find_sh
 from batchwright.kernels.paged_attention.tiling import Tiling, choose_tiling
 from batchwright.kernels.paged_attention.triton import paged_attention, to_device
 from batchwright.kernels.paged_attention.work_list import WorkList, plan_work
+from batchwright.kernels.rotary_kv_write.naive import stored
 from benchmarks.gpu.card import architecture
 
 INVALID_BLOCK = 2**30  # reading it would be far out of bounds
@@ -24,6 +25,7 @@ class AttentionCase:
     Attributes:
         parents: row i begins with the first n keys of row j: {i: (j, n)}, in the same blocks.
         num_programs: as in plan_work.
+        cache: "" (queries' dtype), "fp8" or "int8".
     """
 
     name: str
@@ -38,6 +40,7 @@ class AttentionCase:
     parents: dict[int, tuple[int, int]] = field(default_factory=dict)
     min_shared_keys: int = 128
     num_programs: tuple[int, int] = (0, 0)
+    cache: str = ""
 
 
 @dataclass(eq=False)
@@ -48,6 +51,7 @@ class AttentionProblem:
     q: torch.Tensor  # [num_tokens, num_q_heads, head_dim], a view of a merged tensor
     k_cache: torch.Tensor  # [num_blocks, num_kv_heads, block_size, head_dim], as is v_cache
     v_cache: torch.Tensor
+    scales: tuple[torch.Tensor, torch.Tensor] | None  # of int8 keys and values
     block_table: torch.Tensor  # [max_slots, max_blocks] int32
     sinks: torch.Tensor | None
     cu_seqlens_q: np.ndarray
@@ -72,6 +76,7 @@ class AttentionProblem:
             case.head_dim,
             self.q.element_size(),
             architecture=architecture(self.q.device.type),
+            cache_bytes=self.k_cache.element_size(),
         )
         work = plan_work(
             self.cu_seqlens_q,
@@ -110,6 +115,7 @@ class AttentionProblem:
                 torch.full(partial_shape, torch.nan, device=device),
                 torch.full(partial_shape[:2], torch.nan, device=device),
             ),
+            scales=self.scales,
         )
         return out, lse
 
@@ -125,11 +131,15 @@ class AttentionProblem:
         """
         if tokens is None:
             tokens = np.arange(len(self.positions))
+        k_cache, v_cache = self.k_cache.cpu().double(), self.v_cache.cpu().double()
+        if self.scales is not None:
+            k_cache *= self.scales[0].cpu()[..., None]
+            v_cache *= self.scales[1].cpu()[..., None]
         row_of_token = np.repeat(np.arange(len(self.row_slots)), np.diff(self.cu_seqlens_q))
         return naive.paged_attention(
             self.q.cpu().double()[tokens],
-            self.k_cache.cpu().transpose(2, 3),
-            self.v_cache.cpu(),
+            k_cache.transpose(2, 3),
+            v_cache,
             self.block_table.cpu(),
             torch.arange(len(tokens) + 1),  # every token as a row of its own
             torch.from_numpy(self.row_slots[row_of_token[tokens]]),
@@ -172,6 +182,13 @@ def make_problem(
             cache[blocks, :, keys % case.block_size] = torch.randn(shape, generator=generator).to(
                 dtype
             )
+    scales = None
+    if case.cache:
+        kept = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[case.cache]
+        k_cache, k_scales = stored(k_cache.float(), kept)
+        v_cache, v_scales = stored(v_cache.float(), kept)
+        if k_scales is not None and v_scales is not None:
+            scales = (k_scales.to(device), v_scales.to(device))
     counts = [new for _, new in case.rows]
     merged_heads = case.num_q_heads + 2 * case.num_kv_heads
     merged = torch.full((sum(counts), merged_heads * case.head_dim), torch.nan, dtype=dtype)
@@ -187,6 +204,7 @@ def make_problem(
         q,
         k_cache.to(device),
         v_cache.to(device),
+        scales,
         torch.from_numpy(table).to(device),
         sinks,
         np.cumsum([0, *counts]).astype(np.int32),

@@ -23,6 +23,9 @@ from benchmarks.gpu.attention_case import (
     make_problem,
     relative_error,
 )
+from benchmarks.gpu.expert_case import expert_errors
+from benchmarks.gpu.sample_case import logprob_errors
+from benchmarks.gpu.sample_case import make_problem as make_sample_problem
 
 ATTENTION_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Relative, per token and head. fp32: sums over thousands of keys. Otherwise weights and result are
@@ -71,6 +74,15 @@ SMALL_ATTENTION = [
         head_dim=80, block_size=48,
     ),
     AttentionCase(
+        name="fp8 keys and values", rows=((0, 1), (70, 1), (300, 5)), num_q_heads=4,
+        num_kv_heads=2, head_dim=24, num_programs=(100, 100), cache="fp8",
+    ),
+    AttentionCase(
+        name="int8 keys and values", rows=((0, 1), (70, 1), (300, 5)), num_q_heads=4,
+        num_kv_heads=2, head_dim=24, block_size=48, window=200, num_programs=(100, 100),
+        cache="int8",
+    ),
+    AttentionCase(
         name="heads of 256", rows=((70, 1), (20, 9)), num_q_heads=2, num_kv_heads=1, head_dim=256,
         block_size=64,
     ),
@@ -96,6 +108,13 @@ LARGE_ATTENTION = [
         name="Llama-3-8B shared prefixes", num_programs=(1056, 264), **_LLAMA,
         rows=((2100, 1), *((1024 + 37 * i, 1) for i in range(38)), (2048, 20)),
         parents={i: (0, 1024 if i % 3 else 960) for i in range(1, 39)} | {39: (0, 2048)},
+    ),
+    *(
+        AttentionCase(
+            name=f"Llama-3-8B, {cache} keys and values", num_programs=(1056, 264), cache=cache,
+            rows=((0, 1), (62, 1), (1000, 1), (4999, 1), (1000, 57), (0, 300)), **_LLAMA,
+        )
+        for cache in ("fp8", "int8")
     ),
     AttentionCase(
         name="block 16", rows=((900, 1), (100, 77)), num_q_heads=32, num_kv_heads=8, head_dim=128,
@@ -158,6 +177,53 @@ def all_checks() -> Iterator[Check]:
         name = f"rotary_kv_write: {heads[0]}/{heads[1]} heads of {head_dim}, {rotary_dim} turned"
         run = _rotary(head_dim, rotary_dim, interleaved, heads, 7 if small else 77)
         yield Check(name + (", interleaved" if interleaved else ""), run, small)
+    for cache in ("fp8", "int8"):
+        for head_dim, rotary_dim, interleaved, heads, small in (
+            (24, 24, False, (3, 2), True),
+            (20, 12, True, (3, 1), True),
+            (8, 0, False, (2, 2), True),
+            (128, 128, False, (32, 8), False),
+            (80, 32, False, (32, 32), False),
+        ):
+            name = f"rotary_kv_write to {cache}: {heads[0]}/{heads[1]} heads of {head_dim}"
+            run = _rotary(head_dim, rotary_dim, interleaved, heads, 7 if small else 77, cache)
+            yield Check(name, run, small)
+    for tokens, num_experts, top_k, hidden, width, small in (
+        (13, 5, 2, 24, 20, True),
+        (1, 8, 2, 16, 33, True),
+        (3, 8, 2, 2048, 896, False),
+        (300, 8, 2, 1024, 1792, False),
+        (2000, 8, 2, 576, 1536, False),
+        (700, 64, 6, 512, 704, False),
+    ):
+        name = f"experts: {tokens} tokens to {top_k} of {num_experts}, {hidden} x {width}"
+        yield Check(name, _experts((tokens, num_experts, top_k, hidden, width)), small)
+    for samples, vocab_size, small in (
+        (7, 133, True), (48, 49152, False), (96, 32000, False), (24, 128256, False),
+    ):  # fmt: skip
+        yield Check(f"sample: {samples} rows of {vocab_size}", _sample(samples, vocab_size), small)
+
+
+def _experts(shape: tuple[int, int, int, int, int]) -> Callable[[torch.dtype, str], Errors]:
+    return lambda dtype, device: expert_errors(*shape, dtype, device)
+
+
+def _sample(num_samples: int, vocab_size: int) -> Callable[[torch.dtype, str], Errors]:
+    def run(dtype: torch.dtype, device: str) -> Errors:
+        errors: Errors = {}
+        for filtered, adjusted in ((True, True), (True, False), (False, False)):
+            problem = make_sample_problem(
+                num_samples, vocab_size, dtype, filtered=filtered, adjusted=adjusted
+            )
+            found = problem.run(device, special=filtered)
+            what = f"tokens that differ, filters {filtered}, adjusted {adjusted}"
+            errors[what] = (float((found != problem.run_twin()).sum()), 0.0)
+            if problem.scratch is not None:
+                counts = float(problem.scratch.counts.any())
+                errors[f"counts left, adjusted {adjusted}"] = (counts, 0.0)
+        return errors | logprob_errors(num_samples, vocab_size, dtype, device, max_top=5)
+
+    return run
 
 
 def _attention(case: AttentionCase) -> Callable[[torch.dtype, str], Errors]:
@@ -225,15 +291,27 @@ def _gated(tokens: int, size: int, kind: str) -> Callable[[torch.dtype, str], Er
 
 
 def _rotary(
-    head_dim: int, rotary_dim: int, interleaved: bool, heads: tuple[int, int], tokens: int
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    heads: tuple[int, int],
+    tokens: int,
+    cache: str = "",
 ) -> Callable[[torch.dtype, str], Errors]:
     def run(dtype: torch.dtype, device: str) -> Errors:
         generator = torch.Generator().manual_seed(0)
         num_q, num_kv = heads
         merged = torch.randn((tokens, (num_q + 2 * num_kv) * head_dim), generator=generator)
-        merged = merged.to(dtype)
         angles = 6 * torch.rand((300, rotary_dim // 2), generator=generator)
+        kept = {"": dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[cache]
+        if cache == "fp8" and device == "cpu":
+            # the interpreter rounds wrongly to fp8: numbers that need none, and quarter turns
+            merged = (60 * merged).to(kept).float()
+            angles = torch.pi / 2 * torch.round(angles)
+        merged = merged.to(dtype)
         tables = (angles.cos(), angles.sin()) if rotary_dim else ()
+        if cache == "fp8" and device == "cpu":
+            tables = tuple(table.round() for table in tables)
         positions = torch.randint(0, 300, (tokens,), generator=generator, dtype=torch.int32)
         slots = torch.randperm(9 * 16, generator=generator)[:tokens].to(torch.int32)
         slots[1] = -1
@@ -245,9 +323,12 @@ def _rotary(
 
         there = merged.to(device, copy=True)
         shape = (9, num_kv, 16, head_dim)
-        caches = [torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2)]
+        caches = [torch.full(shape, torch.nan).to(kept).to(device) for _ in range(2)]
+        scales = None
+        if cache == "int8":
+            scales = tuple(torch.full(shape[:3], torch.nan, device=device) for _ in range(2))
         to_device = [x.to(device) for x in (positions, slots, *tables)]
-        rotary_kv_write(*split(there), *caches, *to_device, interleaved=interleaved)
+        rotary_kv_write(*split(there), *caches, *to_device, interleaved=interleaved, scales=scales)
 
         right = merged.double()
         right_caches = [torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2)]
@@ -262,11 +343,22 @@ def _rotary(
         )
         q_error = relative_error(split(there)[0], split(right)[0])
         errors = {"q": (q_error, q_tolerance)}
-        for name, found, wanted in zip("kv", caches, right_caches, strict=True):
+        for i, (name, wanted) in enumerate(zip("kv", right_caches, strict=True)):
+            found = caches[i].cpu().double()
+            if scales is not None:
+                found *= scales[i].cpu()[..., None]
             untouched = wanted.isnan()
-            same = bool((found.cpu().isnan() == untouched).all())
-            error = relative_error(found.cpu().nan_to_num(), wanted.nan_to_num())
-            errors[f"{name} cache"] = (error if same else torch.inf, q_tolerance)
+            same = bool((found.isnan() == untouched).all())
+            found, wanted = found.nan_to_num(), wanted.nan_to_num()
+            if cache == "int8":  # half a step, a 254th of the largest component, in each
+                step = wanted.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+                error, tolerance = float(((found - wanted).abs() / step).max()), 0.501
+            elif cache == "fp8":  # half of the last of four bits, and of the smallest step
+                error = float(((found - wanted).abs() / (wanted.abs() + 2**-6)).max())
+                tolerance = 2**-4 + q_tolerance
+            else:
+                error, tolerance = relative_error(found, wanted), q_tolerance
+            errors[f"{name} cache"] = (error if same else torch.inf, tolerance)
         same = torch.equal(there.cpu()[:, num_q * head_dim :], merged[:, num_q * head_dim :])
         errors["k and v as they were"] = (0.0 if same else torch.inf, 0.0)
         return errors

@@ -70,6 +70,7 @@ def run(
     **settings,
 ) -> Run:
     """All requests through a new engine on the checkpoint at `path`; `prepare` may change it."""
+    settings.setdefault("device", "cpu")
     settings.setdefault("num_threads", 1)  # tiny models: waking threads costs more than they do
     engine, _ = build_engine(open_checkpoint(path), NoTokenizer(), EngineConfig(**settings))
     prepare(engine)

@@ -125,3 +125,21 @@ def test_bad_arrays_are_refused() -> None:
     problem = Problem(16, 64)
     with pytest.raises(ShapeError, match="disagree"):
         problem.run(rotary_kv_write, ALL)
+
+
+def test_eight_bit_numbers_are_near_those_stored() -> None:
+    x = torch.randn(50, 3, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        -3, 2, 64
+    )
+    kept, scale = naive.stored(x, torch.int8)
+    assert scale is not None and scale.shape == (50, 3)
+    assert ((kept * scale[..., None] - x).abs() <= 0.501 * scale[..., None]).all()
+    kept, scale = naive.stored(x.clamp(-400, 400), torch.float8_e4m3fn)
+    assert scale is None
+    assert ((kept.float() - x).abs() <= x.abs() / 16 + 2**-10).all()
+    far = torch.tensor([[500.0, -torch.inf, torch.nan]])
+    kept, _ = naive.stored(far, torch.float8_e4m3fn)
+    assert kept.float()[0, :2].tolist() == [448.0, -448.0] and kept.float()[0, 2].isnan()
+    zeros, scale = naive.stored(torch.zeros(2, 4), torch.int8)
+    assert scale is not None and not zeros.any() and not scale.any()
+    assert naive.stored(x, torch.float16)[1] is None

@@ -22,6 +22,8 @@ else:
 
 from batchwright.errors import ConfigError, ShapeError
 from batchwright.kernels.gated_activation.triton import activation, gated_activation
+from batchwright.kernels.paged_attention import work_naive
+from batchwright.kernels.paged_attention.triton import to_device
 from batchwright.kernels.rms_norm.triton import rms_norm
 from batchwright.kernels.rotary_kv_write.triton import rotary_kv_write
 from benchmarks.gpu.attention_case import (
@@ -30,7 +32,13 @@ from benchmarks.gpu.attention_case import (
     make_problem,
     relative_error,
 )
-from benchmarks.gpu.check import ATTENTION_TOLERANCE, LSE_TOLERANCE, Check, all_checks
+from benchmarks.gpu.check import (
+    ATTENTION_TOLERANCE,
+    LSE_TOLERANCE,
+    SMALL_ATTENTION,
+    Check,
+    all_checks,
+)
 
 ON_CARD = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_CARD
@@ -38,7 +46,11 @@ CHECKS = [check for check in all_checks() if check.small or ON_CARD]
 
 
 # exp of a large number is infinite, and 1 / (1 + it) is 0, as it should be
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+    # the interpreter computes both sides of a tl.where
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +69,28 @@ def test_equals_twin(check: Check, dtype: torch.dtype) -> None:
 TINY = AttentionCase(
     name="tiny", rows=((40, 1), (3, 2)), num_q_heads=2, num_kv_heads=1, head_dim=16
 )
+
+
+@pytest.mark.parametrize("case", SMALL_ATTENTION, ids=lambda case: case.name)
+def test_the_twin_that_reads_work_lists(case: AttentionCase) -> None:
+    problem = make_problem(case, torch.float32, "cpu")
+    work, _ = problem.plan()
+    k_cache, v_cache = problem.k_cache, problem.v_cache
+    if problem.scales is not None:
+        k_cache, v_cache = (
+            cache.float() * scale[..., None]
+            for cache, scale in zip((k_cache, v_cache), problem.scales)
+        )
+    out = torch.full(problem.q.shape, torch.nan)
+    lse = torch.full(problem.q.shape[:2], torch.nan)
+    work_naive.paged_attention(
+        problem.q, k_cache, v_cache, problem.block_table, to_device(work, "cpu"),
+        scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap,
+        sinks=problem.sinks, out=out, lse=lse,
+    )  # fmt: skip
+    right, right_lse = problem.run_twin()
+    assert relative_error(out, right) <= ATTENTION_TOLERANCE[torch.float32]
+    assert largest_difference(lse, right_lse) <= LSE_TOLERANCE[torch.float32]
 
 
 def test_a_wrong_position_is_noticed() -> None:
@@ -111,6 +145,29 @@ def test_a_nan_query_stays_alone_and_visible() -> None:
     assert torch.equal(out, clean) and torch.equal(lse, clean_lse)
 
 
+def test_numbers_beyond_fp8_are_cut_and_nan_stays_visible() -> None:
+    heads = torch.zeros(2, 1, 16)
+    heads[0, 0, :5] = torch.tensor([1e4, -500.0, 448.0, torch.nan, -torch.inf])
+    index = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        caches = [torch.zeros(1, 1, 16, 16, device=DEVICE).to(dtype) for _ in range(2)]
+        scales = [torch.zeros(1, 1, 16, device=DEVICE) for _ in range(2)]
+        there = heads.to(DEVICE, copy=True)
+        is_int8 = dtype == torch.int8
+        rotary_kv_write(
+            there, there, there, *caches, index, index, scales=tuple(scales) if is_int8 else None
+        )
+        for cache, scale in zip(caches, scales, strict=True):
+            found = cache.float().cpu()[0, 0] * (scale.cpu()[0, 0, :, None] if is_int8 else 1)
+            assert torch.all(found[1] == 0)
+            if is_int8:  # the scale tells
+                assert found[0].isnan().all()
+            else:
+                assert found[0, :3].tolist() == [448.0, -448.0, 448.0]
+                assert found[0, 4] == -448.0
+                assert found[0, 3].isnan() or not ON_CARD  # the interpreter knows no such NaN
+
+
 def test_disagreeing_tensors_are_refused() -> None:
     problem = make_problem(TINY, torch.float32, DEVICE)
     k_cache = problem.k_cache
@@ -120,6 +177,10 @@ def test_disagreeing_tensors_are_refused() -> None:
     problem.k_cache = k_cache.half()
     with pytest.raises(ShapeError, match="disagree"):
         problem.run()
+    problem.k_cache = problem.v_cache = k_cache.to(torch.int8)
+    with pytest.raises(ShapeError, match="scales None"):
+        problem.run()
+    problem.v_cache = k_cache
     problem.k_cache = k_cache.transpose(2, 3).contiguous().transpose(2, 3)
     with pytest.raises(ShapeError, match="contiguous"):
         problem.run()

@@ -43,7 +43,10 @@ def check_resources(kernels: list[dict[str, Any]]) -> None:
         elif is_attention:
             uses_wgmma = kernel["architecture"] == 90 and kernel["kernel"].startswith("wide")
             assert kernel["wgmma" if uses_wgmma else "mma"], kernel
-            assert kernel["cp_async_16"], kernel
+            is_8_bit = kernel["kernel"].endswith((" fp8", " fp8e4nv", " i8"))
+            assert kernel["cp_async_16"] or is_8_bit, kernel
+        elif kernel["kernel"].startswith("experts") and "fp32" not in kernel["kernel"]:
+            assert kernel["wgmma"] or kernel["mma"], kernel
 
 
 def test_kernels_of_an_8b_model_compile() -> None:

@@ -1,4 +1,4 @@
-"""Runs test_triton.py in Triton's interpreter, and the dry run of benchmarks.gpu."""
+"""Runs the tests of GPU kernels in Triton's interpreter, and the dry run of benchmarks.gpu."""
 
 from __future__ import annotations
 
@@ -32,14 +32,23 @@ def run(*arguments: str) -> str:
 
 
 def test_kernels_equal_their_twins_in_the_interpreter() -> None:
-    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_triton.py")
+    files = [f"tests/kernels/test_triton{part}.py" for part in ("", "_sample", "_experts")]
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     passed = re.search(r"(\d+) passed", output)
-    assert passed is not None and int(passed[1]) > 30 and "skipped" not in output, output
+    assert passed is not None and int(passed[1]) >= 80 and "skipped" not in output, output
+
+
+@pytest.mark.slow
+def test_dry_run_of_parity(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    run("-m", "benchmarks.gpu", "--dry-run", "--only", "parity", "--out", str(tmp_path))
+    found = json.loads((tmp_path / "parity.json").read_text())
+    assert found["failed"] == 0 and found["tiny"]["num_tokens"] == 12
 
 
 @pytest.mark.slow
 def test_dry_run_of_the_gpu_benchmark(tmp_path: Path) -> None:
-    sections = "check,rates,attention,rowwise,tune"
+    sections = "check,rates,attention,rowwise,sampling,moe,tune,engine"
     run("-m", "benchmarks.gpu", "--dry-run", "--only", sections, "--out", str(tmp_path))
     for section in sections.split(","):
         found = json.loads((tmp_path / f"{section}.json").read_text())
@@ -59,7 +68,8 @@ class Missing:
 UPPER = ("batchwright.job", "batchwright.server")
 MISSING = {"llguidance", "matplotlib", "msgspec", "psutil", "pyarrow", "rich", "starlette", "typer"}
 sys.meta_path.insert(0, Missing())
-for name in ("attention", "check", "rates", "rowwise", "tune", "__main__"):
+SECTIONS = "attention check engine moe parity rates rowwise sampling tune __main__"
+for name in SECTIONS.split():
     importlib.import_module(f"benchmarks.gpu.{name}")
 loaded = [name for name in sys.modules if name.startswith(UPPER)]
 sys.exit(", ".join(loaded) or 0)

@@ -20,31 +20,43 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from batchwright.kernels.expert_product import triton as expert_product
 from batchwright.kernels.gated_activation import triton as gated_activation
 from batchwright.kernels.paged_attention import triton as paged_attention
 from batchwright.kernels.paged_attention.tiling import choose_tiling
 from batchwright.kernels.rms_norm import triton as rms_norm
 from batchwright.kernels.rotary_kv_write import triton as rotary_kv_write
+from batchwright.kernels.sample import triton as sample
+from batchwright.kernels.token_logprobs import triton as token_logprobs
 
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+VOCAB_SIZE = 128256
 
 
 def attend(
-    dtype: str, head_dim: int, wide: bool, architecture: int, **options: Any
+    dtype: str, head_dim: int, wide: bool, architecture: int, cache: str = "", **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The attention kernel in a shape of Llama-3-8B or like it: 4 query heads per kv head."""
-    tiling = choose_tiling(4, head_dim, ELEMENT_BYTES[dtype], architecture=architecture)
+    tiling = choose_tiling(
+        4,
+        head_dim,
+        ELEMENT_BYTES[dtype],
+        architecture=architecture,
+        cache_bytes=1 if cache else None,
+    )
     shape = tiling.wide if wide else tiling.narrow
     flags = {"WINDOWED": False, "SOFT_CAP": False, "SINKS": False, "BLOCK_SIZE": 64} | options
     x, i32, f32 = f"*{dtype}", "*i32", "*fp32"
+    kept, scales = f"*{cache or dtype}", f32 if cache == "i8" else None
     return paged_attention._attend, {
-        "q": x, "k_cache": x, "v_cache": x, "block_table": i32, "items": i32, "entry_tokens": i32,
+        "q": x, "k_cache": kept, "v_cache": kept, "k_scales": scales, "v_scales": scales,
+        "block_table": i32, "items": i32, "entry_tokens": i32,
         "key_start": i32, "key_end": i32, "partial_start": i32,
         "sinks": f32 if flags["SINKS"] else None, "out": x, "lse": f32, "partial_out": f32,
         "partial_lse": f32, "score_scale": "fp32", "cap": "fp32", "q_token_stride": "i32",
         "q_head_stride": "i32", "table_stride": "i32", "NUM_KV_HEADS": 8, "GROUP": 4,
         "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "ROWS": shape.num_rows, "KEYS": shape.num_keys, **flags,
+        "ROWS": shape.num_rows, "KEYS": shape.num_keys, "SCALED": scales is not None, **flags,
         "num_warps": shape.num_warps, "num_stages": shape.num_stages,
     }  # fmt: skip
 
@@ -73,12 +85,13 @@ def norm(dtype: str, size: int) -> tuple[Any, dict[str, Any]]:
     }  # fmt: skip
 
 
-def rotary(dtype: str, interleaved: bool = False) -> tuple[Any, dict[str, Any]]:
+def rotary(dtype: str, interleaved: bool = False, cache: str = "") -> tuple[Any, dict[str, Any]]:
     """Rotary embedding and KV write."""
-    x = f"*{dtype}"
+    x, kept, scales = f"*{dtype}", f"*{cache or dtype}", "*fp32" if cache == "i8" else None
     strides = [f"{name}_{of}_stride" for name in "qkv" for of in ("token", "head")]
     return rotary_kv_write._rotary_kv_write, {
-        "q": x, "k": x, "v": x, "k_cache": x, "v_cache": x, "positions": "*i32",
+        "q": x, "k": x, "v": x, "k_cache": kept, "v_cache": kept, "positions": "*i32",
+        "k_scales": scales, "v_scales": scales, "SCALED": scales is not None,
         "slot_mapping": "*i32", "cos": "*fp32", "sin": "*fp32", **dict.fromkeys(strides, "i32"),
         "Q_HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "HALF": 64, "BLOCK_SIZE": 64, "BLOCK_Q": 32,
         "BLOCK_KV": 8, "BLOCK_D": 128, "BLOCK_HALF": 64, "INTERLEAVED": interleaved,
@@ -95,6 +108,63 @@ def gate(dtype: str, kind: str = "silu") -> tuple[Any, dict[str, Any]]:
     }  # fmt: skip
 
 
+def draw(dtype: str, special: bool, masked: bool = True) -> tuple[Any, dict[str, Any]]:
+    """The sampler: rows read once, or filtered and adjusted rows."""
+    i32, f32 = "*i32", "*fp32"
+    return sample._draw_special if special else sample._draw_plain, {
+        "logits": f"*{dtype}", "row_of_sample": i32, "slot_of_sample": i32,
+        "output_positions": i32, "slots_i64": "*i64", "slots_f64": "*fp64", "slots_i32": i32,
+        "slots_f32": f32, "allowed": i32 if masked else None,
+        "mask_of_sample": i32 if masked else None, "out": i32, "row_stride": "i32",
+        "mask_stride": "i32", "num_samples": "i32", "bias_ids": i32, "bias_values": f32,
+        "suppressed_ids": i32, "history": i32, "rows": f32, "counts": i32, "list_logits": f32,
+        "list_tokens": i32, "bias_stride": "i32", "suppressed_stride": "i32",
+        "history_stride": "i32", "VOCAB_SIZE": VOCAB_SIZE, "MASKED": masked, "SPECIAL": True,
+        "BLOCK": sample.BLOCK, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+def logprobs(dtype: str) -> tuple[Any, dict[str, Any]]:
+    """Log-probabilities with rivals."""
+    i32, f32 = "*i32", "*fp32"
+    return token_logprobs._logprobs, {
+        "logits": f"*{dtype}", "row_of_token": i32, "token_ids": i32, "num_top": i32,
+        "logprobs": f32, "ranks": i32, "top_ids": i32, "top_logprobs": f32, "list_logits": f32,
+        "list_tokens": i32, "num": "i32", "row_stride": "i32", "scratch_stride": "i32",
+        "VOCAB_SIZE": VOCAB_SIZE, "MAX_TOP": 20, "BLOCK": token_logprobs.BLOCK,
+        "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+
+
+def experts(dtype: str, num_pairs: int, down: bool) -> tuple[Any, dict[str, Any]]:
+    """A product of Mixtral-8x7B's experts."""
+    tile = expert_product.choose_tile(num_pairs, 8, ELEMENT_BYTES[dtype])
+    x = f"*{dtype}"
+    return expert_product._product, {
+        "x": x, "weight": x, "pairs": "*i32", "starts": "*i32", "out": x, "num_tiles": "i32",
+        "x_stride": "i32", "NUM_EXPERTS": 8, "BLOCK_E": 8, "TOP_K": 0 if down else 2,
+        "TO_PAIRS": down, "COLUMNS": 4096 if down else 28672, "DEPTH": 14336 if down else 4096,
+        "ROWS": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+
+
+def sort_experts() -> tuple[Any, dict[str, Any]]:
+    """The counting sort of pairs by expert."""
+    return expert_product._sort, {
+        "experts": "*i64", "pairs": "*i32", "starts": "*i32", "num_pairs": "i32", "BLOCK": 1024,
+        "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
+
+
+def sum_ranks(dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The sum over a token's experts."""
+    return expert_product._sum_ranks, {
+        "outputs": f"*{dtype}", "weights": "*fp32", "out": f"*{dtype}", "TOP_K": 2, "SIZE": 4096,
+        "BLOCK": 1024, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
 def everyday() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
     """What decoding and prefill of an 8B model run."""
     yield "narrow bf16 128", 90, *attend("bf16", 128, False, 90)
@@ -104,6 +174,13 @@ def everyday() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
     yield "norm bf16 4096", 90, *norm("bf16", 4096)
     yield "rotary bf16", 90, *rotary("bf16")
     yield "silu bf16", 80, *gate("bf16")
+    yield "narrow bf16 128 fp8", 90, *attend("bf16", 128, False, 90, "fp8e4nv")
+    yield "rotary bf16 fp8", 90, *rotary("bf16", cache="fp8e4nv")
+    yield "draw plain bf16", 90, *draw("bf16", False)
+    yield "draw special bf16", 90, *draw("bf16", True)
+    yield "logprobs bf16", 90, *logprobs("bf16")
+    yield "experts bf16 1024 up", 90, *experts("bf16", 1024, False)
+    yield "experts bf16 64 down", 80, *experts("bf16", 64, True)
 
 
 def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
@@ -115,6 +192,7 @@ def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
         " cap and sinks": {"SOFT_CAP": True, "SINKS": True},
     }
     for architecture in (80, 90):
+        yield "sort of experts", architecture, *sort_experts()
         for dtype in ("bf16", "fp16", "fp32"):
             for head_dim in (64, 80, 128, 256):
                 for wide in (False, True):
@@ -127,6 +205,23 @@ def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
                             architecture,
                             *attend(dtype, head_dim, wide, architecture, **option),
                         )
+            for cache in ("fp8e4nv", "i8") if architecture >= 89 else ("i8",):
+                for head_dim in (64, 128, 256):
+                    for wide in (False, True):
+                        label = f"{'wide' if wide else 'narrow'} {dtype} {head_dim} {cache}"
+                        case = attend(dtype, head_dim, wide, architecture, cache)
+                        yield label, architecture, *case
+                yield f"rotary {dtype} {cache}", architecture, *rotary(dtype, cache=cache)
+            for special in (False, True):
+                for masked in (False, True):
+                    label = f"draw {'special' if special else 'plain'} {dtype} mask {masked}"
+                    yield label, architecture, *draw(dtype, special, masked)
+            yield f"logprobs {dtype}", architecture, *logprobs(dtype)
+            for num_pairs in (64, 512, 4096):
+                for down in (False, True):
+                    label = f"experts {dtype} {num_pairs} {'down' if down else 'up'}"
+                    yield label, architecture, *experts(dtype, num_pairs, down)
+            yield f"sum of ranks {dtype}", architecture, *sum_ranks(dtype)
             yield f"merge {dtype} 2", architecture, *merge(dtype, 2)
             yield f"merge {dtype} 64", architecture, *merge(dtype, 64)
             yield f"norm {dtype} 576", architecture, *norm(dtype, 576)
@@ -139,7 +234,11 @@ def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
 
 def compile_kernel(kernel: Any, arguments: dict[str, Any], architecture: int) -> Any:
     """Compile as a launch would: pointers and strides are multiples of 16, None is a constant."""
-    options = {name: arguments[name] for name in ("num_warps", "num_stages")}
+    options = {
+        name: arguments[name]
+        for name in ("num_warps", "num_stages", "enable_fp_fusion")
+        if name in arguments
+    }
     given = {name: arguments[name] for name in kernel.arg_names}
     types = {n: v if isinstance(v, str) and n != "KIND" else "constexpr" for n, v in given.items()}
     constants = {(i,): given[n] for i, n in enumerate(kernel.arg_names) if types[n] == "constexpr"}

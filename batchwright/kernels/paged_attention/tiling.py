@@ -6,7 +6,8 @@ of four warps, and several programs on a multiprocessor take turns at products a
 Products of fp32 run on plain cores, in small tiles: tensor cores would round factors to tf32.
 
 Measured: 2-byte numbers and head_dim 128 on sm_90, an H200 (benchmarks/results/2026-11-26-gpu-h200-
-tune.json). All other shapes are derived and were only compiled and checked.
+tune.json). All other shapes are derived and were only compiled and checked,
+those of 8-bit caches only compiled, and checked in the interpreter.
 """
 
 from __future__ import annotations
@@ -46,15 +47,21 @@ class Tiling:
 
 
 def choose_tiling(
-    group_size: int, head_dim: int, element_bytes: int, *, architecture: int = 90
+    group_size: int,
+    head_dim: int,
+    element_bytes: int,
+    *,
+    architecture: int = 90,
+    cache_bytes: int | None = None,
 ) -> Tiling:
     """Tile shapes for a layer.
 
     Args:
         group_size: query heads per kv head, at most 128.
         head_dim: at most 256.
-        element_bytes: of queries, keys and values: 2 or 4.
+        element_bytes: of queries: 2 or 4.
         architecture: ten times the compute capability, such as 80, 89 or 90.
+        cache_bytes: of keys and values: 1, or None for those of queries.
     Raises:
         ShapeError: the group or the head is too large.
     """
@@ -86,6 +93,14 @@ def choose_tiling(
         narrow, wide = TileShape(16, 64, 4, 5), TileShape(128, 64, 8, wide_stages)
     else:
         narrow, wide = TileShape(16, 128, 4, 5), TileShape(128, 128, 8, wide_stages)
+    if cache_bytes == 1:  # widened in registers, of which some of the shapes above have too few
+        if element_bytes == 4:
+            narrow, wide = TileShape(16, 16, 4, 1), TileShape(16, 16, 8, 1)
+        elif head_dim > 64:
+            num_keys = 32 if head_dim > 128 else 64
+            narrow, wide = TileShape(16, num_keys, 4, 3), TileShape(64, num_keys, 8, 3)
+        else:
+            narrow, wide = TileShape(16, 64, 4, 3), TileShape(64, 64, 8, 3)
     return Tiling(_hold(narrow, group_size), _hold(wide, group_size))
 
 

@@ -14,7 +14,6 @@ and slots that hold no key, are not read at all.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,28 +22,13 @@ import triton
 import triton.language as tl
 
 from batchwright.errors import ShapeError
+from batchwright.kernels.paged_attention.device_work import DeviceWork
 from batchwright.kernels.paged_attention.tiling import TileShape, Tiling
 from batchwright.kernels.paged_attention.work_list import WorkList
 
 LOG2_E = math.log2(math.e)
 MAX_MERGED_AT_ONCE = 64
 """Partial results of a token and head that the merging kernel has in registers."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DeviceWork:
-    """A WorkList as int32 tensors on the device; see there. All are views of one buffer."""
-
-    narrow: torch.Tensor
-    wide: torch.Tensor
-    entry_tokens: torch.Tensor
-    key_start: torch.Tensor
-    key_end: torch.Tensor
-    partial_start: torch.Tensor
-    num_partials: torch.Tensor
-    merged_tokens: torch.Tensor
-    total_partials: int
-    max_partials: int
 
 
 def to_device(work: WorkList, device: torch.device | str) -> DeviceWork:
@@ -84,13 +68,15 @@ def paged_attention(
     out: torch.Tensor,
     lse: torch.Tensor,
     partials: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Attention of every query token of a step over its sequence's paged keys and values.
 
     Args:
         q: [num_tokens, num_q_heads, head_dim] fp32, fp16 or bf16, rotated; tokens and heads may be
             strided (a view of a merged tensor), the last dimension is contiguous.
-        k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], q's dtype, contiguous.
+        k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], contiguous, q's dtype,
+            float8_e4m3fn (compute capability 8.9 or more) or int8, widened as they are read.
         block_table: [max_slots, max_blocks] int32; only blocks that hold needed keys are read.
         work: of this step and this layer's KV group, made for the same tiling, window and heads.
         tiling: from choose_tiling for this layer.
@@ -103,18 +89,25 @@ def paged_attention(
             included. A query without keys (and sink) has lse = -inf and out = 0.
         partials: scratch ([n, num_q_heads, head_dim], [n, num_q_heads]) fp32 with
             n >= work.total_partials; None: allocated.
+        scales: with int8 caches, and only then: fp32 scales of keys and of values, [num_blocks,
+            num_kv_heads, block_size] each, contiguous.
     Raises:
         ShapeError: tensors that disagree in shape or dtype.
 
     fp32 products are exact fp32 (no tf32); bf16 and fp16 products are summed in fp32. Level
-    *rounding*.
+    *rounding*; given 8-bit caches as they are (to store keys so is lossy), 8-bit numbers are exact
+    in q's dtype, scales of keys multiply scores, and those of values the weights, in fp32.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     _, num_kv_heads, _, k_dim = k_cache.shape
     if (
         k_dim != head_dim
         or v_cache.shape != k_cache.shape
-        or not k_cache.dtype == v_cache.dtype == q.dtype == out.dtype
+        or not q.dtype == out.dtype
+        or k_cache.dtype != v_cache.dtype
+        or k_cache.dtype not in (q.dtype, torch.float8_e4m3fn, torch.int8)
+        or (scales is not None) != (k_cache.dtype == torch.int8)
+        or (scales is not None and not scales[0].shape == scales[1].shape == k_cache.shape[:3])
         or out.shape != q.shape
         or lse.shape != (num_tokens, num_q_heads)
         or len(work.key_end) != num_tokens
@@ -123,7 +116,8 @@ def paged_attention(
         raise ShapeError(
             f"paged_attention: q {tuple(q.shape)} {q.dtype}, k_cache {tuple(k_cache.shape)} "
             f"{k_cache.dtype}, v_cache {tuple(v_cache.shape)} {v_cache.dtype}, out "
-            f"{tuple(out.shape)} {out.dtype}, lse {tuple(lse.shape)} and work for "
+            f"{tuple(out.shape)} {out.dtype}, lse {tuple(lse.shape)}, scales "
+            f"{None if scales is None else [tuple(x.shape) for x in scales]} and work for "
             f"{len(work.key_end)} tokens disagree"
         )
     if (
@@ -146,8 +140,9 @@ def paged_attention(
     block_d = max(16, triton.next_power_of_2(head_dim))
     for items, shape in ((work.narrow, tiling.narrow), (work.wide, tiling.wide)):
         if len(items):
-            _launch(q, k_cache, v_cache, block_table, work, items, shape, scale, window is not None,
-                    soft_cap, sinks, out, lse, partials, block_d)  # fmt: skip
+            _launch(q, k_cache, v_cache, scales or (None, None), block_table, work, items, shape,
+                    scale, window is not None, soft_cap, sinks, out, lse, partials,
+                    block_d)  # fmt: skip
     if len(work.merged_tokens):
         pieces = min(MAX_MERGED_AT_ONCE, triton.next_power_of_2(work.max_partials))
         _merge[(len(work.merged_tokens), num_q_heads)](
@@ -161,6 +156,7 @@ def _launch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
     block_table: torch.Tensor,
     work: DeviceWork,
     items: torch.Tensor,
@@ -177,15 +173,15 @@ def _launch(
     """Run the kernel over items of one tile shape."""
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     _attend[(len(items) * num_kv_heads,)](
-        q, k_cache, v_cache, block_table, items, work.entry_tokens, work.key_start, work.key_end,
-        work.partial_start, sinks, out, lse, *partials,
+        q, k_cache, v_cache, *scales, block_table, items, work.entry_tokens, work.key_start,
+        work.key_end, work.partial_start, sinks, out, lse, *partials,
         scale * LOG2_E if soft_cap is None else scale / soft_cap,
         0.0 if soft_cap is None else soft_cap * LOG2_E,
         q.stride(0), q.stride(1), block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=q.shape[1] // num_kv_heads, HEAD_DIM=head_dim,
         BLOCK_D=block_d, BLOCK_SIZE=block_size, ROWS=shape.num_rows, KEYS=shape.num_keys,
         WINDOWED=windowed, SOFT_CAP=soft_cap is not None, SINKS=sinks is not None,
-        num_warps=shape.num_warps, num_stages=shape.num_stages,
+        SCALED=scales[0] is not None, num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
 
 
@@ -194,6 +190,8 @@ def _attend(
     q: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     block_table: tl.tensor,
     items: tl.tensor,
     entry_tokens: tl.tensor,
@@ -220,6 +218,7 @@ def _attend(
     WINDOWED: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    SCALED: tl.constexpr,
 ) -> None:
     """One item and one kv head: rows [ROWS] of tokens x heads over keys [begin, end)."""
     head = tl.program_id(0) % NUM_KV_HEADS  # neighbours: the same blocks, the next piece of each
@@ -254,9 +253,9 @@ def _attend(
     seen_to = tl.zeros([ROWS], tl.int32)
     for key in range(begin, full_end, KEYS):
         acc, top, total = _add_tile(
-            q_rows, k_cache, v_cache, table, head, key, begin, end, seen_from, seen_to, acc, top,
-            total, score_scale, cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, KEYS, False,
-            SOFT_CAP,
+            q_rows, k_cache, v_cache, k_scales, v_scales, table, head, key, begin, end, seen_from,
+            seen_to, acc, top, total, score_scale, cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
+            KEYS, False, SOFT_CAP, SCALED,
         )  # fmt: skip
     seen_to = tl.load(key_end + token, mask=live, other=0)
     if WINDOWED:
@@ -264,9 +263,9 @@ def _attend(
         begin = tl.min(tl.where(live, seen_from, 2147483647), 0)
     for key in range(full_end, end, KEYS):
         acc, top, total = _add_tile(
-            q_rows, k_cache, v_cache, table, head, key, begin, end, seen_from, seen_to, acc, top,
-            total, score_scale, cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, KEYS, True,
-            SOFT_CAP,
+            q_rows, k_cache, v_cache, k_scales, v_scales, table, head, key, begin, end, seen_from,
+            seen_to, acc, top, total, score_scale, cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
+            KEYS, True, SOFT_CAP, SCALED,
         )  # fmt: skip
 
     if SINKS and piece < 0:
@@ -297,6 +296,8 @@ def _add_tile(
     q_rows: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     table: tl.tensor,
     head: tl.tensor,
     key: tl.tensor,
@@ -316,6 +317,7 @@ def _add_tile(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SCALED: tl.constexpr,
 ) -> Any:
     """Add keys [key, key + KEYS) to the running softmax: (acc, top, total)."""
     n = tl.arange(0, KEYS)
@@ -324,8 +326,9 @@ def _add_tile(
     exists = (keys >= begin) & (keys < end)
     if BLOCK_SIZE % KEYS == 0:  # the tile lies in one block, at 32-bit offsets from one address
         block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
-        start = ((block * NUM_KV_HEADS + head) * BLOCK_SIZE + key % BLOCK_SIZE) * HEAD_DIM
-        k_tile, v_tile = k_cache + start, v_cache + start
+        slot = (block * NUM_KV_HEADS + head) * BLOCK_SIZE + key % BLOCK_SIZE
+        slots = slot + n
+        k_tile, v_tile = k_cache + slot * HEAD_DIM, v_cache + slot * HEAD_DIM
         at = (n * HEAD_DIM)[:, None] + d[None, :]
     else:
         if MASKED:
@@ -345,7 +348,13 @@ def _add_tile(
     else:
         k = tl.load(k_tile + at)
         v = tl.load(v_tile + at)
+    k = k.to(q_rows.dtype)
+    v = v.to(q_rows.dtype)
     scores = tl.dot(q_rows, tl.trans(k), input_precision="ieee")  # [ROWS, KEYS] fp32
+    if SCALED:
+        k_scale = tl.load(k_scales + slots, mask=exists, other=0.0)
+        v_scale = tl.load(v_scales + slots, mask=exists, other=0.0)
+        scores = scores * k_scale[None, :]
     if SOFT_CAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both ends of exp
         scores = cap * (1.0 - 2.0 / (tl.exp2(scores * (score_scale * 2.8853900817779268)) + 1.0))
@@ -360,6 +369,8 @@ def _add_tile(
     weights = tl.exp2(scores * score_scale - shift[:, None])
     shrink = tl.exp2(top - shift)
     total = total * shrink + tl.sum(weights, 1)
+    if SCALED:
+        weights = weights * v_scale[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, new_top, total
 
@@ -381,6 +392,8 @@ def _merge(
 ) -> None:
     """One token and one head: combine its partial results, as merge_attention of naive.py."""
     token = tl.load(merged_tokens + tl.program_id(0)).to(tl.int64)
+    if token < 0:  # fills a captured graph's list up
+        return
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     start = tl.load(partial_start + token).to(tl.int64)

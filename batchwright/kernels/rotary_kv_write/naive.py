@@ -45,8 +45,12 @@ def rotary_kv_write(
     sin: torch.Tensor | None = None,
     *,
     interleaved: bool = False,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Rotate q in place; write rotated k, and v, into the caches. Arguments as in numba.py."""
+    """Rotate q in place; write rotated k, and v, into the caches.
+
+    Arguments as in numba.py; 8-bit caches and `scales` as in triton.py.
+    """
     if cos is not None and sin is not None:
         q.copy_(rotate(q, cos, sin, positions, interleaved=interleaved))
         k = rotate(k, cos, sin, positions, interleaved=interleaved)
@@ -54,5 +58,27 @@ def rotary_kv_write(
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
             block, offset = divmod(slot, block_size)
-            k_cache[block, :, :, offset] = k[token]
-            v_cache[block, :, offset, :head_dim] = v[token]
+            key, k_scale = stored(k[token], k_cache.dtype)
+            value, v_scale = stored(v[token], v_cache.dtype)
+            k_cache[block, :, :, offset] = key
+            v_cache[block, :, offset, :head_dim] = value
+            if scales is not None:
+                scales[0][block, :, offset], scales[1][block, :, offset] = k_scale, v_scale
+
+
+def stored(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(x as a cache of that dtype keeps it, scales): 8 bits are lossy.
+
+    Args:
+        x: [..., head_dim].
+    Returns:
+        float8_e4m3fn: what is beyond 448 becomes 448; no scales. int8: x / scale rounded, halves to
+        even, and scales [...], the largest absolute component / 127. Else x converted, no scales.
+    """
+    if dtype == torch.int8:
+        largest = x.abs().amax(-1, keepdim=True)
+        inverse = torch.where(largest > 0, 127 / largest, 0.0)
+        return (x * inverse).round().to(dtype), largest[..., 0] / 127
+    if dtype == torch.float8_e4m3fn:
+        x = x.clamp(-448, 448)
+    return x.to(dtype), None

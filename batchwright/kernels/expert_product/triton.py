@@ -1,0 +1,307 @@
+"""The experts of a sparse feed-forward block on a GPU: one grouped product over all experts.
+
+(Token, rank) pairs are sorted by expert, stably, by counting; nothing is read back to the host. A
+program of the product takes one tile of rows of one expert and one tile of columns: it finds its
+expert from the experts' starts, and there are as many programs as the worst split needs (those left
+over end at once). Programs that follow each other share a tile of weights, which is so read from
+memory once. Rows are gathered from x as they are read, and scattered to their pairs as they are
+written; a token's experts are then summed in the order of its ranks.
+
+A token's result does not depend on which other tokens chose its experts, as long as the tile shape,
+which the number of pairs decides, is the same: level *rounding*, and reproducible.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from batchwright.errors import ShapeError
+from batchwright.kernels.gated_activation.triton import gated_activation
+
+
+class ProductTile(NamedTuple):
+    """One configuration of the product: rows x columns x depth, and Triton's warps and stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tile(num_pairs: int, num_experts: int, element_bytes: int) -> ProductTile:
+    """A tile for that many rows of all experts together. Derived; no card was asked.
+
+    fp32 products run on plain cores, in small tiles; few rows an expert are bound by the bandwidth
+    of the weights, many by the tensor cores.
+    """
+    rows = num_pairs / num_experts
+    if element_bytes == 4:
+        return ProductTile(16, 32, 32, 4, 2) if rows <= 16 else ProductTile(32, 32, 32, 4, 2)
+    if rows <= 16:
+        return ProductTile(16, 64, 128, 4, 4)
+    if rows <= 64:
+        return ProductTile(64, 64, 64, 4, 4)
+    return ProductTile(128, 128, 64, 8, 3)
+
+
+class ExpertRows(NamedTuple):
+    """The pairs of a step by expert, on the device.
+
+    Attributes:
+        pairs: [num_tokens * top_k] int32, token * top_k + rank, by expert and then ascending.
+        starts: [num_experts + 1] int32: expert e has pairs[starts[e] : starts[e + 1]].
+    """
+
+    pairs: torch.Tensor
+    starts: torch.Tensor
+
+
+def sort_by_expert(experts: torch.Tensor, num_experts: int) -> ExpertRows:
+    """Sort (token, rank) pairs by expert.
+
+    Args:
+        experts: [num_tokens, top_k] int32 or int64 of [0, num_experts), contiguous.
+        num_experts: at most 1024.
+    """
+    num_pairs = experts.numel()
+    if not experts.is_contiguous() or experts.dtype not in (torch.int32, torch.int64):
+        raise ShapeError(f"sort_by_expert: experts are {experts.dtype}, or not contiguous")
+    if not 0 < num_experts <= 1024:
+        raise ShapeError(f"sort_by_expert: {num_experts} experts; the limits are 1 and 1024")
+    rows = ExpertRows(
+        torch.empty(num_pairs, dtype=torch.int32, device=experts.device),
+        torch.empty(num_experts + 1, dtype=torch.int32, device=experts.device),
+    )
+    block = min(1024, triton.next_power_of_2(max(num_pairs, 16)))
+    _sort[(num_experts,)](experts, *rows, num_pairs, BLOCK=block, num_warps=4)
+    return rows
+
+
+def expert_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rows: ExpertRows,
+    out: torch.Tensor,
+    *,
+    top_k: int = 0,
+    to_pairs: bool = False,
+    tile: ProductTile | None = None,
+) -> None:
+    """Every row times the transpose of its expert's weight.
+
+    Args:
+        x: [num_pairs, in_features] by expert, or with top_k > 0 [num_tokens, in_features]: the row
+            of a pair is then pair // top_k. fp32, fp16 or bf16; rows may be strided.
+        weight: [num_experts, out_features, in_features], x's dtype, contiguous.
+        rows: from sort_by_expert.
+        out: [num_pairs, out_features], contiguous, written: by expert, or with to_pairs in the
+            order of the pairs.
+        tile: None: chosen.
+    Raises:
+        ShapeError: shapes or dtypes disagree.
+
+    Sums are fp32 (fp32 products are exact fp32, no tf32) and rounded once.
+    """
+    num_experts, out_features, in_features = weight.shape
+    num_pairs = len(rows.pairs)
+    if (
+        len(rows.starts) != num_experts + 1
+        or x.shape != (num_pairs // max(top_k, 1), in_features)
+        or out.shape != (num_pairs, out_features)
+        or not x.dtype == weight.dtype == out.dtype
+    ):
+        raise ShapeError(
+            f"expert_product: x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} "
+            f"{weight.dtype}, out {tuple(out.shape)} {out.dtype}, {num_pairs} pairs of "
+            f"{len(rows.starts) - 1} experts and top_k {top_k} disagree"
+        )
+    if x.stride(1) != 1 or not weight.is_contiguous() or not out.is_contiguous():
+        raise ShapeError("expert_product: rows of x, weight and out must be contiguous")
+    if num_pairs == 0:
+        return
+    tile = tile or choose_tile(num_pairs, num_experts, x.element_size())
+    # an expert may end within a tile: one more for each that has any
+    num_tiles = triton.cdiv(num_pairs, tile.rows) + min(num_experts, num_pairs)
+    _product[(num_tiles * triton.cdiv(out_features, tile.columns),)](
+        x, weight, rows.pairs, rows.starts, out, num_tiles, x.stride(0),
+        NUM_EXPERTS=num_experts, BLOCK_E=triton.next_power_of_2(num_experts), TOP_K=top_k,
+        TO_PAIRS=to_pairs, COLUMNS=out_features, DEPTH=in_features, ROWS=tile.rows,
+        BLOCK_N=tile.columns, BLOCK_K=tile.depth,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def sum_ranks(outputs: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+    """Weighted sum over a token's experts, in the order of its ranks.
+
+    Args:
+        outputs: [num_tokens, top_k, hidden_size], contiguous.
+        weights: [num_tokens, top_k] fp32, contiguous.
+        out: [num_tokens, hidden_size], outputs' dtype, contiguous, written; summed in fp32.
+    """
+    num_tokens, top_k, size = outputs.shape
+    if weights.shape != (num_tokens, top_k) or out.shape != (num_tokens, size):
+        raise ShapeError(
+            f"sum_ranks: outputs {tuple(outputs.shape)}, weights {tuple(weights.shape)} and out "
+            f"{tuple(out.shape)} disagree"
+        )
+    if not (outputs.is_contiguous() and weights.is_contiguous() and out.is_contiguous()):
+        raise ShapeError("sum_ranks: outputs, weights and out must be contiguous")
+    if num_tokens == 0:
+        return
+    block = min(1024, triton.next_power_of_2(size))
+    _sum_ranks[(num_tokens, triton.cdiv(size, block))](
+        outputs, weights, out, TOP_K=top_k, SIZE=size, BLOCK=block, num_warps=4,
+        enable_fp_fusion=False,  # products are rounded before they are added, as in the twin
+    )  # fmt: skip
+
+
+def expert_mlp(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    kind: str = "silu",
+) -> torch.Tensor:
+    """The experts of a sparse feed-forward block, for every token of a step.
+
+    Args:
+        x: [num_tokens, hidden_size] fp32, fp16 or bf16.
+        experts: [num_tokens, top_k] int32 or int64, most probable first (models/moe.route).
+        weights: [num_tokens, top_k] fp32.
+        gate_up: [num_experts, 2 * width, hidden_size], x's dtype: gate rows, then up rows.
+        down: [num_experts, hidden_size, width].
+        kind: as in gated_activation.
+    Returns:
+        [num_tokens, hidden_size], x's dtype.
+    """
+    num_tokens, top_k = experts.shape
+    rows = sort_by_expert(experts, len(gate_up))
+    both = x.new_empty(num_tokens * top_k, gate_up.shape[1])
+    expert_product(x, gate_up, rows, both, top_k=top_k)
+    inner = x.new_empty(num_tokens * top_k, gate_up.shape[1] // 2)
+    gated_activation(both, kind, inner)
+    outputs = x.new_empty(num_tokens * top_k, x.shape[1])
+    expert_product(inner, down, rows, outputs, to_pairs=True)
+    out = torch.empty_like(x)
+    sum_ranks(outputs.unflatten(0, (num_tokens, top_k)), weights, out)
+    return out
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _sort(
+    experts: tl.tensor,
+    pairs: tl.tensor,
+    starts: tl.tensor,
+    num_pairs: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One expert: where it begins, and its pairs in ascending order."""
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK], tl.int32)
+    start = 0
+    while start < num_pairs:
+        there = start + lane < num_pairs
+        of = tl.load(experts + start + lane, mask=there, other=2147483647)
+        before += (of < expert).to(tl.int32)
+        start += BLOCK
+    place = tl.sum(before, 0)
+    tl.store(starts + expert, place)
+    start = 0
+    while start < num_pairs:
+        there = start + lane < num_pairs
+        mine = tl.load(experts + start + lane, mask=there, other=2147483647) == expert
+        at = place + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(pairs + at, start + lane, mask=mine)
+        place += tl.sum(mine.to(tl.int32), 0)
+        start += BLOCK
+    tl.store(starts + expert + 1, place, mask=expert == tl.num_programs(0) - 1)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def _product(
+    x: tl.tensor,
+    weight: tl.tensor,
+    pairs: tl.tensor,
+    starts: tl.tensor,
+    out: tl.tensor,
+    num_tiles: tl.tensor,
+    x_stride: tl.tensor,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TO_PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    tile = tl.program_id(0) % num_tiles
+    column = tl.program_id(0) // num_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    # the expert of this tile: tiles of all experts follow each other
+    e = tl.arange(0, BLOCK_E)
+    begins = tl.load(starts + e, mask=e < NUM_EXPERTS, other=0)
+    ends = tl.load(starts + e + 1, mask=e < NUM_EXPERTS, other=0)
+    tiles = (ends - begins + ROWS - 1) // ROWS
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    if expert >= NUM_EXPERTS:
+        return
+    own_tile = tile - tl.sum(tl.where(e < expert, tiles, 0), 0)
+    row = tl.sum(tl.where(e == expert, begins, 0), 0) + own_tile * ROWS + tl.arange(0, ROWS)
+    live = row < tl.sum(tl.where(e == expert, ends, 0), 0)
+    pair = tl.load(pairs + row, mask=live, other=0)
+    if TOP_K > 0:
+        source = (pair // TOP_K).to(tl.int64)
+    else:
+        source = row.to(tl.int64)
+
+    depth = tl.arange(0, BLOCK_K)
+    x_rows = x + (source * x_stride)[:, None]
+    w_rows = weight + expert.to(tl.int64) * (COLUMNS * DEPTH) + (column * DEPTH)[:, None]
+    acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for k in range(0, DEPTH, BLOCK_K):
+        at = k + depth
+        if DEPTH % BLOCK_K == 0:
+            a = tl.load(x_rows + at[None, :], mask=live[:, None], other=0.0)
+            b = tl.load(w_rows + at[None, :], mask=(column < COLUMNS)[:, None], other=0.0)
+        else:
+            inside = (at < DEPTH)[None, :]
+            a = tl.load(x_rows + at[None, :], mask=live[:, None] & inside, other=0.0)
+            b = tl.load(w_rows + at[None, :], mask=(column < COLUMNS)[:, None] & inside, other=0.0)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    if TO_PAIRS:
+        target = pair.to(tl.int64)
+    else:
+        target = row.to(tl.int64)
+    held = live[:, None] & (column < COLUMNS)[None, :]
+    place = out + (target * COLUMNS)[:, None] + column[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _sum_ranks(
+    outputs: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    TOP_K: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    held = column < SIZE
+    total = tl.zeros([BLOCK], tl.float32)
+    for rank in range(TOP_K):
+        share = tl.load(weights + token * TOP_K + rank)
+        values = tl.load(outputs + (token * TOP_K + rank) * SIZE + column, mask=held, other=0.0)
+        total += values.to(tl.float32) * share
+    tl.store(out + token * SIZE + column, total.to(out.dtype.element_ty), mask=held)
