@@ -32,7 +32,7 @@ from batchwright.job.formats.row_objects import read_objects
 from batchwright.plan.advise.knobs import Knobs
 from batchwright.report.advice_words import options
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
-from benchmarks.workloads import SNIPPETS
+from batchwright.bench.workloads import SNIPPETS
 
 Rows = list[dict[str, Any]]
 

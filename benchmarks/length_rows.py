@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
-from benchmarks.workloads import SNIPPETS
+from batchwright.bench.workloads import SNIPPETS
 
 MAX_TOKENS = 256
 NUM_TEXTS = 12

@@ -39,7 +39,7 @@ from batchwright.techniques import names
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
 from batchwright.weights.locate import locate_model
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
-from benchmarks.workloads import WorkRequest, build_workloads, plain_encoder
+from batchwright.bench.workloads import WorkRequest, build_workloads, plain_encoder
 
 BLOCK_SIZE = 32
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, MAX_MODEL_LEN = 256, 512, 2048

@@ -33,7 +33,7 @@ from benchmarks.orders import (
     run,
 )
 from benchmarks.predictions import predicted_s
-from benchmarks.workloads import WorkRequest, build_workloads, plain_encoder
+from batchwright.bench.workloads import WorkRequest, build_workloads, plain_encoder
 
 
 def greedy(request: Request) -> Request:
