@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_commit, describe_machine, describe_versions
 from batchwright.bench.workloads import SNIPPETS
+from benchmarks.machine import describe_commit, describe_machine, describe_versions
 
 MAX_TOKENS = 256
 NUM_TEXTS = 12

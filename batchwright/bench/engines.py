@@ -74,7 +74,10 @@ def find_peers(
         ConfigError: an unknown engine or number format, a missing interpreter, or a model of a
             kind that the engine does not read.
     """
-    named_pythons, named_models = _by_engine(pythons, "--python"), _by_engine(models, "--peer-model")
+    named_pythons, named_models = (
+        _by_engine(pythons, "--python"),
+        _by_engine(models, "--peer-model"),
+    )
     peers = [_peer(label, named_pythons, named_models, model) for label in against]
     asked = {peer.label.partition(":")[0] for peer in peers}
     for option, named in (("--python", named_pythons), ("--peer-model", named_models)):

@@ -150,4 +150,3 @@ def num_prompt_tokens(requests: list[WorkRequest]) -> int:
 def num_output_tokens(requests: list[WorkRequest]) -> int:
     """Tokens to generate in all requests."""
     return sum(request.num_output_tokens for request in requests)
-

@@ -1,4 +1,4 @@
-"""`batchwright bench`: how fast this machine runs known workloads, and other engines beside ours."""
+"""`batchwright bench`: how fast this machine runs known workloads, beside other engines."""
 
 from __future__ import annotations
 

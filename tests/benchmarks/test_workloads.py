@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
+from batchwright.bench.necessary_work import necessary_work
+from batchwright.bench.workloads import WorkRequest, build_workloads, plain_encoder
 from batchwright.plan.cost import AttentionShape, ModelShape, Product
 from batchwright.text.tokenizer import load_tokenizer
 from batchwright.weights.locate import locate_model
-from batchwright.bench.necessary_work import necessary_work
-from batchwright.bench.workloads import WorkRequest, build_workloads, plain_encoder
 
 SHA256 = {
     "W1": "dae714dad78e95d45c6cbf65ea5c7de4d889e9d17d125711d8438b290476a36e",

@@ -63,7 +63,7 @@ class Job:
         Args:
             more: whatever else the engine tells.
         """
-        for row, ids in zip(self.rows, token_ids):  # noqa: B905 - older interpreters lack strict
+        for row, ids in zip(self.rows, token_ids, strict=True):
             if len(ids) != row.num_output_tokens:
                 raise SystemExit(
                     f"row {row.index} has {len(ids)} tokens, asked for {row.num_output_tokens}"
@@ -117,7 +117,7 @@ def in_waves(rows: list[Row]) -> list[list[Row]]:
 def num_shared(a: list[int], b: list[int]) -> int:
     """Length of the common beginning."""
     return next(
-        (index for index, (x, y) in enumerate(zip(a, b)) if x != y),  # noqa: B905
+        (index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
         min(len(a), len(b)),
     )
 

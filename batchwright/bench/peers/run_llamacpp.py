@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distributions, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _free_port() -> int:
 
 def _shared_share(rows: list[Row]) -> float:
     prompts = sorted(row.prompt_token_ids for row in rows)
-    shared = sum(num_shared(a, b) for a, b in zip(prompts, prompts[1:]))  # noqa: B905
+    shared = sum(num_shared(a, b) for a, b in pairwise(prompts))
     return shared / sum(map(len, prompts))
 
 

@@ -7,6 +7,7 @@ eleven times as long on a common prompt of 1,024 tokens. The KV cache has the pl
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from peer_job import Row, in_waves, read_job
 
@@ -37,7 +38,7 @@ def main() -> None:
         job.model, scheduler_config=scheduler, device="CPU", properties=properties
     )
 
-    def add(row: Row) -> object:
+    def add(row: Row) -> Any:
         config = genai.GenerationConfig()
         config.max_new_tokens = config.min_new_tokens = row.num_output_tokens
         config.ignore_eos, config.do_sample, config.apply_chat_template = True, False, False
@@ -45,7 +46,7 @@ def main() -> None:
         return pipeline.add_request(row.index, prompt, config)
 
     def run(rows: list[Row]) -> list[list[int]]:
-        handles = {}
+        handles: dict[int, Any] = {}
         for wave in in_waves(rows):
             handles.update((row.index, add(row)) for row in wave)
             while pipeline.has_non_finished_requests():

@@ -32,7 +32,7 @@ def main() -> None:
         token_ids: dict[int, list[int]] = {}
         for first in range(0, len(ordered), BATCH_SIZE):
             batch = ordered[first : first + BATCH_SIZE]
-            for row, output in zip(batch, _generate(model, batch, torch)):  # noqa: B905
+            for row, output in zip(batch, _generate(model, batch, torch), strict=True):
                 token_ids[row.index] = output[: row.num_output_tokens]
         return [token_ids[row.index] for row in rows]
 
@@ -66,8 +66,10 @@ def _generate(model: Any, batch: list[Row], torch: Any) -> list[list[int]]:
 def _margins(model: Any, job: Job, token_ids: list[list[int]], torch: Any) -> list[float]:
     """Of each row that parts from ours: difference of the two highest logits there, alone."""
     margins = []
-    for row, theirs, ours in zip(job.rows, token_ids, job.our_token_ids() or token_ids):  # noqa: B905
-        pairs = enumerate(zip(theirs, ours))  # noqa: B905
+    for row, theirs, ours in zip(
+        job.rows, token_ids, job.our_token_ids() or token_ids, strict=True
+    ):
+        pairs = enumerate(zip(theirs, ours, strict=True))
         parted = next((index for index, (a, b) in pairs if a != b), None)
         if parted is not None:
             before = torch.tensor([row.prompt_token_ids + theirs[:parted]])

@@ -56,7 +56,9 @@ def main() -> None:
     more = {
         "dtype": job.dtype,
         "kv_cache_gb": os.environ["VLLM_CPU_KVCACHE_SPACE"],
-        "preloaded": [os.path.basename(path) for path in os.environ["LD_PRELOAD"].split(":") if path],
+        "preloaded": [
+            os.path.basename(path) for path in os.environ["LD_PRELOAD"].split(":") if path
+        ],
     }
     job.loaded(vllm.__version__, {**settings, **more})
     start = time.perf_counter()
