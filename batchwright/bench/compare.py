@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import batchwright
 from batchwright.bench.bounds import Bounds, Rates, bounds
 from batchwright.bench.engines import Peer, peer_environment
 from batchwright.bench.fresh_process import EngineFailure, EngineRun, run_engine, write_job
@@ -33,6 +34,7 @@ TIE = 1e-3
 """Greedy tokens may differ where the reference's two highest logits are this close (fp32)."""
 
 OURS = "batchwright"
+OWN_COMMAND = (sys.executable, "-m", "batchwright.bench.own")
 
 
 class BenchError(BatchwrightError):
@@ -156,9 +158,9 @@ def compare(
     ]
     job = {"model": str(model), "dtype": settings.get("dtype", "auto"), "num_threads": num_threads}
     own = _Runner(
-        [sys.executable, "-m", "batchwright.bench.own"],
+        [*OWN_COMMAND],
         {**job, "settings": settings},
-        dict(os.environ),
+        _own_environment(),
     )
     runners = {
         peer.label: _Runner(
@@ -179,6 +181,12 @@ def compare(
                     _run_peer(runners[label], label, workload, measured)
                 tell(_line(workload, label, round_index, num_rounds))
     return Comparison(measured, rates.best(measure_rates()))
+
+
+def _own_environment() -> dict[str, str]:
+    """Our process imports the package that this one has, wherever it was found."""
+    folders = [str(Path(batchwright.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 class _Runner(NamedTuple):

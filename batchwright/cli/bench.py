@@ -153,7 +153,7 @@ def _bench(
     path = locate_model(model)  # before torch is imported
     engines = find_peers(*peers, path)
     if output is not None:
-        write_page(output, "")  # now rather than when all is done
+        _check_writable(output)  # now rather than when all is done
     opened = open_model(model, settings)
     loads, num_left_out = _loads(opened, arguments, names, scale)
     if num_left_out:
@@ -166,6 +166,16 @@ def _bench(
         print(f"\nJSON: {output}")
     failed = any(one.failure for load in found.workloads for one in load.engines.values())
     return SOME_FAILED if failed else 0
+
+
+def _check_writable(path: str) -> None:
+    from batchwright.errors import OutputError
+
+    try:
+        with open(path, "a", encoding="utf-8"):  # what is in it stays until there is something new
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _loads(

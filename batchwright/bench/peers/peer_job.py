@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 MIN_SHARED = 32
-"""Tokens that a common beginning has at least, to be worth an order."""
+"""Tokens that a common beginning has at least, beyond a shorter one, to be worth waiting for."""
 
 
 @dataclass
@@ -101,7 +101,7 @@ def in_waves(rows: list[Row]) -> list[list[Row]]:
         if shared < MIN_SHARED:
             wave_of[row.index] = 0
         else:
-            if not path or path[-1][0] < shared:
+            if not path or path[-1][0] + MIN_SHARED <= shared:
                 path.append((shared, leader))
             leader = path[-1][1]
             leads.add(leader)
