@@ -139,6 +139,7 @@ def compare(
     num_rounds: int,
     measure_rates: Callable[[], Rates],
     tell: Callable[[str], None],
+    keep: Callable[[Comparison], None] = lambda found: None,
 ) -> Comparison:
     """Measure.
 
@@ -146,6 +147,7 @@ def compare(
         model, settings: of our engine; fields of EngineConfig.
         measure_rates: called before the first and after the last round.
         tell: is given a line after each run.
+        keep: is given what is known after each run, in case it is the last.
     Raises:
         BenchError: our own engine failed.
     """
@@ -180,6 +182,7 @@ def compare(
                 else:
                     _run_peer(runners[label], label, workload, measured)
                 tell(_line(workload, label, round_index, num_rounds))
+                keep(Comparison([one for one in measured if one.own.runs], rates))
     return Comparison(measured, rates.best(measure_rates()))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +73,8 @@ def bench(
     Rows generate exactly as many tokens as they may, greedily. Every run has a process of its own;
     other engines take turns with ours. docs/bench.md explains each number. Use an idle machine.
 
+    With -o, what is measured is written after every run, so a bench that is stopped keeps it.
+
     Exit status: 0 all ran, 1 another engine is missing or failed, 2 nothing could be measured.
     """
     from batchwright.job.preflight import STDIO, JobArguments
@@ -99,6 +103,7 @@ def bench(
     names = _names(workloads, is_file_given=source is not None)
     if not (scale > 0 and math.isfinite(scale)):
         raise typer.BadParameter(f"{scale} is not above 0", param_hint="'--scale'")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # engines are ended on the way out
     raise typer.Exit(
         _bench(
             model,
@@ -158,11 +163,16 @@ def _bench(
     loads, num_left_out = _loads(opened, arguments, names, scale)
     if num_left_out:
         log.print(f"{num_left_out:,} rows of the file generate nothing and are left out")
-    found = _compare(opened, loads, engines, settings, repeat, log)
     about = {"model": model, "scale": scale, "rounds": repeat}
+
+    def keep(found: Comparison) -> None:
+        if output is not None:
+            write_page(output, comparison_as_json(found, about, opened.config))
+
+    found = _compare(opened, loads, engines, settings, repeat, log, keep)
     print(comparison_as_text(found, model, opened.config.num_threads))
+    keep(found)
     if output is not None:
-        write_page(output, comparison_as_json(found, about, opened.config))
         print(f"\nJSON: {output}")
     failed = any(one.failure for load in found.workloads for one in load.engines.values())
     return SOME_FAILED if failed else 0
@@ -215,6 +225,7 @@ def _compare(
     settings: dict[str, Any],
     repeat: int,
     log: Any,
+    keep: Callable[[Comparison], None],
 ) -> Comparison:
     from batchwright.bench.bounds import Rates
     from batchwright.bench.compare import compare
@@ -242,4 +253,5 @@ def _compare(
         num_rounds=repeat,
         measure_rates=rates,
         tell=tell,
+        keep=keep,
     )

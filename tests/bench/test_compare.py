@@ -29,6 +29,7 @@ class Bench:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder, self._monkeypatch = folder, monkeypatch
         self.told: list[str] = []
+        self.kept: list[Comparison] = []
         monkeypatch.setenv("TURNS", str(folder / "turns"))
         self.own(GOOD)
 
@@ -51,6 +52,7 @@ class Bench:
             num_rounds=num_rounds,
             measure_rates=lambda: Rates(CURVE, CURVE),
             tell=self.told.append,
+            keep=self.kept.append,
         )
 
     @property
@@ -76,6 +78,17 @@ def test_engines_take_turns(bench: Bench) -> None:
     settings = found.workloads[0].engines["x"].runs[0].settings
     assert settings == {"model": "their model"}
     assert found.workloads[0].own.runs[0].settings == {"model": "our model"}
+
+
+def test_what_is_known_is_kept_after_each_run(bench: Bench) -> None:
+    found = bench.run(bench.peer("x"))
+    assert [[one.name for one in kept.workloads] for kept in bench.kept] == [
+        ["A"],
+        ["A"],
+        ["A", "B"],
+        ["A", "B"],
+    ]
+    assert bench.kept[-1] == found
 
 
 def test_one_that_does_not_load_is_not_tried_again(bench: Bench) -> None:

