@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 SOME_FAILED = 1
 WORKLOADS = ("W1", "W2", "W3", "W4")
 FILE = "file"
+BUSY_LOAD = 1.0
+"""Load average of the last minute from which on it is worth saying that others use the machine."""
 
 
 def bench(
@@ -163,7 +166,13 @@ def _bench(
     loads, num_left_out = _loads(opened, arguments, names, scale)
     if num_left_out:
         log.print(f"{num_left_out:,} rows of the file generate nothing and are left out")
-    about = {"model": model, "scale": scale, "rounds": repeat}
+    load = os.getloadavg()[0]
+    if load > BUSY_LOAD:
+        log.print(
+            f"Others use this machine (load {load:.1f}): everything will take longer than it need",
+            highlight=False,
+        )
+    about = {"model": model, "scale": scale, "rounds": repeat, "load_average_at_start": load}
 
     def keep(found: Comparison) -> None:
         if output is not None:
