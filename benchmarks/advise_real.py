@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from batchwright.bench.workloads import SNIPPETS
 from batchwright.job.advice import Question
 from batchwright.job.advise_job import Advisor
 from batchwright.job.confirm import SampleRunner
@@ -32,7 +33,6 @@ from batchwright.job.formats.row_objects import read_objects
 from batchwright.plan.advise.knobs import Knobs
 from batchwright.report.advice_words import options
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
-from benchmarks.workloads import SNIPPETS
 
 Rows = list[dict[str, Any]]
 

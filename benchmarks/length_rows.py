@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from batchwright.bench.workloads import SNIPPETS
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
-from benchmarks.workloads import SNIPPETS
 
 MAX_TOKENS = 256
 NUM_TEXTS = 12

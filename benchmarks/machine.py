@@ -1,55 +1,15 @@
-"""What a result must say of where it was measured: memory, machine, versions, commit."""
+"""What a result must say of where it was measured: machine, versions, commit."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
-import threading
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
-
-
-class PeakMemory:
-    """Resident memory of this process while the block runs, sampled every 50 ms.
-
-    Attributes:
-        before_bytes: at the start of the block.
-        peak_bytes: the most that was seen, at least `before_bytes`.
-    """
-
-    def __init__(self, interval_s: float = 0.05) -> None:
-        self._process = psutil.Process()
-        self._interval_s = interval_s
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.before_bytes = self.peak_bytes = 0
-
-    def __enter__(self) -> PeakMemory:
-        self.before_bytes = self.peak_bytes = self._process.memory_info().rss
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._sample()
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(self._interval_s):
-            self._sample()
-
-    def _sample(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from batchwright.bench.workloads import WorkRequest, build_workloads, plain_encoder
 from batchwright.clock import VirtualClock
 from batchwright.engine import Engine
 from batchwright.exec.sim import SimExecutor
@@ -39,7 +40,6 @@ from batchwright.techniques import names
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
 from batchwright.weights.locate import locate_model
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
-from benchmarks.workloads import WorkRequest, build_workloads, plain_encoder
 
 BLOCK_SIZE = 32
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, MAX_MODEL_LEN = 256, 512, 2048

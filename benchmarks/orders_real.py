@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from batchwright.bench.workloads import WorkRequest, build_workloads, plain_encoder
 from batchwright.request import Request, SamplingParams
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
 from benchmarks.orders import (
@@ -33,7 +34,6 @@ from benchmarks.orders import (
     run,
 )
 from benchmarks.predictions import predicted_s
-from benchmarks.workloads import WorkRequest, build_workloads, plain_encoder
 
 
 def greedy(request: Request) -> Request:

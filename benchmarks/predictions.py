@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from batchwright.bench.workloads import WorkRequest, build_workloads, plain_encoder
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
-from benchmarks.workloads import WorkRequest, build_workloads, plain_encoder
 
 if TYPE_CHECKING:
     from batchwright.llm import LLM

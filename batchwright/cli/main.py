@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from batchwright.cli.advise import advise
+from batchwright.cli.bench import bench
 from batchwright.cli.plan import plan
 from batchwright.cli.report import report
 from batchwright.cli.run import run
@@ -32,6 +33,7 @@ app.command()(run)
 app.command()(plan)
 app.command()(advise)
 app.command()(sim)
+app.command()(bench)
 app.command()(serve)
 app.command()(validate)
 app.command()(status)

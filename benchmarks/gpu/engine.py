@@ -3,7 +3,7 @@
 Models: Llama-3-8B (all workloads), Qwen3-4B and as much of Mixtral-8x7B as fits beside its keys
 and values (two each), all in bf16, tokens greedy, end tokens ignored. Workloads: fixed lengths of
 input / output (128/128, 1000/1000, 2048/128, 128/2048) that share nothing, and W1 to W4 of
-benchmarks.workloads with GPU_SCALE times the rows. transformers' `generate` runs 128/128 and
+batchwright.bench.workloads with GPU_SCALE times the rows. transformers' `generate` runs 128/128 and
 2048/128 of Llama-3-8B in static batches, in the same process, on weights of the same shape.
 
 A line has: output and total tokens a second by the clock, the share of two bounds, what the card
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchwright.bench.workloads import build_workloads
 from batchwright.engine import Engine
 from batchwright.exec.device.executor import DeviceExecutor, Pending
 from batchwright.exec.device.sampler import HostSampler
@@ -39,7 +40,6 @@ from batchwright.step import Step
 from benchmarks.gpu.card import Budget, Timer, ceilings
 from benchmarks.gpu.parity import compare_draws
 from benchmarks.gpu.under_test import make_engine, random_model
-from benchmarks.workloads import build_workloads
 
 GPU_SCALE = 4
 NUM_ROWS = {"128/128": 1536, "2048/128": 224, "1000/1000": 256, "128/2048": 256}

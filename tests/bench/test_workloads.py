@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
-from batchwright.plan.shape import AttentionShape, ModelShape, Product
+from batchwright.bench.necessary_work import necessary_work
+from batchwright.bench.workloads import WorkRequest, build_workloads, plain_encoder
 from batchwright.text.tokenizer import load_tokenizer
 from batchwright.weights.locate import locate_model
-from benchmarks.necessary_work import necessary_work
-from benchmarks.workloads import WorkRequest, build_workloads, plain_encoder
+from tests.bench.tiny import TINY
 
 SHA256 = {
     "W1": "dae714dad78e95d45c6cbf65ea5c7de4d889e9d17d125711d8438b290476a36e",
@@ -20,16 +20,6 @@ SHA256 = {
     "W4": "096c9d3c2db5ebf99fda16927141a38805bfe60478b31a6f2073868ea993d1b5",
 }
 """Of the requests at scale 0.125, encoded by transformers' tokenizer of the embedded model."""
-
-TINY = ModelShape(
-    hidden_size=8,
-    vocab_size=50,
-    num_layers=2,
-    products=(Product(8, 24, 2), Product(12, 8, 2), Product(8, 32, 2), Product(16, 8, 2)),
-    head=Product(8, 50),
-    attention=(AttentionShape(None, num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=3),),
-    num_params=0,
-)
 
 
 def by_character(text: str) -> list[int]:

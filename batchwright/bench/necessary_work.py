@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from benchmarks.workloads import WorkRequest
-
-if TYPE_CHECKING:  # importing the package sets the environment, which benchmarks.run looks at first
-    from batchwright.plan.shape import ModelShape
+from batchwright.bench.workloads import WorkRequest
+from batchwright.plan.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,10 @@ class NecessaryWork:
         num_prompt_tokens: all prompt tokens asked for.
         num_distinct_prompt_tokens: those that have to be computed.
         num_generated_tokens: output tokens.
+        num_computed_tokens: tokens that go through the layers: distinct ones of prompts, and all
+            generated ones but the last of each request.
+        longest_output: most tokens that a request generates; no engine that draws them one by one
+            has fewer steps.
         num_keys: (query token, key) pairs of causal attention among computed tokens.
         layer_flops, attention_flops, head_flops: see ModelShape.
     """
@@ -32,6 +33,8 @@ class NecessaryWork:
     num_prompt_tokens: int
     num_distinct_prompt_tokens: int
     num_generated_tokens: int
+    num_computed_tokens: int
+    longest_output: int
     num_keys: int
     layer_flops: int
     attention_flops: int
@@ -67,6 +70,8 @@ def necessary_work(requests: Sequence[WorkRequest], shape: ModelShape) -> Necess
         num_prompt_tokens=sum(len(request.prompt_token_ids) for request in requests),
         num_distinct_prompt_tokens=num_distinct,
         num_generated_tokens=num_generated,
+        num_computed_tokens=num_distinct + num_decoded,
+        longest_output=max(request.num_output_tokens for request in requests),
         num_keys=num_keys,
         layer_flops=(num_distinct + num_decoded) * shape.layer_flops_per_token,
         attention_flops=num_keys * shape.attention_flops_per_key,
