@@ -103,6 +103,7 @@ def test_settings_reach_the_model(command: Command, tmp_path: Path) -> None:
     )
     assert status == 0
     assert command.settings == {
+        "device": "auto",
         "dtype": "bfloat16",
         "max_model_len": 2048,
         "max_num_seqs": 32,
@@ -130,7 +131,12 @@ def test_an_unknown_order_is_an_error_that_names_the_known_ones(
 def test_settings_not_given_are_left_to_the_model(command: Command, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
     command("run", source, "-o", tmp_path / "out.jsonl", "--model", "m")
-    assert command.settings == {"dtype": "auto", "seed": 0, "prefix_sharing": True}
+    assert command.settings == {
+        "device": "auto",
+        "dtype": "auto",
+        "seed": 0,
+        "prefix_sharing": True,
+    }
 
 
 def test_results_may_go_to_stdout(command: Command, tmp_path: Path) -> None:
