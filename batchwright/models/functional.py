@@ -51,8 +51,14 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(residual + x), residual + x), both [num_tokens, hidden_size].
 
-    One pass on a GPU, where `residual` is overwritten with the sum.
+    One pass where there is a kernel, and `residual` is overwritten with the sum.
     """
+    if _has_kernel(x):
+        out = torch.empty(x.shape, dtype=x.dtype)
+        norm_kernel.rms_norm(
+            x.numpy(), weight.numpy(), eps, out.numpy(), residual=residual.numpy()
+        )
+        return out, residual
     if x.is_cuda:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _gpu("rms_norm").rms_norm(x, weight, eps, out, residual=residual)
