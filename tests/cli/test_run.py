@@ -99,10 +99,11 @@ def test_settings_reach_the_model(command: Command, tmp_path: Path) -> None:
         *("run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--max-model-len", "2K"),
         *("--max-num-seqs", "32", "--max-num-batched-tokens", "1k", "--kv-cache-memory", "1.5G"),
         *("--dtype", "bfloat16", "--seed", "7", "--threads", "2", "--no-prefix-sharing"),
-        *("--order", "groups", "--kv-tokens", "4K"),
+        *("--order", "groups", "--kv-tokens", "4K", "--device", "cpu"),
     )
     assert status == 0
     assert command.settings == {
+        "device": "cpu",
         "dtype": "bfloat16",
         "max_model_len": 2048,
         "max_num_seqs": 32,
@@ -130,7 +131,12 @@ def test_an_unknown_order_is_an_error_that_names_the_known_ones(
 def test_settings_not_given_are_left_to_the_model(command: Command, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", [chat_row("a")])
     command("run", source, "-o", tmp_path / "out.jsonl", "--model", "m")
-    assert command.settings == {"dtype": "auto", "seed": 0, "prefix_sharing": True}
+    assert command.settings == {
+        "device": "auto",
+        "dtype": "auto",
+        "seed": 0,
+        "prefix_sharing": True,
+    }
 
 
 def test_results_may_go_to_stdout(command: Command, tmp_path: Path) -> None:
