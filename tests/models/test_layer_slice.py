@@ -38,17 +38,18 @@ def test_times_of_few_layers_are_those_of_all(config, monkeypatch):
     monkeypatch.setattr(layer_slice, "time", clock)
 
     def slowed(forward, seconds):
-        def call(self, x):
+        def call(self, *x):
             now[0] += seconds
             if isinstance(self, RMSNorm):
                 now[0] += extra[0]
                 extra[0] = 0.0
-            return forward(self, x)
+            return forward(self, *x)
 
         return call
 
     monkeypatch.setattr(Linear, "forward", slowed(Linear.forward, 1.0))
-    monkeypatch.setattr(RMSNorm, "forward", slowed(RMSNorm.forward, 0.25))
+    for norm in ("forward", "after_sum"):
+        monkeypatch.setattr(RMSNorm, norm, slowed(getattr(RMSNorm, norm), 0.25))
     part = LayerSlice(config, {}, dtype=torch.float32, max_positions=64, max_tokens=8)
     tokens = torch.arange(5)
     with torch.inference_mode():
