@@ -107,8 +107,8 @@ class EngineConfig:
             )
         if self.quantize and self.device == "auto" and has_gpu:
             problems.append(
-                f"quantize is {self.quantize}, which is for the CPU, and there is a GPU; set device "
-                "to cpu (--device cpu) or leave quantize out"
+                f"quantize is {self.quantize}, which is for the CPU, and there is a GPU; set "
+                "device to cpu (--device cpu) or leave quantize out"
             )
         if problems:
             raise ConfigError("; ".join(problems))

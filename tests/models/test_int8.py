@@ -113,11 +113,19 @@ def test_other_number_formats_are_refused(load_int8):
     [
         ({"quantize": "int4"}, "quantize is 'int4', must be int8 or None"),
         ({"quantize": "int8", "dtype": "bfloat16"}, "leave dtype out"),
+        ({"quantize": "int8", "device": "cuda"}, "is for the CPU, and device is cuda"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         EngineConfig(**settings).check()
+
+
+def test_where_there_is_a_gpu_the_cpu_must_be_asked_for():
+    given = {"context_length": 100, "free_memory_bytes": 10**9, "has_gpu": True}
+    with pytest.raises(ConfigError, match="--device cpu"):
+        EngineConfig(quantize="int8").resolve(**given)
+    assert EngineConfig(quantize="int8", device="cpu").resolve(**given).dtype == "float32"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
