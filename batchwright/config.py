@@ -39,6 +39,8 @@ class EngineConfig:
         device: "auto", "cpu" or "cuda" (one NVIDIA card); auto is cuda where there is one.
         dtype: "auto", "float32" or "bfloat16"; auto is bfloat16 on a GPU, and float32 on a CPU,
             where bf16 products run at a tenth of the speed without AVX-512 or AMX.
+        quantize: "int8": products have int8 weights and activations, lossy (docs/int8.md), on a
+            CPU alone; None: they have the model's dtype.
         max_model_len: most tokens of a sequence, prompt and output.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens computed per step.
@@ -59,6 +61,7 @@ class EngineConfig:
 
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
     max_num_batched_tokens: int | None = None
@@ -102,6 +105,11 @@ class EngineConfig:
                 "device is cuda, but torch finds no NVIDIA card; install torch with CUDA and a "
                 "driver, or leave device out"
             )
+        if self.quantize and self.device == "auto" and has_gpu:
+            problems.append(
+                f"quantize is {self.quantize}, which is for the CPU, and there is a GPU; set "
+                "device to cpu (--device cpu) or leave quantize out"
+            )
         if problems:
             raise ConfigError("; ".join(problems))
         num_cores = len(os.sched_getaffinity(0))
@@ -112,6 +120,7 @@ class EngineConfig:
         return ResolvedConfig(
             device="cuda" if on_gpu else "cpu",
             dtype=own_dtype if self.dtype == "auto" else self.dtype,
+            quantize=self.quantize,
             max_model_len=self.max_model_len or min(context_length, DEFAULT_MAX_MODEL_LEN),
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self._token_budget(on_gpu),
@@ -167,6 +176,18 @@ class EngineConfig:
             problems.append(f"device is {self.device!r}, must be one of {', '.join(DEVICES)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype is {self.dtype!r}, must be auto, float32 or bfloat16")
+        if self.quantize not in (None, "int8"):
+            problems.append(f"quantize is {self.quantize!r:.60}, must be int8 or None")
+        elif self.quantize and self.dtype not in ("auto", "float32"):
+            problems.append(
+                f"quantize is {self.quantize} and dtype {self.dtype}; int8 products take and give "
+                "float32, so leave dtype out"
+            )
+        elif self.quantize and self.device == "cuda":
+            problems.append(
+                f"quantize is {self.quantize}, which is for the CPU, and device is cuda; leave one "
+                "of them out"
+            )
         if self.order not in (orders := [AUTO_ORDER, *names("plan.orders")]):
             problems.append(f"order is {self.order!r}, must be one of {', '.join(orders)}")
         if self.length_predictor not in (known := names("plan.lengths")):
@@ -192,6 +213,7 @@ class ResolvedConfig:
 
     device: str
     dtype: str
+    quantize: str | None
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int

@@ -231,7 +231,11 @@ def build_engine(
     torch.set_num_threads(resolved.num_threads)  # after the kernels': starting theirs resets it
     dtype = getattr(torch, resolved.dtype)
     model = load_model(
-        checkpoint, dtype=dtype, max_positions=resolved.max_model_len, device=resolved.device
+        checkpoint,
+        dtype=dtype,
+        max_positions=resolved.max_model_len,
+        device=resolved.device,
+        quantize=resolved.quantize,
     )
     shape = shape_of(model)
     executor: Executor

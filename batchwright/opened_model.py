@@ -15,6 +15,7 @@ from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.errors import ConfigError
 from batchwright.exec.device.memory import free_bytes, has_gpu
 from batchwright.exec.memory import available_memory_bytes
+from batchwright.kernels.int8_linear.numba import activation_bits
 from batchwright.kv.groups import KVGroup
 from batchwright.models.loader import read_config
 from batchwright.models.shape import read_shape
@@ -60,7 +61,13 @@ class OpenedModel:
     @property
     def weight_bytes(self) -> int:
         """Memory that the weights take."""
-        return self.shape.num_params * self.dtype.itemsize
+        shape, config = self.shape, self.model_config
+        if self.config.quantize is None:
+            return shape.num_params * self.dtype.itemsize
+        # A byte each; an embedding table in fp32 besides, where it is the output head's too.
+        embedding = self.dtype.itemsize * shape.vocab_size * shape.hidden_size
+        own_table = 0 if config["tie_word_embeddings"] else shape.vocab_size * shape.hidden_size
+        return shape.num_params - own_table + embedding
 
     def identity(self) -> dict[str, Any]:
         """What answers depend on besides the rows; see `answer_identity`."""
@@ -139,7 +146,15 @@ def answer_identity(
         "tokenizer": backend.hexdigest(),
         "chat_template": template.hexdigest(),
         "dtype": config.dtype,
+        **_quantisation(config),
         "max_model_len": config.max_model_len,
         "seed": config.seed,
         "default_max_tokens": DEFAULT_MAX_TOKENS,
     }
+
+
+def _quantisation(config: ResolvedConfig) -> dict[str, Any]:
+    """Jobs without any have no such entry."""
+    if config.quantize is None:
+        return {}
+    return {"quantize": config.quantize, "activation_bits": activation_bits()}

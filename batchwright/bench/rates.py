@@ -40,7 +40,7 @@ def _curve(product: Product, dtype: torch.dtype, seconds_per_point: float) -> Ra
     kinds: list[list[Multiply]] = [
         [partial(F.linear, weight=weight) for weight in weights],
         [partial(_weights_first, weight) for weight in weights],
-        list(engine_products(weights)),
+        list(engine_products(product, dtype)),
     ]
     return _highest(
         [product_rates(product, kind, ROWS, dtype, seconds_per_point) for kind in kinds]

@@ -89,6 +89,7 @@ def advise(
     kv_tokens: options.KVTokens = None,
     order: options.Order = None,
     dtype: options.Dtype = options.DtypeName.auto,
+    quantize: options.Quantize = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
@@ -125,6 +126,7 @@ def advise(
         kv_tokens=kv_tokens,
         order=order,
         num_threads=threads,
+        quantize=quantize and quantize.value,
     )
     fixed = {*given, *(["dtype"] if dtype is not options.DtypeName.auto else [])}
     settings = {
@@ -156,6 +158,8 @@ def _question(
 
     if arrivals is not None and not (arrivals > 0 and math.isfinite(arrivals)):
         raise ConfigError(f"--arrivals is {arrivals}, must be above 0 requests per second")
+    if device is not None and "quantize" in fixed:
+        raise ConfigError("--quantize int8 is for this machine's CPU; leave it out with --device")
     if shape is not None and device is None:
         raise ConfigError("--shape is for --device; here the model has its own sizes")
     return Question(

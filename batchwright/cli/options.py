@@ -26,6 +26,12 @@ class DeviceName(StrEnum):
     cuda = "cuda"
 
 
+class QuantizeName(StrEnum):
+    """Number format of products."""
+
+    int8 = "int8"
+
+
 InputPath = Annotated[
     str | None,
     typer.Argument(metavar="IN", help="File of requests; - is stdin (JSONL).", show_default=False),
@@ -91,6 +97,10 @@ Lengths = Annotated[
 Dtype = Annotated[DtypeName, typer.Option(help="Number format to compute in.")]
 Device = Annotated[
     DeviceName, typer.Option(help="cuda is one NVIDIA GPU; auto takes it if there is one.")
+]
+Quantize = Annotated[
+    QuantizeName | None,
+    typer.Option(help="Products in int8 on the CPU: faster, less memory, lossy; docs/int8.md."),
 ]
 Seed = Annotated[
     int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")

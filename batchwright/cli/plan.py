@@ -46,6 +46,7 @@ def plan(
     lengths: options.Lengths = None,
     device: options.Device = options.DeviceName.auto,
     dtype: options.Dtype = options.DtypeName.auto,
+    quantize: options.Quantize = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
@@ -75,6 +76,7 @@ def plan(
     settings = options.given(
         device=device.value,
         dtype=dtype.value,
+        quantize=quantize and quantize.value,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

@@ -80,6 +80,7 @@ def run(
     lengths: options.Lengths = None,
     device: options.Device = options.DeviceName.auto,
     dtype: options.Dtype = options.DtypeName.auto,
+    quantize: options.Quantize = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
@@ -112,6 +113,7 @@ def run(
     settings = options.given(
         device=device.value,
         dtype=dtype.value,
+        quantize=quantize and quantize.value,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -193,7 +195,7 @@ def _run(
 
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that mean the same before a model is loaded as after it."""
-    names = [name for name in ("seed", "max_model_len") if name in settings]
+    names = [name for name in ("seed", "max_model_len", "quantize") if name in settings]
     if settings.get("dtype") != options.DtypeName.auto:
         names.append("dtype")
     return {name: settings[name] for name in names}

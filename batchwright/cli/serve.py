@@ -45,6 +45,7 @@ def serve(
     lengths: options.Lengths = None,
     device: options.Device = options.DeviceName.auto,
     dtype: options.Dtype = options.DtypeName.auto,
+    quantize: options.Quantize = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
@@ -66,6 +67,7 @@ def serve(
     engine = {
         "device": device.value,
         "dtype": dtype.value,
+        "quantize": quantize and quantize.value,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,

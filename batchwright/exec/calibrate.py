@@ -17,7 +17,6 @@ import torch
 
 from batchwright.exec.hollow_steps import measure_steps
 from batchwright.exec.product_rates import (
-    cold_weights,
     distinct,
     engine_products,
     product_rates,
@@ -41,6 +40,7 @@ def calibrate(
     dtype: torch.dtype,
     attention: str,
     num_threads: int,
+    quantize: str | None = None,
 ) -> Hardware:
     """This machine's rates for a model.
 
@@ -48,18 +48,19 @@ def calibrate(
         config: the model's config.json.
         attention: name of the attention backend.
         num_threads: set for torch and the kernels beforehand.
+        quantize: as in EngineConfig.
     """
-    layers, best = _layer_rates(shape, dtype)
+    layers, best = _layer_rates(shape, dtype, quantize)
     head = product_rates(
         shape.head,
-        engine_products(cold_weights(shape.head, dtype)),
+        engine_products(shape.head, dtype, quantize),
         HEAD_ROWS,
         dtype,
         S_PER_POINT,
         LONGEST_CALL_S,
         usual_time_s,
     )
-    measured = measure_steps(config, shape, dtype=dtype, attention=attention)
+    measured = measure_steps(config, shape, dtype=dtype, attention=attention, quantize=quantize)
     is_dense = all(product.share == 1 for product in shape.products)
     return Hardware(
         name=processor(),
@@ -88,12 +89,14 @@ def _corrected(
     return RateCurve(curve.rows, tuple(rates.tolist()))
 
 
-def _layer_rates(shape: ModelShape, dtype: torch.dtype) -> tuple[RateCurve, float]:
+def _layer_rates(
+    shape: ModelShape, dtype: torch.dtype, quantize: str | None
+) -> tuple[RateCurve, float]:
     """(the curve of all products of the layers together, the best single rate)."""
     curves: list[tuple[float, RateCurve]] = []
     for product in distinct(shape.products):
         flops = sum(p.flops_per_token for p in shape.products if _same_shape(p, product))
-        curve = _rates(product, dtype)
+        curve = _rates(product, dtype, quantize)
         curves.append((flops, curve))
     rows = max((curve.rows for _, curve in curves), key=len)
     total = sum(flops for flops, _ in curves)
@@ -104,8 +107,8 @@ def _layer_rates(shape: ModelShape, dtype: torch.dtype) -> tuple[RateCurve, floa
     return RateCurve(rows, tuple(rates)), max(curve.best for _, curve in curves)
 
 
-def _rates(product: Product, dtype: torch.dtype) -> RateCurve:
-    multiply = engine_products(cold_weights(product, dtype))
+def _rates(product: Product, dtype: torch.dtype, quantize: str | None) -> RateCurve:
+    multiply = engine_products(product, dtype, quantize)
     return product_rates(
         product, multiply, LAYER_ROWS, dtype, S_PER_POINT, LONGEST_CALL_S, usual_time_s
     )

@@ -83,12 +83,14 @@ def measure_steps(
     *,
     dtype: torch.dtype,
     attention: str,
+    quantize: str | None = None,
 ) -> Measured:
     """Time the five kinds of steps and solve for the parts.
 
     Args:
         config, shape: a model's config.json, and its shape.
         attention: name of the attention backend.
+        quantize: as in EngineConfig.
     """
     backend: AttentionBackend = techniques.find("attention.backends", attention).Backend()
     kv_itemsize = backend.kv_dtype(dtype).itemsize
@@ -105,7 +107,13 @@ def measure_steps(
         "first": [(0, run)],
         "last": [(far - run, far)],
     }
-    part = LayerSlice(config, dtype=dtype, max_positions=far, max_tokens=max(run, MANY))
+    part = LayerSlice(
+        config,
+        dtype=dtype,
+        max_positions=far,
+        max_tokens=max(run, MANY),
+        quantize=quantize,
+    )
     executor, num_groups = _executor(part.model, shape, backend, dtype, far)
     executor.execute(_step(kinds["many"], num_groups, blocks_per_row, new=True))
     clock_s, own_s = time.perf_counter(), time.thread_time()

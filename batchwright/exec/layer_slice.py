@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from batchwright.exec.hollow import hollow_model
+from batchwright.exec.product_rates import make_real
 from batchwright.models.layers import Linear
 
 NUM_LAYERS = 4
@@ -38,6 +39,7 @@ class LayerSlice:
     Args:
         config: the model's config.json.
         max_tokens: most tokens of a step.
+        quantize: as in EngineConfig.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LayerSlice:
         dtype: torch.dtype,
         max_positions: int,
         max_tokens: int,
+        quantize: str | None = None,
     ) -> None:
         self.model = hollow_model(
             config, dtype=dtype, max_positions=max_positions, max_tokens=max_tokens
@@ -62,12 +65,15 @@ class LayerSlice:
         self.model.attention_specs = specs[:NUM_LAYERS]
         self._layer_s = [0.0] * len(layers)
         self._product_s = [0.0] * len(layers)
-        self._linears = [m for m in layers.modules() if isinstance(m, Linear)]
-        for linear in self._linears:
-            _make_real(linear, dtype)
+        linears = [m for m in layers.modules() if isinstance(m, Linear)]
+        for linear in linears:
+            make_real(linear, dtype, quantize)
+        # A router's weights, fp32 among int8, are few and stay.
+        self._linears = [m for m in linears if not (quantize and m.exact)]
         sizes = [linear.weight.numel() for linear in self._linears]
-        wanted = min(sum(sizes) * self._num_layers // len(layers), POOL_BYTES // dtype.itemsize)
-        self._pool = _Pool(max(wanted, *sizes), dtype)
+        stored = self._linears[0].weight.dtype
+        wanted = min(sum(sizes) * self._num_layers // len(layers), POOL_BYTES // stored.itemsize)
+        self._pool = _Pool(max(wanted, *sizes), stored)
         self._take_weights()
         for index, layer in enumerate(layers):
             for module in layer.modules():
@@ -102,7 +108,7 @@ class _Pool:
     """Weights are cut from one piece of memory, one after another, and from its beginning again."""
 
     def __init__(self, num_elements: int, dtype: torch.dtype) -> None:
-        self._memory = torch.full((num_elements,), 0.01, dtype=dtype)
+        self._memory = torch.full((num_elements,), 1 if dtype == torch.uint8 else 0.01, dtype=dtype)
         self._next = 0
 
     def take(self, shape: torch.Size) -> torch.Tensor:
@@ -123,16 +129,6 @@ def _time(module: nn.Module, into: list[float], index: int) -> None:
         return result
 
     module.forward = timed  # type: ignore[method-assign]
-
-
-def _make_real(linear: Linear, dtype: torch.dtype) -> None:
-    weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if dtype == torch.float32:
-        linear.pack()
-    if linear.bias is not None:
-        bias = torch.zeros(linear.out_features, dtype=dtype)
-        linear.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def _mean(values: list[float]) -> float:

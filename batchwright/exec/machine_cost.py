@@ -35,7 +35,7 @@ GPU_FLOPS_PER_S = 1e15
 def machine_cost(
     model_config: Mapping[str, Any], shape: ModelShape, config: ResolvedConfig
 ) -> CostModel:
-    """Measure a model on this machine, with the threads, dtype and attention of `config`.
+    """Measure a model on this machine, with the threads, number formats and attention of `config`.
 
     Args:
         model_config: its config.json.
@@ -51,13 +51,14 @@ def machine_cost(
         dtype=dtype,
         attention=config.attention,
         num_threads=config.num_threads,
+        quantize=config.quantize,
     )
     backend: AttentionBackend = techniques.find("attention.backends", config.attention).Backend()
     heads = shape.attention[0]
     return CostModel(
         shape,
         hardware,
-        dtype.itemsize,
+        1 if config.quantize else dtype.itemsize,
         backend.kv_dtype(dtype).itemsize,
         backend.rows_per_load(heads.num_q_heads, heads.num_kv_heads),
     )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from batchwright.kernels.int8_linear import packing as int8_packing
 from batchwright.models.layers import Linear
 from batchwright.plan.cost import RateCurve
 from batchwright.plan.shape import ModelShape, Product
@@ -47,13 +48,13 @@ def measure_ceiling(
     shape: ModelShape,
     dtype: torch.dtype = torch.float32,
     seconds_per_point: float = CEILING_S_PER_POINT,
+    quantize: str | None = None,
 ) -> Ceiling:
     """The best product, shape and number of rows, with the threads that torch and kernels have."""
 
     def best(product: Product) -> float:
-        weights = cold_weights(product, dtype)
-        torchs = [partial(F.linear, weight=weight) for weight in weights]
-        ways: list[Sequence[Multiply]] = [torchs, engine_products(weights)]
+        torchs = [partial(F.linear, weight=weight) for weight in cold_weights(product, dtype)]
+        ways: list[Sequence[Multiply]] = [torchs, engine_products(product, dtype, quantize)]
         return max(
             product_rates(product, multiply, CEILING_ROWS, dtype, seconds_per_point).best
             for multiply in ways
@@ -67,18 +68,39 @@ def distinct(products: Sequence[Product]) -> list[Product]:
     return list({(p.in_features, p.out_features): p for p in products}.values())
 
 
-def engine_products(weights: Sequence[torch.Tensor]) -> list[Linear]:
-    """Products with weights [out_features, in_features] as the engine makes them."""
-    linears = []
-    for weight in weights:
-        out_features, in_features = weight.shape
-        with torch.device("meta"):
-            linear = Linear(in_features, out_features)
+def engine_products(
+    product: Product, dtype: torch.dtype, quantize: str | None = None
+) -> list[Linear]:
+    """Products of a shape as the engine makes them, whose weights come from memory."""
+    itemsize = 1 if quantize else dtype.itemsize
+    return [
+        timed_linear(product.in_features, product.out_features, dtype, quantize)
+        for _ in range(_num_cold(product, itemsize))
+    ]
+
+
+def timed_linear(
+    in_features: int, out_features: int, dtype: torch.dtype, quantize: str | None
+) -> Linear:
+    """A product as the engine makes it. What its weight holds changes no time."""
+    with torch.device("meta"):
+        linear = Linear(in_features, out_features)
+    make_real(linear, dtype, quantize)
+    return linear
+
+
+def make_real(linear: Linear, dtype: torch.dtype, quantize: str | None) -> None:
+    """Give a Linear of the meta device a weight, and zeros as its bias."""
+    if linear.bias is not None:
+        bias = torch.zeros(linear.out_features, dtype=dtype)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    if quantize and not linear.exact:
+        linear.hold_int8(int8_packing.blank(linear.out_features, linear.in_features))
+    else:
+        weight = torch.full((linear.out_features, linear.in_features), 0.01, dtype=dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if weight.dtype == torch.float32:
             linear.pack()
-        linears.append(linear)
-    return linears
 
 
 def product_rates(
@@ -120,10 +142,14 @@ def _take_turns(multiply: Sequence[Multiply], x: torch.Tensor, turn: int) -> tor
 
 def cold_weights(product: Product, dtype: torch.dtype) -> list[torch.Tensor]:
     """As many weights as the model has, or COLD_BYTES of them. What they hold changes no time."""
-    size = product.in_features * product.out_features * dtype.itemsize
-    count = max(1, min(product.num_weights, COLD_BYTES // size))
     shape = (product.out_features, product.in_features)
+    count = _num_cold(product, dtype.itemsize)
     return [torch.full(shape, 0.01, dtype=dtype) for _ in range(count)]
+
+
+def _num_cold(product: Product, itemsize: int) -> int:
+    size = product.in_features * product.out_features * itemsize
+    return max(1, min(product.num_weights, COLD_BYTES // size))
 
 
 def quick_time_s(call: Callable[[int], object], seconds: float) -> float:

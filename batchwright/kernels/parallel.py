@@ -67,6 +67,38 @@ def next_task(typingctx: Any, counter: Any) -> Any:
     return types.int64(counter), codegen
 
 
+@intrinsic
+def add_done(typingctx: Any, counters: Any) -> Any:
+    """counters[1]++ (atomic); what this thread wrote before is seen by who waits for the count."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        done = builder.gep(data, [ir.Constant(ir.IntType(64), 1)])
+        builder.atomic_rmw("add", done, ir.Constant(ir.IntType(64), 1), "release")
+        return context.get_dummy_value()
+
+    return types.void(counters), codegen
+
+
+@intrinsic
+def wait_for(typingctx: Any, counters: Any, count: Any) -> Any:
+    """Spin until counters[1] is at least `count`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        done = builder.gep(data, [ir.Constant(ir.IntType(64), 1)])
+        spin = builder.append_basic_block("spin")
+        go_on = builder.append_basic_block("go_on")
+        builder.branch(spin)
+        builder.position_at_end(spin)
+        enough = builder.icmp_signed(">=", builder.load_atomic(done, "acquire", 8), args[1])
+        builder.cbranch(enough, go_on, spin)
+        builder.position_at_end(go_on)
+        return context.get_dummy_value()
+
+    return types.void(counters, types.int64), codegen
+
+
 def read_only(array: Any) -> Any:
     """A read-only view: kernels that only read take this type, whatever the caller has."""
     view = array.view()

@@ -55,9 +55,7 @@ def add_rms_norm(
     """
     if _has_kernel(x):
         out = torch.empty(x.shape, dtype=x.dtype)
-        norm_kernel.rms_norm(
-            x.numpy(), weight.numpy(), eps, out.numpy(), residual=residual.numpy()
-        )
+        norm_kernel.rms_norm(x.numpy(), weight.numpy(), eps, out.numpy(), residual=residual.numpy())
         return out, residual
     if x.is_cuda:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,7 +1,7 @@
 """The pieces all architectures share: Linear, norms, embedding.
 
-`Linear` is the only place where a weight meets an activation, so row padding, merged projections
-and later quantisation, sharding and adapters touch this file alone.
+`Linear` is the only place where a weight meets an activation, so row padding, merged projections,
+quantisation and later sharding and adapters touch this file alone.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from batchwright.errors import ConfigError
+from batchwright.kernels.int8_linear import numba as int8_kernel
+from batchwright.kernels.int8_linear import packing as int8_packing
 from batchwright.kernels.linear import numba as linear_kernel
 from batchwright.kernels.linear.packing import pack, packed_rows
 from batchwright.models.functional import add_rms_norm, rms_norm
 
-_NO_BIAS = torch.empty(0)
+_NOTHING = torch.empty(0)
 
 
 class Linear(nn.Module):
@@ -27,19 +30,27 @@ class Linear(nn.Module):
         outputs: width of y, or the checkpoint's projection names and widths, merged in this
             order: `Linear(576, {"q_proj": 576, "k_proj": 192, "v_proj": 192})`.
         bias: whether the checkpoint has one for every projection.
+        exact: never quantised, because choices depend on it (a router's).
 
     Shapes: x [num_tokens, in_features], y [num_tokens, sum of widths], x's dtype.
     Attributes:
-        weight: [out_features, in_features]; after `pack`, in the layout of our own CPU kernel.
+        weight: [out_features, in_features]; after `pack` or `quantize`, in the layout of our own
+            CPU kernels (then of 3 or 4 dimensions).
 
-    Level bits when packed: a row of y does not depend on the other rows (contract 1). torch's own
-    products, which compute all others, do not promise that.
+    Level bits when packed, quantised or not: a row of y does not depend on the other rows (contract
+    1). torch's own products, which compute all others, do not promise that.
     """
 
     def __init__(
-        self, in_features: int, outputs: int | Mapping[str, int], *, bias: bool = False
+        self,
+        in_features: int,
+        outputs: int | Mapping[str, int],
+        *,
+        bias: bool = False,
+        exact: bool = False,
     ) -> None:
         super().__init__()
+        self.exact = exact
         self.parts = dict(outputs) if isinstance(outputs, Mapping) else {}
         self.in_features = in_features
         self.out_features = sum(outputs.values()) if isinstance(outputs, Mapping) else outputs
@@ -48,17 +59,51 @@ class Linear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(self.out_features), requires_grad=False) if bias else None
         )
+        self._channels = _NOTHING  # scales and bias of an int8 weight
 
     def pack(self) -> None:
         """Lay the weight out for our own kernel, which multiplies in fp32 on the CPU; once."""
         assert self.weight.ndim == 2, "packed already"
         self.weight = nn.Parameter(pack(self.weight), requires_grad=False)
 
+    def quantize(self) -> None:
+        """Make the weight int8, for good; lossy (`kernels/int8_linear`). An exact one is packed.
+
+        Raises:
+            ConfigError: it is not fp32 on the CPU.
+        """
+        weight = self.weight
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            raise ConfigError(
+                f'quantize "int8" needs fp32 weights on the CPU, not {weight.dtype} on '
+                f'{weight.device.type}; leave it out or set dtype="float32"'
+            )
+        if self.exact:
+            self.pack()
+        else:
+            self.hold_int8(int8_packing.pack(*int8_packing.quantize_weight(weight)))
+
+    def hold_int8(self, weight: int8_packing.Int8Weight) -> None:
+        """Take a quantised weight; the bias is the one there is now."""
+        self.weight = nn.Parameter(weight.values, requires_grad=False)
+        self._channels = torch.zeros(2, len(weight.scales))
+        self._channels[0] = weight.scales
+        if self.bias is not None:
+            self._channels[1, : self.out_features] = self.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.ndim == 2:
             return F.linear(x, self.weight, self.bias)
         out = torch.empty(x.shape[0], self.out_features)
-        bias = _NO_BIAS if self.bias is None else self.bias
+        if self.weight.ndim == 4:
+            int8_kernel.int8_linear(
+                x.contiguous().numpy(),
+                self.weight.numpy(),
+                self._channels.numpy(),
+                out.numpy(),
+            )
+            return out
+        bias = _NOTHING if self.bias is None else self.bias
         linear_kernel.linear(x.contiguous().numpy(), self.weight.numpy(), bias.numpy(), out.numpy())
         return out
 
@@ -107,7 +152,8 @@ class LayerNorm(nn.Module):
 class Embedding(nn.Module):
     """Rows of a table by id, times `scale` (Gemma), which is first rounded to the table's dtype.
 
-    The table may be the packed weight of the output head.
+    The table may be the packed weight of the output head. Beside an int8 head it is a table of its
+    own, in the narrowest type that holds its values (`narrow`); rows are fp32 all the same.
     """
 
     def __init__(
@@ -116,11 +162,22 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_embeddings, hidden_size), requires_grad=False)
         self.scale = scale
+        self.rows_dtype: torch.dtype | None = None  # None: the table's
+
+    def narrow(self) -> None:
+        """Keep an fp32 table in 16 bits if that changes no value: most checkpoints have no more."""
+        for dtype in (torch.bfloat16, torch.float16):
+            table = self.weight.to(dtype)
+            if torch.equal(table.float(), self.weight):
+                self.weight = nn.Parameter(table, requires_grad=False)
+                self.rows_dtype = torch.float32
+                return
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [num_tokens] int64 -> [num_tokens, hidden_size]."""
         packed = self.weight.ndim == 3
         rows = packed_rows(self.weight, ids) if packed else F.embedding(ids, self.weight)
+        rows = rows.to(self.rows_dtype or rows.dtype)
         if self.scale is None:
             return rows
         return rows * float(torch.tensor(self.scale, dtype=rows.dtype))

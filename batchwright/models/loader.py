@@ -105,7 +105,12 @@ def build_empty(config: Mapping[str, Any], max_positions: int) -> CausalLM:
 
 
 def load_model(
-    source: WeightSource, *, dtype: torch.dtype, max_positions: int, device: str = "cpu"
+    source: WeightSource,
+    *,
+    dtype: torch.dtype,
+    max_positions: int,
+    device: str = "cpu",
+    quantize: str | None = None,
 ) -> CausalLM:
     """Build the model and fill it with weights.
 
@@ -114,10 +119,13 @@ def load_model(
         dtype: type of all parameters.
         max_positions: longest context; rotary tables cover it.
         device: where the parameters shall be; each is copied there as it is read.
+        quantize: "int8": products have int8 weights (lossy), except a router's; embeddings keep
+            their values.
     Raises:
         UnsupportedModelError: unknown architecture or setting.
         ModelFormatError: a tensor or config entry is missing or has the wrong shape.
-        ConfigError: the model has fewer learned positions than max_positions.
+        ConfigError: the model has fewer learned positions than max_positions; or int8 is asked
+            for together with another dtype than fp32.
     """
     model = build_empty(source.config, max_positions)
     config = model.config
@@ -132,10 +140,16 @@ def load_model(
                 value = _join(parts, parameter.shape, dtype, device)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         if packs and isinstance(module, Linear) and module is not head:
-            module.pack()  # one by one, so that only one weight is in memory twice
+            # one by one, so that only one weight is in memory twice
+            if quantize:
+                module.quantize()
+            else:
+                module.pack()
     if config["tie_word_embeddings"]:
         _tie(model, head)
-    if packs:
+    if quantize:
+        _quantize_head(model, head)
+    elif packs:
         _pack_head(model, head)
     _warn_of_unused(tensors.unused(), model)
     return model.eval()
@@ -248,6 +262,15 @@ def _pack_head(model: CausalLM, head: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Embedding) and module.weight is plain:
             module.weight = head.weight
+
+
+def _quantize_head(model: CausalLM, head: nn.Module) -> None:
+    """The output head, whose values the embeddings may share: these keep them as they are."""
+    assert isinstance(head, Linear)
+    head.quantize()
+    for module in model.modules():
+        if isinstance(module, Embedding):
+            module.narrow()
 
 
 def _warn_of_unused(names: list[str], model: CausalLM) -> None:

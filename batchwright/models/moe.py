@@ -39,7 +39,7 @@ class SparseMoE(nn.Module):
         self, hidden_size: int, width: int, num_experts: int, top_k: int, *, renormalise: bool
     ) -> None:
         super().__init__()
-        self.gate = Linear(hidden_size, num_experts)
+        self.gate = Linear(hidden_size, num_experts, exact=True)
         self.experts = nn.ModuleList(MLP(hidden_size, width) for _ in range(num_experts))
         self.top_k = top_k
         self.renormalise = renormalise

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from batchwright.kv.groups import windows_of_layers
@@ -40,7 +41,9 @@ def shape_of(model: CausalLM) -> ModelShape:
     sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
     sizes |= {id(linear.weight): math.prod(_widths(linear)) for linear, _ in _products(model, 1.0)}
     num_params = sum(sizes.values())  # each object once, packed weights without their padding
-    if model.config["tie_word_embeddings"] and head.weight.is_meta:  # not tied yet
+    if model.config["tie_word_embeddings"] and (
+        head.weight.is_meta or head.weight.dtype == torch.uint8
+    ):  # not tied yet, or an int8 copy
         num_params -= math.prod(_widths(head))
     return ModelShape(
         hidden_size=model.config["hidden_size"],

@@ -42,6 +42,7 @@ class _Key(msgspec.Struct, frozen=True):
     shape: ModelShape
     dtype: str
     num_threads: int
+    quantize: str | None = None
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -77,7 +78,8 @@ def _key(start: RunStart) -> _Key | None:
     dtype, num_threads = start.settings.get("dtype"), start.settings.get("num_threads")
     if start.shape is None or dtype not in _DTYPES or not isinstance(num_threads, int):
         return None
-    return _Key(start.machine, start.shape, dtype, num_threads)
+    quantize = start.settings.get("quantize")
+    return _Key(start.machine, start.shape, dtype, num_threads, quantize)
 
 
 def _path() -> Path | None:
@@ -99,5 +101,7 @@ def _measure(key: _Key) -> Ceiling:
     from batchwright.exec import product_rates
 
     torch.set_num_threads(key.num_threads)
-    rates = product_rates.measure_ceiling(key.shape, getattr(torch, key.dtype))
+    rates = product_rates.measure_ceiling(
+        key.shape, getattr(torch, key.dtype), quantize=key.quantize
+    )
     return Ceiling(rates.layers, rates.head)

@@ -209,6 +209,7 @@ def test_an_engine_may_need_eight_devices(command: Command) -> None:
         (["--device", "abacus"], "device is 'abacus', must be one of A100-80G"),
         (["--device", "H100", "--shape", "x"], "model shape is 'x', must be one of"),
         (["--shape", "llama-3-8b"], "--shape is for --device"),
+        (["--device", "L40S", "--quantize", "int8"], "leave it out with --device"),
         (["--arrivals", "0"], "--arrivals is 0.0, must be above 0"),
         (["--arrivals", "nan"], "must be above 0"),
         (["--max-num-seqs", "0"], "max-num-seqs"),

@@ -98,13 +98,14 @@ def test_settings_reach_the_model(command: Command, tmp_path: Path) -> None:
     status, _, _ = command(
         *("run", source, "-o", tmp_path / "out.jsonl", "--model", "m", "--max-model-len", "2K"),
         *("--max-num-seqs", "32", "--max-num-batched-tokens", "1k", "--kv-cache-memory", "1.5G"),
-        *("--dtype", "bfloat16", "--seed", "7", "--threads", "2", "--no-prefix-sharing"),
-        *("--order", "groups", "--kv-tokens", "4K"),
+        *("--dtype", "float32", "--seed", "7", "--threads", "2", "--no-prefix-sharing"),
+        *("--order", "groups", "--kv-tokens", "4K", "--quantize", "int8"),
     )
     assert status == 0
     assert command.settings == {
         "device": "auto",
-        "dtype": "bfloat16",
+        "dtype": "float32",
+        "quantize": "int8",
         "max_model_len": 2048,
         "max_num_seqs": 32,
         "max_num_batched_tokens": 1000,
@@ -179,6 +180,14 @@ Mess = Callable[[Path], list[object]]
         (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--threads", 0], "--threads"),
         (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--max-num-seqs", "0"], "at least 1"),
         (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--dtype", "int3"], "bfloat16"),
+        (lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--quantize", "int3"], "int8"),
+        (
+            lambda t: [
+                *(t / "in.jsonl", "-o", t / "out.jsonl"),
+                *("--quantize", "int8", "--dtype", "bfloat16"),
+            ],
+            "leave dtype out",
+        ),
         (
             lambda t: [t / "in.jsonl", "-o", t / "out.jsonl", "--max-num-batched-tokens", "9"],
             "below max_num_seqs",
