@@ -21,7 +21,13 @@ from numba.extending import intrinsic
 
 from batchwright.kernels.simd import LANES, _address, _splat
 
+AHEAD_BYTES = 4096
+"""How far before its use fma_rows asks for b: with few rows it comes from memory as fast as it is
+used, and the processor's own guesses end at every page."""
+CACHE_LINE_BYTES = 64
+
 _INTP = ir.IntType(64)
+_I8, _I32 = ir.IntType(8), ir.IntType(32)
 _I1 = ir.IntType(1)
 _F32 = ir.FloatType()
 
@@ -96,7 +102,7 @@ def fma_rows(
             block = builder.append_basic_block(f"rows.{count}")
             choice.add_case(_INTP(count), block)
             builder.position_at_end(block)
-            _build_tile(builder, count, num_vectors, args[2], *operands)
+            _build_tile(builder, count, num_vectors, args[2], *operands, ahead=AHEAD_BYTES)
             builder.branch(end)
         builder.position_at_end(end)
         return context.get_dummy_value()
@@ -131,8 +137,12 @@ def _build_tile(
     c: Any,
     c_stride: Any,
     length: Any,
+    ahead: int = 0,
 ) -> None:
-    """The loop over the inner index; the builder goes on behind it."""
+    """The loop over the inner index; the builder goes on behind it.
+
+    With `ahead`, lines of b so many bytes on are asked for, also beyond its end.
+    """
     lanes = LANES * num_vectors
     wide = ir.VectorType(_F32, lanes)
     fma = cgutils.get_or_insert_function(
@@ -164,7 +174,11 @@ def _build_tile(
     builder.cbranch(builder.icmp_signed("<", k, length), body, done)
 
     builder.position_at_end(body)
-    b_k = load(builder.gep(b, [builder.mul(k, b_stride)]))
+    b_at = builder.gep(b, [builder.mul(k, b_stride)])
+    b_k = load(b_at)
+    if ahead:
+        for line in range(0, 4 * lanes, CACHE_LINE_BYTES):
+            _prefetch(builder, b_at, ahead + line)
     for row, total in zip(a_rows, sums, strict=True):
         a_k = _splat(builder, builder.load(builder.gep(row, [k])), lanes)
         total.add_incoming(builder.call(fma, [a_k, b_k, total]), body)
@@ -174,3 +188,13 @@ def _build_tile(
     builder.position_at_end(done)
     for row, total in zip(c_rows, sums, strict=True):
         builder.store(total, builder.bitcast(row, wide.as_pointer())).align = 4
+
+
+def _prefetch(builder: Any, address: Any, num_bytes: int) -> None:
+    pointer = builder.bitcast(address, _I8.as_pointer())
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]),
+        "llvm.prefetch.p0",
+    )
+    builder.call(function, [builder.gep(pointer, [_INTP(num_bytes)]), _I32(0), _I32(3), _I32(1)])
