@@ -137,6 +137,7 @@ def _build_tile(
     c: Any,
     c_stride: Any,
     length: Any,
+    *,
     ahead: int = 0,
 ) -> None:
     """The loop over the inner index; the builder goes on behind it.
