@@ -1,7 +1,7 @@
 """Rates of matrix products at a model's shapes, by rows.
 
-The best of them, of torch or of ours, is a ceiling: not the processor peak, but what the engine has
-when everything else costs nothing.
+The best of them, torch's or ours, is a ceiling: not the processor's peak, but what the engine
+reaches when everything else costs nothing.
 """
 
 from __future__ import annotations
