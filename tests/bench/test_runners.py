@@ -92,7 +92,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if asked["prompt"][-1] == 13:
             return self.answer(dict(error=dict(message="no luck")))
         self.answer(dict(tokens=[asked["prompt"][-1]] * asked["n_predict"]))
-http.server.ThreadingHTTPServer(("127.0.0.1", int(arguments["--port"])), Handler).serve_forever()
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # of 5, some of 32 slots that connect at once may be reset
+Server(("127.0.0.1", int(arguments["--port"])), Handler).serve_forever()
 """
 
 
