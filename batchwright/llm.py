@@ -45,6 +45,7 @@ from batchwright.validation.messages import (
 )
 from batchwright.validation.params import check_params
 from batchwright.weights.checkpoint import Checkpoint, open_checkpoint
+from batchwright.weights.forms import stored_forms
 from batchwright.weights.locate import locate_model
 
 logger = logging.getLogger(__name__)
@@ -262,7 +263,10 @@ def build_engine(
         max_model_len=resolved.max_model_len,
         prefix_sharing=resolved.prefix_sharing,
         order=chosen_order(
-            resolved, groups, shape, lambda: machine_cost(checkpoint.config, shape, resolved)
+            resolved,
+            groups,
+            shape,
+            lambda: machine_cost(checkpoint.config, shape, resolved, stored_forms(checkpoint)),
         ),
         lengths=find_predictor(resolved.length_predictor),
     )

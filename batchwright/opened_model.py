@@ -23,6 +23,7 @@ from batchwright.plan.shape import ModelShape
 from batchwright.request import DEFAULT_MAX_TOKENS
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
 from batchwright.weights.checkpoint import Checkpoint, open_checkpoint
+from batchwright.weights.forms import stored_bytes
 from batchwright.weights.locate import locate_model
 
 GPU_KV_SHARE = 0.9
@@ -63,6 +64,8 @@ class OpenedModel:
         """Memory that the weights take."""
         shape, config = self.shape, self.model_config
         if self.config.quantize is None:
+            if self.dtype == torch.float32 and self.config.device == "cpu":
+                return stored_bytes(self.checkpoint)
             return shape.num_params * self.dtype.itemsize
         # A byte each; an embedding table in fp32 besides, where it is the output head's too.
         embedding = self.dtype.itemsize * shape.vocab_size * shape.hidden_size

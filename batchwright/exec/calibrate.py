@@ -25,6 +25,7 @@ from batchwright.exec.product_rates import (
 from batchwright.plan.cost import Hardware, RateCurve
 from batchwright.plan.shape import ModelShape, Product
 from batchwright.processor import processor
+from batchwright.weights.forms import FP32, StoredForms
 
 LAYER_ROWS = (1, 4, 16, 32, 64, 128, 256, 512)
 HEAD_ROWS = (1, 4, 16, 64, 256)
@@ -41,6 +42,7 @@ def calibrate(
     attention: str,
     num_threads: int,
     quantize: str | None = None,
+    forms: StoredForms = FP32,
 ) -> Hardware:
     """This machine's rates for a model.
 
@@ -49,18 +51,26 @@ def calibrate(
         attention: name of the attention backend.
         num_threads: set for torch and the kernels beforehand.
         quantize: as in EngineConfig.
+        forms: how fp32 weights are stored.
     """
-    layers, best = _layer_rates(shape, dtype, quantize)
+    layers, best = _layer_rates(shape, dtype, quantize, forms.layers)
     head = product_rates(
         shape.head,
-        engine_products(shape.head, dtype, quantize),
+        engine_products(shape.head, dtype, quantize, forms.head),
         HEAD_ROWS,
         dtype,
         S_PER_POINT,
         LONGEST_CALL_S,
         usual_time_s,
     )
-    measured = measure_steps(config, shape, dtype=dtype, attention=attention, quantize=quantize)
+    measured = measure_steps(
+        config,
+        shape,
+        dtype=dtype,
+        attention=attention,
+        quantize=quantize,
+        form=forms.layers,
+    )
     is_dense = all(product.share == 1 for product in shape.products)
     return Hardware(
         name=processor(),
@@ -90,13 +100,13 @@ def _corrected(
 
 
 def _layer_rates(
-    shape: ModelShape, dtype: torch.dtype, quantize: str | None
+    shape: ModelShape, dtype: torch.dtype, quantize: str | None, form: str
 ) -> tuple[RateCurve, float]:
     """(the curve of all products of the layers together, the best single rate)."""
     curves: list[tuple[float, RateCurve]] = []
     for product in distinct(shape.products):
         flops = sum(p.flops_per_token for p in shape.products if _same_shape(p, product))
-        curve = _rates(product, dtype, quantize)
+        curve = _rates(product, dtype, quantize, form)
         curves.append((flops, curve))
     rows = max((curve.rows for _, curve in curves), key=len)
     total = sum(flops for flops, _ in curves)
@@ -107,8 +117,8 @@ def _layer_rates(
     return RateCurve(rows, tuple(rates)), max(curve.best for _, curve in curves)
 
 
-def _rates(product: Product, dtype: torch.dtype, quantize: str | None) -> RateCurve:
-    multiply = engine_products(product, dtype, quantize)
+def _rates(product: Product, dtype: torch.dtype, quantize: str | None, form: str) -> RateCurve:
+    multiply = engine_products(product, dtype, quantize, form)
     return product_rates(
         product, multiply, LAYER_ROWS, dtype, S_PER_POINT, LONGEST_CALL_S, usual_time_s
     )

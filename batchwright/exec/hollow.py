@@ -27,6 +27,7 @@ def hollow_model(
         max_tokens: most tokens of a step.
     """
     model = build_empty(config, max_positions)
+    model.dtype = dtype
     widths = [m.out_features for m in model.modules() if isinstance(m, Linear)]
     widths += [m.weight.shape[1] for m in model.modules() if isinstance(m, Embedding)]
     generator = torch.Generator().manual_seed(0)

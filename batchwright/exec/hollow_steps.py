@@ -84,6 +84,7 @@ def measure_steps(
     dtype: torch.dtype,
     attention: str,
     quantize: str | None = None,
+    form: str = "fp32",
 ) -> Measured:
     """Time the five kinds of steps and solve for the parts.
 
@@ -91,6 +92,7 @@ def measure_steps(
         config, shape: a model's config.json, and its shape.
         attention: name of the attention backend.
         quantize: as in EngineConfig.
+        form: how fp32 weights of the layers are stored.
     """
     backend: AttentionBackend = techniques.find("attention.backends", attention).Backend()
     kv_itemsize = backend.kv_dtype(dtype).itemsize
@@ -113,6 +115,7 @@ def measure_steps(
         max_positions=far,
         max_tokens=max(run, MANY),
         quantize=quantize,
+        form=form,
     )
     executor, num_groups = _executor(part.model, shape, backend, dtype, far)
     executor.execute(_step(kinds["many"], num_groups, blocks_per_row, new=True))

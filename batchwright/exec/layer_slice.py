@@ -40,6 +40,7 @@ class LayerSlice:
         config: the model's config.json.
         max_tokens: most tokens of a step.
         quantize: as in EngineConfig.
+        form: how fp32 weights of the layers are stored, a key of FORM_BYTES.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LayerSlice:
         max_positions: int,
         max_tokens: int,
         quantize: str | None = None,
+        form: str = "fp32",
     ) -> None:
         self.model = hollow_model(
             config, dtype=dtype, max_positions=max_positions, max_tokens=max_tokens
@@ -67,13 +69,11 @@ class LayerSlice:
         self._product_s = [0.0] * len(layers)
         linears = [m for m in layers.modules() if isinstance(m, Linear)]
         for linear in linears:
-            make_real(linear, dtype, quantize)
+            make_real(linear, dtype, quantize, form)
         # A router's weights, fp32 among int8, are few and stay.
         self._linears = [m for m in linears if not (quantize and m.exact)]
-        sizes = [linear.weight.numel() for linear in self._linears]
-        stored = self._linears[0].weight.dtype
-        wanted = min(sum(sizes) * self._num_layers // len(layers), POOL_BYTES // stored.itemsize)
-        self._pool = _Pool(max(wanted, *sizes), stored)
+        self._weights = self._pool([linear.weight for linear in self._linears])
+        self._scales = self._pool([linear.scales for linear in self._linears])
         self._take_weights()
         for index, layer in enumerate(layers):
             for module in layer.modules():
@@ -99,16 +99,25 @@ class LayerSlice:
             rest=once + self._num_layers * (layer_s - product_s),
         )
 
+    def _pool(self, tensors: list[torch.Tensor]) -> _Pool:
+        """Memory in which such tensors of all layers take turns."""
+        sizes = [tensor.numel() for tensor in tensors]
+        first = tensors[0]
+        wanted = sum(sizes) * self._num_layers // len(self._layer_s)
+        size = max(min(wanted, POOL_BYTES // first.itemsize), *sizes)
+        return _Pool(size, first.flatten()[0] if size else first.new_zeros(()))
+
     def _take_weights(self) -> None:
         for linear in self._linears:
-            linear.weight.data = self._pool.take(linear.weight.shape)
+            linear.weight.data = self._weights.take(linear.weight.shape)
+            linear.scales = self._scales.take(linear.scales.shape)
 
 
 class _Pool:
     """Weights are cut from one piece of memory, one after another, and from its beginning again."""
 
-    def __init__(self, num_elements: int, dtype: torch.dtype) -> None:
-        self._memory = torch.full((num_elements,), 1 if dtype == torch.uint8 else 0.01, dtype=dtype)
+    def __init__(self, num_elements: int, value: torch.Tensor) -> None:
+        self._memory = value.repeat(num_elements)
         self._next = 0
 
     def take(self, shape: torch.Size) -> torch.Tensor:

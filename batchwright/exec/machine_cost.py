@@ -16,6 +16,8 @@ from batchwright.exec.layer_slice import NUM_LAYERS
 from batchwright.plan.cost import CostModel
 from batchwright.plan.hardware import DEVICES, device_hardware, find_device
 from batchwright.plan.shape import ModelShape
+from batchwright.weights.block_tensor import FORM_BYTES
+from batchwright.weights.forms import StoredForms
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,16 @@ GPU_FLOPS_PER_S = 1e15
 
 
 def machine_cost(
-    model_config: Mapping[str, Any], shape: ModelShape, config: ResolvedConfig
+    model_config: Mapping[str, Any],
+    shape: ModelShape,
+    config: ResolvedConfig,
+    forms: StoredForms,
 ) -> CostModel:
     """Measure a model on this machine, with the threads, number formats and attention of `config`.
 
     Args:
         model_config: its config.json.
+        forms: how its fp32 weights are stored.
     """
     if config.device == "cuda":
         return _gpu_cost(shape, config)
@@ -52,16 +58,23 @@ def machine_cost(
         attention=config.attention,
         num_threads=config.num_threads,
         quantize=config.quantize,
+        forms=forms,
     )
     backend: AttentionBackend = techniques.find("attention.backends", config.attention).Backend()
     heads = shape.attention[0]
     return CostModel(
         shape,
         hardware,
-        1 if config.quantize else dtype.itemsize,
+        _bytes_per_weight(dtype, config, forms),
         backend.kv_dtype(dtype).itemsize,
         backend.rows_per_load(heads.num_q_heads, heads.num_kv_heads),
     )
+
+
+def _bytes_per_weight(dtype: torch.dtype, config: ResolvedConfig, forms: StoredForms) -> float:
+    if config.quantize:
+        return 1.0
+    return FORM_BYTES[forms.layers] if dtype == torch.float32 else float(dtype.itemsize)
 
 
 def _gpu_cost(shape: ModelShape, config: ResolvedConfig) -> CostModel:

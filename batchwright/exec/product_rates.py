@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from batchwright.kernels.int8_linear import packing as int8_packing
+from batchwright.kernels.linear.packing import blank
 from batchwright.models.layers import Linear
 from batchwright.plan.cost import RateCurve
 from batchwright.plan.shape import ModelShape, Product
+from batchwright.weights.block_tensor import FORM_BYTES
 
 CEILING_ROWS = (128, 256, 512)
 CEILING_S_PER_POINT = 0.1
@@ -69,38 +71,46 @@ def distinct(products: Sequence[Product]) -> list[Product]:
 
 
 def engine_products(
-    product: Product, dtype: torch.dtype, quantize: str | None = None
+    product: Product, dtype: torch.dtype, quantize: str | None = None, form: str = "fp32"
 ) -> list[Linear]:
-    """Products of a shape as the engine makes them, whose weights come from memory."""
-    itemsize = 1 if quantize else dtype.itemsize
+    """Products of a shape as the engine makes them, whose weights come from memory.
+
+    Args:
+        form: how fp32 weights are stored, a key of FORM_BYTES.
+    """
+    itemsize = 1 if quantize else FORM_BYTES[form] if dtype == torch.float32 else dtype.itemsize
     return [
-        timed_linear(product.in_features, product.out_features, dtype, quantize)
+        timed_linear(product.in_features, product.out_features, dtype, quantize, form)
         for _ in range(_num_cold(product, itemsize))
     ]
 
 
 def timed_linear(
-    in_features: int, out_features: int, dtype: torch.dtype, quantize: str | None
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    quantize: str | None,
+    form: str = "fp32",
 ) -> Linear:
     """A product as the engine makes it. What its weight holds changes no time."""
     with torch.device("meta"):
         linear = Linear(in_features, out_features)
-    make_real(linear, dtype, quantize)
+    make_real(linear, dtype, quantize, form)
     return linear
 
 
-def make_real(linear: Linear, dtype: torch.dtype, quantize: str | None) -> None:
+def make_real(linear: Linear, dtype: torch.dtype, quantize: str | None, form: str = "fp32") -> None:
     """Give a Linear of the meta device a weight, and zeros as its bias."""
     if linear.bias is not None:
         bias = torch.zeros(linear.out_features, dtype=dtype)
         linear.bias = nn.Parameter(bias, requires_grad=False)
     if quantize and not linear.exact:
         linear.hold_int8(int8_packing.blank(linear.out_features, linear.in_features))
+    elif dtype == torch.float32:
+        linear.hold(blank(linear.out_features, linear.in_features, form))
     else:
         weight = torch.full((linear.out_features, linear.in_features), 0.01, dtype=dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        if weight.dtype == torch.float32:
-            linear.pack()
 
 
 def product_rates(
@@ -147,9 +157,9 @@ def cold_weights(product: Product, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.full(shape, 0.01, dtype=dtype) for _ in range(count)]
 
 
-def _num_cold(product: Product, itemsize: int) -> int:
+def _num_cold(product: Product, itemsize: float) -> int:
     size = product.in_features * product.out_features * itemsize
-    return max(1, min(product.num_weights, COLD_BYTES // size))
+    return max(1, min(product.num_weights, int(COLD_BYTES // size)))
 
 
 def quick_time_s(call: Callable[[int], object], seconds: float) -> float:

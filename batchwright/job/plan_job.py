@@ -247,8 +247,10 @@ def engine_sizes(model: OpenedModel, order: OrderFunction) -> EngineSizes:
 def cost_model(model: OpenedModel) -> CostModel:
     """What the model costs on this machine, measured now."""
     from batchwright.exec.machine_cost import machine_cost
+    from batchwright.weights.forms import stored_forms
 
-    return machine_cost(model.checkpoint.config, model.shape, model.config)
+    checkpoint = model.checkpoint
+    return machine_cost(checkpoint.config, model.shape, model.config, stored_forms(checkpoint))
 
 
 def _read(
@@ -317,7 +319,7 @@ def _predict(
 def _load_s(model: OpenedModel) -> float:
     from batchwright.exec.load_time import load_s
 
-    return load_s(model.checkpoint, model.weight_bytes)
+    return load_s(model.checkpoint)
 
 
 def _memory(

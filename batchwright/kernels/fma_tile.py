@@ -12,6 +12,7 @@ there are, of 16 lanes with AVX-512, of 8 with AVX2. The width of a register cha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -21,13 +22,7 @@ from numba.extending import intrinsic
 
 from batchwright.kernels.simd import LANES, _address, _splat
 
-AHEAD_BYTES = 4096
-"""How far before its use fma_rows asks for b: with few rows it comes from memory as fast as it is
-used, and the processor's own guesses end at every page."""
-CACHE_LINE_BYTES = 64
-
 _INTP = ir.IntType(64)
-_I8, _I32 = ir.IntType(8), ir.IntType(32)
 _I1 = ir.IntType(1)
 _F32 = ir.FloatType()
 
@@ -58,107 +53,55 @@ def fma_tile(
     if not all(isinstance(arg, types.Literal) for arg in literals):
         return None
     num_rows, num_vectors, add_to_c = (arg.literal_value for arg in literals)
+    lanes = LANES * num_vectors
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        operands = _operands(context, builder, signature, args)
-        _build_tile(builder, num_rows, num_vectors, _I1(int(add_to_c)), *operands)
+        a_at, b_at, c_at = (
+            _address(context, builder, signature.args[at], args[at], args[at + 1])
+            for at in (3, 6, 9)
+        )
+
+        def load(builder: Any, k: Any) -> Any:
+            row = builder.gep(b_at, [builder.mul(k, args[8])])
+            return _load(builder, row, ir.VectorType(_F32, lanes))
+
+        build_tile(
+            builder, num_rows, lanes, _I1(int(add_to_c)),
+            a_at, args[5], load, c_at, args[11], args[12],
+        )  # fmt: skip
         return context.get_dummy_value()
 
-    return _signature(literals, a, b, c), codegen
+    strides = (types.intp, types.intp)
+    return types.void(*literals, a, *strides, b, *strides, c, *strides, types.intp), codegen
 
 
-@intrinsic
-def fma_rows(
-    typingctx: Any,
-    rows: Any,
-    vectors: Any,
-    accumulate: Any,
-    a: Any,
-    a_offset: Any,
-    a_stride: Any,
-    b: Any,
-    b_offset: Any,
-    b_stride: Any,
-    c: Any,
-    c_offset: Any,
-    c_stride: Any,
-    length: Any,
-    num_rows: Any,
-) -> Any:
-    """As fma_tile for the first `num_rows` rows, 1 to `rows`; both flags are known when it runs.
-
-    `rows`, the most there are, and `vectors` are compile-time constants: there is code for every
-    number of rows. `accumulate` is a boolean.
-    """
-    if not all(isinstance(arg, types.Literal) for arg in (rows, vectors)):
-        return None
-    most_rows, num_vectors = rows.literal_value, vectors.literal_value
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        operands = _operands(context, builder, signature, args)
-        end = builder.append_basic_block("rows.end")
-        choice = builder.switch(args[13], end)
-        for count in range(1, most_rows + 1):
-            block = builder.append_basic_block(f"rows.{count}")
-            choice.add_case(_INTP(count), block)
-            builder.position_at_end(block)
-            _build_tile(builder, count, num_vectors, args[2], *operands, ahead=AHEAD_BYTES)
-            builder.branch(end)
-        builder.position_at_end(end)
-        return context.get_dummy_value()
-
-    signature = _signature((rows, vectors, types.boolean), a, b, c)
-    return types.void(*signature.args, types.intp), codegen
-
-
-def _signature(literals: tuple[Any, ...], a: Any, b: Any, c: Any) -> Any:
-    integers = (types.intp, types.intp)
-    return types.void(*literals, a, *integers, b, *integers, c, *integers, types.intp)
-
-
-def _operands(context: Any, builder: Any, signature: Any, args: Any) -> tuple[Any, ...]:
-    """(address, stride) of a, b and c, then the length of the inner index."""
-    operands = []
-    for at in (3, 6, 9):
-        address = _address(context, builder, signature.args[at], args[at], args[at + 1])
-        operands += [address, args[at + 2]]
-    return (*operands, args[12])
-
-
-def _build_tile(
+def build_tile(
     builder: Any,
     num_rows: int,
-    num_vectors: int,
+    lanes: int,
     accumulate: Any,
     a: Any,
     a_stride: Any,
-    b: Any,
-    b_stride: Any,
+    load_b: Callable[[Any, Any], Any],
     c: Any,
     c_stride: Any,
     length: Any,
-    *,
-    ahead: int = 0,
 ) -> None:
-    """The loop over the inner index; the builder goes on behind it.
+    """Write the loop over the inner index; the builder goes on behind it.
 
-    With `ahead`, lines of b so many bytes on are asked for, also beyond its end.
+    Args:
+        accumulate: a boolean of the code that is built.
+        load_b: of (builder, inner index): writes what gives the vector of b.
     """
-    lanes = LANES * num_vectors
     wide = ir.VectorType(_F32, lanes)
     fma = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(wide, [wide] * 3), f"llvm.fma.v{lanes}f32"
     )
 
-    def load(pointer: Any) -> Any:
-        vector = builder.load(builder.bitcast(pointer, wide.as_pointer()))
-        vector.align = 4
-        return vector
-
     c_rows = [builder.gep(c, [builder.mul(c_stride, _INTP(r))]) for r in range(num_rows)]
     a_rows = [builder.gep(a, [builder.mul(a_stride, _INTP(r))]) for r in range(num_rows)]
     zero = ir.Constant(wide, [ir.Constant(_F32, 0.0)] * lanes)
-    start = [builder.select(accumulate, load(row), zero) for row in c_rows]
+    start = [builder.select(accumulate, _load(builder, row, wide), zero) for row in c_rows]
 
     before = builder.block
     head = builder.append_basic_block("tile.head")
@@ -175,11 +118,7 @@ def _build_tile(
     builder.cbranch(builder.icmp_signed("<", k, length), body, done)
 
     builder.position_at_end(body)
-    b_at = builder.gep(b, [builder.mul(k, b_stride)])
-    b_k = load(b_at)
-    if ahead:
-        for line in range(0, 4 * lanes, CACHE_LINE_BYTES):
-            _prefetch(builder, b_at, ahead + line)
+    b_k = load_b(builder, k)
     for row, total in zip(a_rows, sums, strict=True):
         a_k = _splat(builder, builder.load(builder.gep(row, [k])), lanes)
         total.add_incoming(builder.call(fma, [a_k, b_k, total]), body)
@@ -191,11 +130,7 @@ def _build_tile(
         builder.store(total, builder.bitcast(row, wide.as_pointer())).align = 4
 
 
-def _prefetch(builder: Any, address: Any, num_bytes: int) -> None:
-    pointer = builder.bitcast(address, _I8.as_pointer())
-    function = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]),
-        "llvm.prefetch.p0",
-    )
-    builder.call(function, [builder.gep(pointer, [_INTP(num_bytes)]), _I32(0), _I32(3), _I32(1)])
+def _load(builder: Any, address: Any, wide: Any) -> Any:
+    vector = builder.load(builder.bitcast(address, wide.as_pointer()))
+    vector.align = 4
+    return vector

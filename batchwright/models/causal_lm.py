@@ -24,12 +24,14 @@ class CausalLM(nn.Module):
     Attributes:
         attention_specs: one per layer that owns KV, in layer order.
         config: what `read_config` returned.
+        dtype: of activations. Weights that are laid out for our own products may be narrower.
         defaults: entries that a config.json may leave out, as the architecture then means them.
         not_weights: regular expression for names of checkpoint tensors this model has no use for.
     """
 
     attention_specs: tuple[AttentionSpec, ...]
     config: Mapping[str, Any]
+    dtype: torch.dtype = torch.float32
     defaults: ClassVar[Mapping[str, Any]] = {}
     not_weights: ClassVar[str] = r".*rotary_emb\.inv_freq"
 

@@ -16,10 +16,13 @@ from batchwright.errors import ConfigError
 from batchwright.kernels.int8_linear import numba as int8_kernel
 from batchwright.kernels.int8_linear import packing as int8_packing
 from batchwright.kernels.linear import numba as linear_kernel
-from batchwright.kernels.linear.packing import pack, packed_rows
+from batchwright.kernels.linear.packing import NO_SCALES, PackedWeight, pack, packed_rows
 from batchwright.models.functional import add_rms_norm, rms_norm
 
 _NOTHING = torch.empty(0)
+
+PACKED_NDIM, INT8_NDIM = 3, 4
+"""Dimensions of a weight that is held for our own kernels."""
 
 
 class Linear(nn.Module):
@@ -34,8 +37,9 @@ class Linear(nn.Module):
 
     Shapes: x [num_tokens, in_features], y [num_tokens, sum of widths], x's dtype.
     Attributes:
-        weight: [out_features, in_features]; after `pack` or `quantize`, in the layout of our own
-            CPU kernels (then of 3 or 4 dimensions).
+        weight: [out_features, in_features]; after `hold` or `quantize`, in the layout of our own
+            CPU kernels, with more dimensions.
+        scales: of a held weight.
 
     Level bits when packed, quantised or not: a row of y does not depend on the other rows (contract
     1). torch's own products, which compute all others, do not promise that.
@@ -59,12 +63,13 @@ class Linear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(self.out_features), requires_grad=False) if bias else None
         )
+        self.scales = NO_SCALES
         self._channels = _NOTHING  # scales and bias of an int8 weight
 
-    def pack(self) -> None:
-        """Lay the weight out for our own kernel, which multiplies in fp32 on the CPU; once."""
-        assert self.weight.ndim == 2, "packed already"
-        self.weight = nn.Parameter(pack(self.weight), requires_grad=False)
+    def hold(self, weight: PackedWeight) -> None:
+        """Take a weight that is laid out for our own kernel, for fp32 products on the CPU."""
+        self.weight = nn.Parameter(weight.values, requires_grad=False)
+        self.scales = weight.scales
 
     def quantize(self) -> None:
         """Make the weight int8, for good; lossy (`kernels/int8_linear`). An exact one is packed.
@@ -79,7 +84,7 @@ class Linear(nn.Module):
                 f'{weight.device.type}; leave it out or set dtype="float32"'
             )
         if self.exact:
-            self.pack()
+            self.hold(pack(weight))
         else:
             self.hold_int8(int8_packing.pack(*int8_packing.quantize_weight(weight)))
 
@@ -95,7 +100,7 @@ class Linear(nn.Module):
         if self.weight.ndim == 2:
             return F.linear(x, self.weight, self.bias)
         out = torch.empty(x.shape[0], self.out_features)
-        if self.weight.ndim == 4:
+        if self.weight.ndim == INT8_NDIM:
             int8_kernel.int8_linear(
                 x.contiguous().numpy(),
                 self.weight.numpy(),
@@ -104,8 +109,18 @@ class Linear(nn.Module):
             )
             return out
         bias = _NOTHING if self.bias is None else self.bias
-        linear_kernel.linear(x.contiguous().numpy(), self.weight.numpy(), bias.numpy(), out.numpy())
+        linear_kernel.linear(
+            x.contiguous().numpy(),
+            self.weight.numpy(),
+            self.scales.numpy(),
+            bias.numpy(),
+            out.numpy(),
+        )
         return out
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight [num] int64 -> [num, in_features], if it is not quantised."""
+        return _rows(self.weight, self.scales, ids)
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """forward(x) cut into the merged projections, as views."""
@@ -150,34 +165,54 @@ class LayerNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table by id, times `scale` (Gemma), which is first rounded to the table's dtype.
+    """Rows of a table by id, times `scale` (Gemma), which is first rounded to the rows' dtype.
 
-    The table may be the packed weight of the output head. Beside an int8 head it is a table of its
-    own, in the narrowest type that holds its values (`narrow`); rows are fp32 all the same.
+    Attributes:
+        weight: [num_embeddings, hidden_size], of `rows_dtype` or narrower; or packed, such as that
+            of an output head whose values it shares.
+        scales: of a packed weight.
+        rows_dtype: None: the table's.
     """
 
     def __init__(
         self, num_embeddings: int, hidden_size: int, *, scale: float | None = None
     ) -> None:
         super().__init__()
+        self.num_embeddings, self.hidden_size = num_embeddings, hidden_size
         self.weight = nn.Parameter(torch.empty(num_embeddings, hidden_size), requires_grad=False)
+        self.scales = NO_SCALES
         self.scale = scale
-        self.rows_dtype: torch.dtype | None = None  # None: the table's
+        self.rows_dtype: torch.dtype | None = None
+
+    def hold(self, weight: torch.Tensor | PackedWeight) -> None:
+        """Take a table that may be narrower than the rows that it gives, which are fp32."""
+        values, self.scales = weight if isinstance(weight, PackedWeight) else (weight, NO_SCALES)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.rows_dtype = torch.float32
 
     def narrow(self) -> None:
         """Keep an fp32 table in 16 bits if that changes no value: most checkpoints have no more."""
         for dtype in (torch.bfloat16, torch.float16):
             table = self.weight.to(dtype)
             if torch.equal(table.float(), self.weight):
-                self.weight = nn.Parameter(table, requires_grad=False)
-                self.rows_dtype = torch.float32
+                self.hold(table)
                 return
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [num_tokens] int64 -> [num_tokens, hidden_size]."""
-        packed = self.weight.ndim == 3
-        rows = packed_rows(self.weight, ids) if packed else F.embedding(ids, self.weight)
-        rows = rows.to(self.rows_dtype or rows.dtype)
+        rows = self.rows(ids)
         if self.scale is None:
             return rows
         return rows * float(torch.tensor(self.scale, dtype=rows.dtype))
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the table, without the scale."""
+        rows = _rows(self.weight, self.scales, ids)
+        return rows.to(self.rows_dtype or rows.dtype)
+
+
+def _rows(weight: torch.Tensor, scales: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of a weight that may be packed."""
+    if weight.ndim == PACKED_NDIM:
+        return packed_rows(PackedWeight(weight, scales), ids)
+    return F.embedding(ids, weight)

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +15,11 @@ from torch import nn
 
 import batchwright.models
 from batchwright.errors import ModelFormatError, UnsupportedModelError
+from batchwright.kernels.linear.packing import PackedWeight, pack
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.layers import Embedding, Linear
+from batchwright.models.narrow_weights import join_rows, pack_stored
+from batchwright.weights.block_tensor import BlockTensor
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ class WeightSource(Protocol):
     def names(self) -> list[str]: ...
 
     def tensor(self, name: str) -> torch.Tensor: ...
+
+    def stored(self, name: str) -> torch.Tensor | BlockTensor: ...
 
 
 def model_class(config: Mapping[str, Any]) -> type[CausalLM]:
@@ -128,43 +133,61 @@ def load_model(
             for together with another dtype than fp32.
     """
     model = build_empty(source.config, max_positions)
-    config = model.config
-    tensors = _Tensors(source)
+    model.dtype, config = dtype, model.config
+    used: set[str] = set()
+    tensors = _Tensors(source, source.tensor, used)
+    stored = _Tensors(source, source.stored, used)
     head = model.get_submodule("lm_head")
+    assert isinstance(head, Linear)
     packs = dtype == torch.float32 and torch.device(device).type == "cpu"
     is_tied = config["tie_word_embeddings"] and "lm_head.weight" not in tensors
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not (is_tied and module is head):
-                parts = _parts(model, tensors, module, f"{module_name}.{name}", parameter.shape)
-                value = _join(parts, parameter.shape, dtype, device)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
-        if packs and isinstance(module, Linear) and module is not head:
-            # one by one, so that only one weight is in memory twice
-            if quantize:
-                module.quantize()
+            if is_tied and module is head:
+                continue
+            narrow = packs and not quantize and isinstance(module, Linear | Embedding)
+            full_name, shape = f"{module_name}.{name}", parameter.shape
+            if narrow and name == "weight":
+                # one by one, so that only one weight is in memory twice
+                parts = _parts(model, stored, module, full_name, shape)
+                _hold(module, join_rows(list(parts)))
             else:
-                module.pack()
+                parts = _parts(model, tensors, module, full_name, shape)
+                value = _join(parts, shape, dtype, device)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+        if quantize and isinstance(module, Linear) and module is not head:
+            module.quantize()
     if config["tie_word_embeddings"]:
         _tie(model, head)
     if quantize:
         _quantize_head(model, head)
-    elif packs:
-        _pack_head(model, head)
-    _warn_of_unused(tensors.unused(), model)
+    unused = sorted(set(source.names()) - used)
+    _warn_of_unused(unused, model)
     return model.eval()
 
 
-class _Tensors(Mapping[str, torch.Tensor]):
-    """The checkpoint as a mapping that reads on demand and remembers what was read.
+def _hold(module: nn.Module, weight: torch.Tensor | BlockTensor) -> None:
+    """Give a module a weight for our own kernels, as narrow as it is."""
+    if isinstance(module, Embedding):
+        module.hold(pack_stored(weight) if isinstance(weight, BlockTensor) else weight)
+    else:
+        assert isinstance(module, Linear)
+        module.hold(pack_stored(weight))
+
+
+_Read = Callable[[str], torch.Tensor | BlockTensor]
+
+
+class _Tensors(Mapping[str, Any]):
+    """The checkpoint as a mapping that reads on demand and adds what was read to `used`.
 
     Files saved from a bare decoder lack the leading `model.` or `transformer.` of the names.
     """
 
-    def __init__(self, source: WeightSource) -> None:
-        self._source = source
+    def __init__(self, source: WeightSource, read: _Read, used: set[str]) -> None:
+        self._read = read
         self._names = set(source.names())
-        self._used: set[str] = set()
+        self._used = used
 
     def _stored_name(self, name: str) -> str | None:
         candidates = (name, name.partition(".")[2])
@@ -173,7 +196,7 @@ class _Tensors(Mapping[str, torch.Tensor]):
     def __contains__(self, name: object) -> bool:
         return self._stored_name(str(name)) is not None
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Any:
         stored_name = self._stored_name(name)
         if stored_name is None:
             raise ModelFormatError(
@@ -181,17 +204,13 @@ class _Tensors(Mapping[str, torch.Tensor]):
                 "the download is incomplete or the config belongs to another model"
             )
         self._used.add(stored_name)
-        return self._source.tensor(stored_name)
+        return self._read(stored_name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def unused(self) -> list[str]:
-        """Names that nothing asked for, sorted."""
-        return sorted(self._names - self._used)
 
 
 def _parts(
@@ -200,7 +219,7 @@ def _parts(
     module: nn.Module,
     name: str,
     shape: torch.Size,
-) -> Iterator[torch.Tensor]:
+) -> Iterator[Any]:
     """A parameter from the checkpoint; of a merged one its parts, which stand beside it."""
     if not (isinstance(module, Linear) and module.parts):
         yield _checked(model.fetch(tensors, name), name, shape)
@@ -228,7 +247,7 @@ def _join(
     return whole
 
 
-def _checked(value: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:
+def _checked(value: Any, name: str, shape: torch.Size) -> Any:
     if value.shape != shape:
         raise ModelFormatError(
             f"tensor {name!r} has shape {list(value.shape)}, config.json implies {list(shape)}; "
@@ -237,36 +256,37 @@ def _checked(value: torch.Tensor, name: str, shape: torch.Size) -> torch.Tensor:
     return value
 
 
-def _tie(model: CausalLM, head: nn.Module) -> None:
+def _tie(model: CausalLM, head: Linear) -> None:
     """Share the embedding table with the output head, unless the file has two that differ."""
     table = next(
-        parameter
-        for name, parameter in model.named_parameters()
-        if name.endswith(("embed_tokens.weight", "wte.weight"))
+        module
+        for name, module in model.named_modules()
+        if name.endswith(("embed_tokens", "wte")) and isinstance(module, Embedding)
     )
-    own = head.get_parameter("weight")
-    if own.is_meta or torch.equal(own, table):
-        head.weight = table
-    else:
+    if not head.weight.is_meta and not _same_values(head, table):
         logger.warning(
             "config.json ties the word embeddings, but the checkpoint has an output head of its "
             "own that differs; using that"
         )
+    elif table.rows_dtype is None:
+        head.weight = table.weight
+    else:
+        if head.weight.is_meta:
+            packed = table.weight.ndim == 3
+            weight = PackedWeight(table.weight, table.scales) if packed else pack(table.weight)
+            head.hold(weight)
+        table.hold(PackedWeight(head.weight, head.scales))
+        table.weight = head.weight  # one parameter, not two of the same memory
 
 
-def _pack_head(model: CausalLM, head: nn.Module) -> None:
-    """Pack the output head; an embedding that is tied to it reads the packed weight then."""
-    assert isinstance(head, Linear)
-    plain = head.weight
-    head.pack()
-    for module in model.modules():
-        if isinstance(module, Embedding) and module.weight is plain:
-            module.weight = head.weight
+def _same_values(head: Linear, table: Embedding) -> bool:
+    """Whether a head's weight, packed or not, is the table; some rows at a time."""
+    parts = torch.arange(table.num_embeddings).split(4096)
+    return all(torch.equal(head.rows(ids), table.rows(ids)) for ids in parts)
 
 
-def _quantize_head(model: CausalLM, head: nn.Module) -> None:
+def _quantize_head(model: CausalLM, head: Linear) -> None:
     """The output head, whose values the embeddings may share: these keep them as they are."""
-    assert isinstance(head, Linear)
     head.quantize()
     for module in model.modules():
         if isinstance(module, Embedding):

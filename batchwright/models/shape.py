@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from batchwright.kv.groups import windows_of_layers
 from batchwright.models.causal_lm import CausalLM
-from batchwright.models.layers import Linear
+from batchwright.models.layers import INT8_NDIM, Embedding, Linear
 from batchwright.models.loader import build_empty
 from batchwright.models.moe import SparseMoE
 from batchwright.plan.shape import AttentionShape, ModelShape, Product
@@ -39,10 +38,15 @@ def shape_of(model: CausalLM) -> ModelShape:
         if name != HEAD:
             counts.update((*_widths(linear), share) for linear, share in _products(module, 1.0))
     sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    sizes |= {
+        id(table.weight): table.num_embeddings * table.hidden_size
+        for table in model.modules()
+        if isinstance(table, Embedding)
+    }
     sizes |= {id(linear.weight): math.prod(_widths(linear)) for linear, _ in _products(model, 1.0)}
-    num_params = sum(sizes.values())  # each object once, packed weights without their padding
+    num_params = sum(sizes.values())  # each object once, whatever its packed layout
     if model.config["tie_word_embeddings"] and (
-        head.weight.is_meta or head.weight.dtype == torch.uint8
+        head.weight.is_meta or head.weight.ndim == INT8_NDIM
     ):  # not tied yet, or an int8 copy
         num_params -= math.prod(_widths(head))
     return ModelShape(

@@ -149,7 +149,7 @@ class CostModel:
 
     shape: ModelShape
     hardware: Hardware
-    weight_bytes: int = 4
+    weight_bytes: float = 4
     kv_bytes: int = 4
     rows_per_load: int = 1
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from batchwright.errors import ModelNotFoundError
-from batchwright.weights.cache import CachedCheckpoint, cache_directory
+from batchwright.weights.block_tensor import BlockTensor
 from batchwright.weights.gguf_checkpoint import open_gguf_checkpoint
 from batchwright.weights.safetensors_dir import open_safetensors_dir
 
@@ -45,12 +45,16 @@ class Checkpoint(Protocol):
             ModelFormatError: there is no such tensor.
         """
 
+    def stored(self, name: str) -> torch.Tensor | BlockTensor:
+        """Return a tensor as narrow as it is stored, with the values of `tensor(name)`."""
 
-def open_checkpoint(path: Path, *, cached: bool = True) -> Checkpoint:
+    def form(self, name: str) -> str:
+        """Return how `stored(name)` is stored, without reading it: a key of FORM_BYTES."""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
     """Open a Hugging Face directory or a .gguf file.
 
-    Args:
-        cached: keep dequantised GGUF weights in the user's cache directory (see `cache.py`).
     Raises:
         ModelNotFoundError: there is nothing at path.
         ModelFormatError: the files are damaged.
@@ -64,9 +68,7 @@ def open_checkpoint(path: Path, *, cached: bool = True) -> Checkpoint:
             f"{path}: there is no such file or directory; give a Hugging Face model directory or a "
             ".gguf file"
         )
-    checkpoint = open_gguf_checkpoint(path)
-    directory = cache_directory() if cached else None
-    return checkpoint if directory is None else CachedCheckpoint(checkpoint, directory)
+    return open_gguf_checkpoint(path)
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

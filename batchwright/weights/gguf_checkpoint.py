@@ -8,11 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from batchwright.errors import ModelFormatError, UnsupportedModelError
-from batchwright.weights.dequantize import SUPPORTED_TYPES, dequantize, unsupported_type
-from batchwright.weights.gguf import GgufFile, read_gguf
+from batchwright.weights.block_tensor import BlockTensor
+from batchwright.weights.dequantize import (
+    SUPPORTED_TYPES,
+    Uint8Array,
+    dequantize,
+    read_blocks,
+    stored_form,
+    unsupported_type,
+)
+from batchwright.weights.gguf import GgufFile, GgufTensorInfo, read_gguf
 from batchwright.weights.gguf_config import config_from_gguf, generation_config_from_gguf
 from batchwright.weights.gguf_names import TensorSource, map_names
 
@@ -39,18 +48,55 @@ class GgufCheckpoint:
         Raises:
             ModelFormatError: the file has no such tensor.
         """
+        source, info, raw, shape = self._find(name)
+        values = dequantize(raw, info.ggml_type, shape)
+        if source.reorder is not None:
+            values = source.reorder(values)
+        if source.undo is not None:
+            values = source.undo(values)
+        return torch.from_numpy(values)
+
+    def stored(self, name: str) -> torch.Tensor | BlockTensor:
+        """Return a tensor as narrow as the file has it: fp16, bf16, integers with scales, or fp32.
+
+        Raises: as `tensor`, whose values are those of the result.
+        """
+        source, info, raw, shape = self._find(name)
+        kind = info.ggml_type
+        if source.undo is not None:
+            return self.tensor(name)
+        form = stored_form(kind)
+        if form.startswith("int") and len(shape) == 2:
+            blocks = read_blocks(raw, kind, (shape[0], shape[1]))
+            return blocks if source.reorder is None else blocks.reorder(source.reorder)
+        if form in ("fp16", "bf16"):
+            bits = np.ascontiguousarray(raw).view("<u2").reshape(shape)
+            bits = bits.copy() if source.reorder is None else source.reorder(bits)
+            dtype = torch.float16 if form == "fp16" else torch.bfloat16
+            return torch.from_numpy(bits).view(dtype)
+        return self.tensor(name)
+
+    def form(self, name: str) -> str:
+        """See `Checkpoint`."""
+        source = self._sources[name]
+        kind = self.gguf.tensors[source.gguf_name].ggml_type
+        if source.undo is not None or len(self.shape(name)) != 2:
+            return "fp32"
+        return stored_form(kind)
+
+    def _find(self, name: str) -> tuple[TensorSource, GgufTensorInfo, Uint8Array, tuple[int, ...]]:
+        """(source, what the header says, stored bytes, stored shape), of one expert if it is one.
+
+        Raises:
+            ModelFormatError: the file has no such tensor.
+        """
         source = self._sources.get(name)
         if source is None:
             raise ModelFormatError(f"{self.path}: there is no tensor for {name!r} in this file")
         info, raw = self.gguf.tensors[source.gguf_name], self.gguf.raw(source.gguf_name)
-        shape = info.shape
-        if source.expert is not None:
-            raw = raw.reshape(shape[0], -1)[source.expert]
-            shape = shape[1:]
-        values = dequantize(raw, info.ggml_type, shape)
-        if source.undo is not None:
-            values = source.undo(values)
-        return torch.from_numpy(values)
+        if source.expert is None:
+            return source, info, raw, info.shape
+        return source, info, raw.reshape(info.shape[0], -1)[source.expert], info.shape[1:]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that `tensor(name)` has, without reading it."""

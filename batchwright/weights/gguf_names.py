@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +24,21 @@ import numpy.typing as npt
 from batchwright.errors import ModelFormatError, UnsupportedModelError
 
 Float32Array = npt.NDArray[np.float32]
+AnyArray = npt.NDArray[Any]
 
 
 class TensorSource(NamedTuple):
     """Where a Hugging Face tensor comes from: a GGUF tensor, or one expert of a stacked one.
 
-    undo turns the stored values (of that expert) into Hugging Face's.
+    Attributes:
+        reorder: puts the stored rows in Hugging Face's order, whatever an element is.
+        undo: turns the stored values into Hugging Face's.
     """
 
     gguf_name: str
-    expert: int | None
-    undo: Callable[[Float32Array], Float32Array] | None
+    expert: int | None = None
+    reorder: Callable[[AnyArray], AnyArray] | None = None
+    undo: Callable[[Float32Array], Float32Array] | None = None
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """Return the Hugging Face tensor's shape, given that of the GGUF tensor."""
@@ -177,7 +181,7 @@ def map_names(
         if stem in layout.experts and kind == "weight" and len(shape) == 3:
             for expert in range(shape[0]):
                 hf_name = f"{prefix}{layout.experts[stem].format(expert)}.{kind}"
-                sources[hf_name] = TensorSource(name, expert, None)
+                sources[hf_name] = TensorSource(name, expert)
             continue
         if stem not in table:
             raise UnsupportedModelError(
@@ -189,8 +193,11 @@ def map_names(
                 f"{path}: tensor {name!r} has {shape[0]} rows, they must divide into {heads[stem]} "
                 "heads of an even size; the file is damaged, fetch it again"
             )
-        undo = _undo(layout, stem, kind, heads)
-        sources[f"{prefix}{table[stem]}.{kind}"] = TensorSource(name, None, undo)
+        sources[f"{prefix}{table[stem]}.{kind}"] = TensorSource(
+            name,
+            reorder=partial(_deinterleave, num_heads=heads[stem]) if stem in heads else None,
+            undo=_undo(layout, stem, kind),
+        )
     return sources
 
 
@@ -205,12 +212,8 @@ def _split(layout: _Layout, name: str) -> tuple[str, str, str, dict[str, str]]:
     return name, "", "", layout.model
 
 
-def _undo(
-    layout: _Layout, stem: str, kind: str, heads: dict[str, int]
-) -> Callable[[Float32Array], Float32Array] | None:
+def _undo(layout: _Layout, stem: str, kind: str) -> Callable[[Float32Array], Float32Array] | None:
     """Return what turns a tensor's stored values into Hugging Face's, None if they are those."""
-    if stem in heads:
-        return partial(_deinterleave, num_heads=heads[stem])
     if layout.norms_plus_one and stem.endswith("norm") and kind == "weight":
         return _subtract_one
     if stem in layout.transposed and kind == "weight":
@@ -218,7 +221,7 @@ def _undo(
     return None
 
 
-def _deinterleave(values: Float32Array, num_heads: int) -> Float32Array:
+def _deinterleave(values: AnyArray, num_heads: int) -> AnyArray:
     """Order each head's rows 0, 2, 4, ... 1, 3, 5, ...; values is [num_heads * head_dim, ...]."""
     pairs = values.reshape(num_heads, -1, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)

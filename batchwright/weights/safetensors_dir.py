@@ -52,6 +52,15 @@ class SafetensorsCheckpoint:
         path, handle = self._files[name]
         return read_tensor(handle, path, name)
 
+    def stored(self, name: str) -> torch.Tensor:
+        """See `Checkpoint`: the same as `tensor`."""
+        return self.tensor(name)
+
+    def form(self, name: str) -> str:
+        """See `Checkpoint`."""
+        dtype = self._files[name][1].get_slice(name).get_dtype()
+        return {"F16": "fp16", "BF16": "bf16"}.get(dtype, "fp32")
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that `tensor(name)` has, without reading it."""
         return tuple(self._files[name][1].get_slice(name).get_shape())

@@ -1,17 +1,12 @@
-"""One safetensors file: opened with clear errors, or written as a stream.
+"""One safetensors file, opened with clear errors.
 
 The `safetensors` library bounds the header and checks that the tensors tile the file exactly;
 tensors it returns are private copy-on-write views of the mapped file, so nothing is read before it
-is used. Format: 8 bytes header length, JSON header (name to dtype, shape, byte range), data.
+is used.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,41 +47,3 @@ def read_tensor(handle: Any, path: Path, name: str) -> torch.Tensor:
         )
     tensor: torch.Tensor = handle.get_tensor(name)
     return tensor
-
-
-def stored_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Return how many bytes of data fp32 tensors of these shapes take."""
-    return sum(4 * math.prod(shape) for shape in shapes.values())
-
-
-def write_safetensors(
-    path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    tensor: Callable[[str], torch.Tensor],
-    metadata: dict[str, str],
-) -> None:
-    """Write fp32 tensors one at a time, so that only one is in memory, and flush them to the disk.
-
-    Args:
-        path: a new file, or one to overwrite.
-        shapes: name to shape of every tensor, in the order to write them.
-        tensor: called once per name, in that order.
-        metadata: the header's free-form text entries.
-    Raises:
-        OSError: the disk is full or the file cannot be written; a part of it may be left behind.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-(len(encoded) + 8) % 64)  # data begins on a cache line
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name, shape in shapes.items():
-            values = tensor(name)
-            assert values.dtype == torch.float32 and tuple(values.shape) == shape, name
-            file.write(values.contiguous().numpy().data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -34,6 +34,7 @@ class NoText:
 def random_model(config: dict[str, Any], dtype: torch.dtype, device: str, length: int) -> CausalLM:
     """A model of random weights, so small that activations stay in range, made on the device."""
     model = build_empty(config, length)
+    model.dtype = dtype
     torch.manual_seed(0)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -55,7 +56,7 @@ def make_engine(
 ) -> tuple[Engine, DeviceExecutor, dict[str, Any]]:
     """An engine around a model that is on the device: (it, its executor, what was settled)."""
     on_gpu = device != "cpu"
-    dtype = next(model.parameters()).dtype
+    dtype = model.dtype
     kv_bytes = None if on_gpu else DRY_KV_BYTES
     config = EngineConfig(
         device="cuda" if on_gpu else "cpu",

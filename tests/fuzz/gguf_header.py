@@ -11,7 +11,7 @@ from batchwright.weights.gguf import read_gguf
 from batchwright.weights.gguf_config import config_from_gguf, generation_config_from_gguf
 from batchwright.weights.gguf_names import map_names
 from tests.fuzz.allocation import allocates_in_proportion, file_of
-from tests.weights.conftest import write_tiny_gguf
+from tests.weights.tiny_gguf import write_tiny_gguf
 
 
 def run(data: bytes) -> None:

@@ -5,16 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from batchwright import kernels
 from batchwright.errors import ShapeError
 from batchwright.kernels.linear import naive
 from batchwright.kernels.linear import numba as kernel
 from batchwright.kernels.linear.numba import DEPTH, TILE_ROWS, linear
-from batchwright.kernels.linear.packing import PANEL, pack, packed_rows, unpack
+from batchwright.kernels.linear.packing import (
+    PANEL,
+    PackedWeight,
+    blank,
+    pack,
+    pack_blocks,
+    packed_rows,
+    unpack,
+)
+from batchwright.kernels.linear.panel_tile import BF16, FP16, FP32, INT4, INT8, fma_rows
 
 pytestmark = pytest.mark.cpu
 
+MOST = max(TILE_ROWS)
+FORMS = ("fp32", "bf16", "fp16", "int8", "int4")
+HALF = PANEL // 2
 NO_BIAS = np.empty(0, np.float32)
 
 
@@ -34,8 +47,26 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: np.ndarray = NO_BIAS) -> np.ndarray:
     out = np.full((len(x), len(weight)), np.nan, np.float32)
-    linear(x.numpy(), pack(weight).numpy(), bias, out)
+    multiply(x, pack(weight), bias, out)
     return out
+
+
+def multiply(x: torch.Tensor, packed: PackedWeight, bias: np.ndarray, out: np.ndarray) -> None:
+    linear(x.numpy(), packed.values.numpy(), packed.scales.numpy(), bias, out)
+
+
+def narrow_weight(form: str, out_features: int, in_features: int, block: int = 32) -> PackedWeight:
+    """A random weight of some form."""
+    if not form.startswith("int"):
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[form]
+        return pack(numbers(out_features, in_features).to(dtype))
+    generator = torch.Generator().manual_seed(0)
+    low, high = (0, 16) if form == "int4" else (-128, 128)
+    integers = torch.randint(low, high, (out_features, in_features), generator=generator)
+    steps, lowest = (
+        numbers(out_features, in_features // block, seed=seed).half().float() for seed in (1, 2)
+    )
+    return pack_blocks(integers.to(torch.int8), steps, lowest, int(form[3:]))
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -43,7 +74,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: np.ndarray = NO_BIAS) -
 @pytest.mark.parametrize("out_features", [1, 31, 32, 33, 96, 100])
 def test_equals_fp64_twin(threads, in_features, out_features, with_bias) -> None:
     weight, bias = numbers(out_features, in_features), numbers(out_features, seed=1)
-    for num_rows in (1, 2, TILE_ROWS - 1, TILE_ROWS, TILE_ROWS + 1, 3 * TILE_ROWS + 2):
+    for num_rows in (1, 2, MOST - 1, MOST, MOST + 1, 3 * MOST + 2):
         x = numbers(num_rows, in_features, seed=num_rows)
         right = naive.linear(x.double(), weight.double(), bias.double() if with_bias else None)
         found = product(x, weight, bias.numpy() if with_bias else NO_BIAS)
@@ -79,32 +110,112 @@ def test_bits_do_not_depend_on_threads(monkeypatch) -> None:
         np.testing.assert_array_equal(product(x, weight), alone)
 
 
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("in_features", [32, 96, DEPTH + 64])
+@pytest.mark.parametrize("form", FORMS)
+def test_narrow_weights_give_the_bits_of_fp32(threads, form, in_features, block) -> None:
+    packed = narrow_weight(form, 70, in_features, block)
+    weight = unpack(packed, 70)
+    for num_rows in (1, 3, MOST, MOST + 1, 8 * MOST + 3):
+        x = numbers(num_rows, in_features, seed=num_rows)
+        out = np.full((num_rows, 70), np.nan, np.float32)
+        multiply(x, packed, NO_BIAS, out)
+        np.testing.assert_array_equal(out, product(x, weight))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_halves_of_a_panel_give_the_same(name) -> None:
+    """As processors with narrow registers take them, whatever this one has."""
+    form = (FP32, BF16, FP16, INT8, INT4)[FORMS.index(name)]
+    packed = narrow_weight(name, PANEL, 64)
+    values, scales = packed.values.numpy(), packed.scales.numpy()
+    if name == "fp16":
+        values = values.view(np.uint16)
+    x, halves = numbers(3, 64).numpy(), np.full((3, PANEL), np.nan, np.float32)
+
+    @njit
+    def run(x, values, scales, out):  # type: ignore[no-untyped-def]
+        for column in (0, HALF):
+            fma_rows(
+                form, 3, HALF, False, x, 0, 64,
+                values, 0, column, scales, 5, out, column, PANEL, 64, 3,
+            )  # fmt: skip
+
+    run(x, values, scales, halves)
+    np.testing.assert_array_equal(halves, product(torch.from_numpy(x), unpack(packed, PANEL)))
+
+
+def test_packing_keeps_the_bits_of_every_16_bit_number() -> None:
+    """Infinities and subnormal numbers too; a NaN stays one."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(256, 256)
+    for dtype in (torch.bfloat16, torch.float16):
+        weight = bits.view(dtype)
+        packed = pack(weight)
+        np.testing.assert_array_equal(unpack(packed, 256).numpy(), weight.float().numpy())
+        for k in range(0, 256, 51):  # and the kernel widens them alike
+            x, out = torch.zeros(1, 256), np.empty((1, 256), np.float32)
+            x[0, k] = 1.0
+            finite = torch.where(weight.isfinite(), weight, 0.0)
+            multiply(x, pack(finite), NO_BIAS, out)
+            np.testing.assert_array_equal(out[0], finite[:, k].float().numpy())
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("out_features", [1, 32, 70])
-def test_packing_keeps_every_weight(out_features) -> None:
-    weight = numbers(out_features, 9)
-    packed = pack(weight)
-    assert packed.shape == (-(-out_features // PANEL), 9, PANEL)
-    assert torch.equal(unpack(packed, out_features), weight)
+def test_packing_keeps_every_weight(form, out_features) -> None:
+    packed = narrow_weight(form, out_features, 64)
+    width = PANEL // 2 if form == "int4" else PANEL
+    assert packed.values.shape == (-(-out_features // PANEL), 64, width)
+    if form == "fp32":
+        assert torch.equal(unpack(packed, out_features), numbers(out_features, 64))
     ids = torch.arange(out_features).flip(0)
-    assert torch.equal(packed_rows(packed, ids), weight[ids])
+    assert torch.equal(packed_rows(packed, ids), unpack(packed, out_features)[ids])
+
+
+def test_integers_are_scaled_by_their_block() -> None:
+    for bits, low, high in ((4, 0, 16), (8, -128, 128)):
+        integers = torch.randint(low, high, (40, 64), dtype=torch.int8)
+        steps, lowest = numbers(40, 2), numbers(40, 2, seed=1)
+        right = integers.float() * steps.repeat_interleave(32, 1)
+        found = unpack(pack_blocks(integers, steps, None, bits), 40)
+        assert torch.equal(found, right)
+        found = unpack(pack_blocks(integers, steps, lowest, bits), 40)
+        assert torch.equal(found, right + lowest.repeat_interleave(32, 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blank_weights_are_laid_out_like_others(form) -> None:
+    packed, like = blank(70, 96, form), narrow_weight(form, 70, 96)
+    assert packed.values.shape == like.values.shape
+    assert packed.values.dtype == like.values.dtype
+    assert packed.scales.shape == like.scales.shape
+    assert packed.nbytes == like.nbytes
 
 
 @pytest.mark.parametrize(
-    ("x", "packed", "bias", "out"),
+    ("x", "values", "scales", "bias", "out"),
     [
-        ((3, 8), (2, 9, 32), (0,), (3, 64)),
-        ((3, 8), (2, 8, 32), (0,), (3, 65)),
-        ((3, 8), (2, 8, 32), (1,), (3, 64)),
-        ((3, 8), (2, 8, 16), (0,), (3, 64)),
-        ((2, 8), (2, 8, 32), (0,), (3, 64)),
+        ((3, 8), (2, 9, 32), (0, 0, 2, 32), (0,), (3, 64)),
+        ((3, 8), (2, 8, 32), (0, 0, 2, 32), (0,), (3, 65)),
+        ((3, 8), (2, 8, 32), (0, 0, 2, 32), (1,), (3, 64)),
+        ((3, 8), (2, 8, 16), (0, 0, 2, 32), (0,), (3, 64)),
+        ((2, 8), (2, 8, 32), (0, 0, 2, 32), (0,), (3, 64)),
     ],
 )
-def test_refuses_shapes_that_disagree(x, packed, bias, out) -> None:
+def test_refuses_shapes_that_disagree(x, values, scales, bias, out) -> None:
     with pytest.raises(ShapeError, match="disagree"):
-        linear(*(np.zeros(shape, np.float32) for shape in (x, packed, bias, out)))
+        linear(*(np.zeros(shape, np.float32) for shape in (x, values, scales, bias, out)))
+
+
+@pytest.mark.parametrize("scales", [(0, 0, 2, 32), (1, 2, 2, 32), (2, 3, 2, 32), (2, 2, 1, 32)])
+def test_refuses_scales_that_disagree(scales) -> None:
+    x, values, out = np.zeros((3, 64)), np.zeros((2, 64, 32), np.int8), np.zeros((3, 64))
+    with pytest.raises(ShapeError, match="disagree"):
+        linear(x, values, np.zeros(scales, np.float32), NO_BIAS, out)
 
 
 def test_refuses_what_is_not_contiguous() -> None:
-    x = np.zeros((8, 6), np.float32)
+    x, scales = np.zeros((8, 6), np.float32), np.empty((0, 0, 2, PANEL), np.float32)
+    values, out = np.zeros((1, 3, 32), np.float32), np.zeros((8, 32), np.float32)
     with pytest.raises(ShapeError, match="contiguous"):
-        linear(x[:, ::2], np.zeros((1, 3, 32), np.float32), NO_BIAS, np.zeros((8, 32), np.float32))
+        linear(x[:, ::2], values, scales, NO_BIAS, out)

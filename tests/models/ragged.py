@@ -37,7 +37,7 @@ def ragged_logits(
     lengths = [len(ids) for ids in sequences]
     chunk = chunk or max(lengths)
     tables = _shuffled_block_tables(lengths)
-    dtype = next(model.parameters()).dtype
+    dtype = model.dtype
     kv_layers = [
         backend.allocate(spec, tables.size, BLOCK_SIZE, dtype) for spec in model.attention_specs
     ]

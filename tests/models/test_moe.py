@@ -71,6 +71,8 @@ class FusedSource:
     def tensor(self, name):
         return self._tensors[name]
 
+    stored = tensor
+
 
 @pytest.mark.parametrize("name", MOE)
 def test_stacked_experts_load_the_same(name, checkpoint, load):

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 
 from batchwright.weights.locate import locate_model
+from tests.weights.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture(scope="session")
@@ -27,51 +27,6 @@ def smollm2_reference(smollm2: Path) -> gguf.GGUFReader:
 def tiny_gguf(tmp_path: Path) -> Path:
     """A whole llama GGUF of one block, under 8 KB, with every kind of metadata value."""
     return write_tiny_gguf(tmp_path / "tiny.gguf")
-
-
-def write_tiny_gguf(
-    path: Path, change: Callable[[gguf.GGUFWriter], None] = lambda writer: None
-) -> Path:
-    """Write the tiny model; `change` may add keys and tensors before it is closed."""
-    hidden, ff, vocab = 32, 64, 16
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(ff)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"tök{index}" for index in range(vocab)])
-    writer.add_token_types([1] * vocab)
-    writer.add_eos_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_array("test.floats", [0.5, 1.5])
-    writer.add_array("test.flags", [True, False, True])
-
-    def add(name: str, *shape: int) -> None:
-        values = rng.normal(size=shape).astype(np.float32)
-        kind = gguf.GGMLQuantizationType.Q4_1 if len(shape) > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
-
-    add("token_embd.weight", vocab, hidden)
-    add("output_norm.weight", hidden)
-    for stem, rows in (("attn_q", hidden), ("attn_k", 16), ("attn_v", 16), ("attn_output", hidden)):
-        add(f"blk.0.{stem}.weight", rows, hidden)
-    add("blk.0.attn_norm.weight", hidden)
-    add("blk.0.ffn_norm.weight", hidden)
-    add("blk.0.ffn_gate.weight", ff, hidden)
-    add("blk.0.ffn_up.weight", ff, hidden)
-    add("blk.0.ffn_down.weight", hidden, ff)
-    change(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from batchwright.errors import ShapeError, UnsupportedModelError
 from batchwright.weights import dequantize as module
-from batchwright.weights.dequantize import SUPPORTED_TYPES, dequantize
+from batchwright.weights.dequantize import SUPPORTED_TYPES, dequantize, read_blocks, stored_form
 from batchwright.weights.ggml_types import GGML_TYPES
 
 BY_NAME = {ggml_type.name: ggml_type for ggml_type in GGML_TYPES.values()}
@@ -56,6 +56,22 @@ def test_chunk_borders_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch
     whole = dequantize(raw, BY_NAME[name], shape)
     monkeypatch.setattr(module, "VALUES_PER_CHUNK", 4 * BY_NAME[name].block_size)
     assert_same_bits(dequantize(raw, BY_NAME[name], shape), whole)
+
+
+@pytest.mark.parametrize("name", [n for n in SUPPORTED_TYPES if n[0] == "Q"])
+def test_integers_with_scales_are_the_same_values(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(module, "VALUES_PER_CHUNK", 4 * BY_NAME[name].block_size)
+    raw = random_rows(name, 11, 3, seed=5)
+    shape = (11, 3 * BY_NAME[name].block_size)
+    blocks = read_blocks(raw.reshape(-1), BY_NAME[name], shape)
+    assert blocks.shape == shape
+    assert stored_form(BY_NAME[name]) == f"int{blocks.bits}"
+    assert_same_bits(blocks.dense(), reference(raw, name).reshape(shape))
+    if blocks.bits == 4:
+        finite = np.isfinite(blocks.steps).all(1)
+        from_zero = blocks.from_zero()
+        assert set(np.unique(from_zero.integers)) <= set(range(16))
+        np.testing.assert_array_equal(from_zero.dense()[finite], blocks.dense()[finite])
 
 
 @pytest.mark.parametrize("name", [n for n in SUPPORTED_TYPES if not n.endswith("_K")])

@@ -19,6 +19,7 @@ import transformers
 from safetensors.torch import save_file
 
 from batchwright.errors import ModelFormatError, UnsupportedModelError
+from batchwright.weights.block_tensor import BlockTensor
 from batchwright.weights.checkpoint import open_checkpoint
 from batchwright.weights.gguf_checkpoint import GgufCheckpoint, open_gguf_checkpoint
 
@@ -44,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 
 def test_smollm2_equals_the_gguf_package(smollm2: Path, smollm2_reference: gguf.GGUFReader) -> None:
-    ours = open_checkpoint(smollm2, cached=False)
+    ours = open_checkpoint(smollm2)
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)
     stored = {tensor.name: tensor for tensor in smollm2_reference.tensors}
     assert len(ours.names()) == len(stored)
@@ -56,13 +57,26 @@ def test_smollm2_equals_the_gguf_package(smollm2: Path, smollm2_reference: gguf.
             got = interleave(got, num_heads)
         assert torch.equal(got, want), name
         assert tuple(got.shape) == ours.shape(name)
+        assert_stored_alike(ours, name)
     assert ours.config["rope_theta"] == 100_000.0
     assert ours.generation_config == {"bos_token_id": 1, "eos_token_id": [2], "pad_token_id": 2}
 
 
+def assert_stored_alike(checkpoint: GgufCheckpoint, name: str) -> None:
+    """What is stored narrowly has the same values and shape, and the form that was announced."""
+    stored, want = checkpoint.stored(name), checkpoint.tensor(name)
+    if isinstance(stored, BlockTensor):
+        assert checkpoint.form(name) == f"int{stored.bits}"
+        assert torch.equal(torch.from_numpy(stored.dense()), want), name
+    else:
+        bits = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        assert stored.dtype == bits[checkpoint.form(name)]
+        assert torch.equal(stored.float(), want), name
+
+
 @pytest.mark.slow
 def test_smollm2_equals_transformers(smollm2: Path) -> None:
-    ours = open_checkpoint(smollm2, cached=False)
+    ours = open_checkpoint(smollm2)
     folder, name = os.path.split(smollm2)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.float32

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from batchwright.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from batchwright.weights import safetensors_dir
 from batchwright.weights.checkpoint import open_checkpoint, text_config
-from batchwright.weights.safetensors_file import write_safetensors
 
 pytestmark = pytest.mark.cpu
 
@@ -231,17 +230,6 @@ def test_damaged_safetensors(folder: Path) -> None:
         except (ModelFormatError, UnsupportedModelError):
             num_refused += 1
     assert 300 < num_refused < 1500
-
-
-def test_written_files_are_read_by_the_library(tmp_path: Path) -> None:
-    want = {"é": torch.randn(3, 5), "empty": torch.zeros(0, 4), "t": torch.randn(4, 6).T}
-    shapes = {name: tuple(value.shape) for name, value in want.items()}
-    path = tmp_path / "w.safetensors"
-    write_safetensors(path, shapes, want.__getitem__, {"k": "v"})
-    handle = safetensors_dir.open_safetensors(path)
-    assert handle.metadata() == {"k": "v"}
-    for name, value in want.items():
-        assert torch.equal(handle.get_tensor(name), value)
 
 
 def test_text_config() -> None:

@@ -139,8 +139,8 @@ class DeviceExecutor:
         num_programs: tuple[int, int] | None = None,
         share_prefixes: bool = True,
     ) -> None:
-        weight = next(model.parameters())
-        self._model, self._device, self._dtype = model, weight.device, weight.dtype
+        device = next(model.parameters()).device
+        self._model, self._device, self._dtype = model, device, model.dtype
         self._group_of_layer = list(group_of_layer)
         self._block_size = block_size
         self._attention = DeviceAttention(

@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 from llvmlite.binding import get_host_cpu_features
-from numba import njit, types
+from numba import literally, njit, types
 
 from batchwright.errors import ShapeError
 from batchwright.kernels import get_num_threads
-from batchwright.kernels.fma_tile import fma_rows
 from batchwright.kernels.linear.packing import PANEL
+from batchwright.kernels.linear.panel_tile import BF16, FP16, FP32, INT4, INT8, fma_rows
 from batchwright.kernels.parallel import compile_task, next_task, run_tasks
 
 WIDE_REGISTERS = get_host_cpu_features().get("avx512f", False)
-TILE_ROWS = 14 if WIDE_REGISTERS else 6
-"""Rows whose sums are in registers at once: 28 of 32 registers of 16 lanes with the whole panel, or
-12 of 16 of 8 lanes with half of it."""
+TILE_ROWS = (14, 14, 14, 12, 12) if WIDE_REGISTERS else (6, 6, 6, 5, 5)
+TILE_COLUMNS = PANEL if WIDE_REGISTERS else PANEL // 2
+"""Rows whose sums are in registers at once, by form: 28 of 32 registers of 16 lanes with the whole
+panel, or 12 of 16 of 8 lanes with half of it. Integers need some to become numbers."""
 
 DEPTH = 2048
 """Input features that are multiplied at a time: 256 KiB of a panel, which a core's cache keeps."""
@@ -35,12 +36,12 @@ _MACS_PER_THREAD = 200_000
 """Multiply-adds that take some 5 us, what a parallel call costs more than a serial one."""
 
 
-def linear(x: Any, packed: Any, bias: Any, out: Any) -> None:
+def linear(x: Any, values: Any, scales: Any, bias: Any, out: Any) -> None:
     """out = x W^T + b.
 
     Args:
         x: [num_tokens, in_features] fp32 numpy array, contiguous.
-        packed: [num_panels, in_features, 32] fp32, from `packing.pack`.
+        values, scales: of a `packing.PackedWeight`, bf16 as uint16.
         bias: [out_features] fp32; of length 0 if there is none.
         out: [num_tokens, out_features] fp32, contiguous, written.
     Raises:
@@ -50,55 +51,97 @@ def linear(x: Any, packed: Any, bias: Any, out: Any) -> None:
     """
     num_rows, out_features = out.shape
     num_panels = -(-out_features // PANEL)
+    form = _FORMS[values.dtype.str]
+    width = PANEL // 2 if form == INT4 else PANEL
     if (
-        x.shape != (num_rows, packed.shape[1])
-        or packed.shape[0::2] != (num_panels, PANEL)
+        x.shape != (num_rows, values.shape[1])
+        or values.shape[0::2] != (num_panels, width)
         or len(bias) not in (0, out_features)
+        or (form >= INT8 and not _are_blocks(scales, num_panels, values.shape[1]))
     ):
         raise ShapeError(
-            f"linear: x {x.shape}, packed {packed.shape}, bias {bias.shape} and out {out.shape} "
-            "disagree"
+            f"linear: x {x.shape}, values {values.shape}, scales {scales.shape}, bias {bias.shape} "
+            f"and out {out.shape} disagree"
         )
-    if not (x.flags.c_contiguous and packed.flags.c_contiguous and out.flags.c_contiguous):
+    if not all(a.flags.c_contiguous for a in (x, values, scales, out)):
         raise ShapeError("linear: arrays must be contiguous; call .contiguous()")
-    threads = min(get_num_threads(), 1 + num_rows * packed.size // _MACS_PER_THREAD)
+    macs = num_rows * num_panels * PANEL * values.shape[1]
+    threads = min(get_num_threads(), 1 + macs // _MACS_PER_THREAD)
     # More tasks than threads, so that all have work; but whole tiles, as far as there are such.
-    chunks = min(-(-num_rows // TILE_ROWS), -(-4 * threads // num_panels))
+    chunks = min(-(-num_rows // TILE_ROWS[form]), -(-4 * threads // num_panels))
+    if form == FP16:
+        values = values.view(np.uint16)  # Numba has no type of 16-bit floats on CPUs
     counter = np.zeros(1, np.int64)
-    run_tasks(_worker().address, threads, x, packed, bias, out, chunks, counter)
+    run_tasks(_worker(form).address, threads, x, values, scales, bias, out, chunks, counter)
+
+
+_FORMS = {"<f4": FP32, "<u2": BF16, "<f2": FP16, "|i1": INT8, "|u1": INT4}
+
+
+def _are_blocks(scales: Any, num_panels: int, in_features: int) -> bool:
+    """Whether scales are those of equal blocks of 2^n inputs."""
+    if scales.ndim != 4 or scales.shape[0] != num_panels or scales.shape[2:] != (2, PANEL):
+        return False
+    block, rest = divmod(in_features, scales.shape[1])
+    return rest == 0 and block.bit_count() == 1
 
 
 @functools.cache
-def _worker() -> Any:
+def _worker(form: int) -> Any:
     f32 = types.float32
+    values = (f32, types.uint16, types.uint16, types.int8, types.uint8)[form]
     return compile_task(
-        _work, f32[:, ::1], f32[:, :, ::1], f32[::1], f32[:, ::1], types.int64, types.int64[::1]
-    )
+        _WORK[form],
+        f32[:, ::1], values[:, :, ::1], f32[:, :, :, ::1], f32[::1], f32[:, ::1],
+        types.int64, types.int64[::1],
+    )  # fmt: skip
 
 
+# One function for each form: compiled code is found again by its function's name. `_work` says what
+# the arguments are.
+
+
+def _work_fp32(i, n, x, w, s, b, out, chunks, counter):  # type: ignore[no-untyped-def]
+    _work(FP32, x, w, s, b, out, chunks, counter)
+
+
+def _work_bf16(i, n, x, w, s, b, out, chunks, counter):  # type: ignore[no-untyped-def]
+    _work(BF16, x, w, s, b, out, chunks, counter)
+
+
+def _work_fp16(i, n, x, w, s, b, out, chunks, counter):  # type: ignore[no-untyped-def]
+    _work(FP16, x, w, s, b, out, chunks, counter)
+
+
+def _work_int8(i, n, x, w, s, b, out, chunks, counter):  # type: ignore[no-untyped-def]
+    _work(INT8, x, w, s, b, out, chunks, counter)
+
+
+def _work_int4(i, n, x, w, s, b, out, chunks, counter):  # type: ignore[no-untyped-def]
+    _work(INT4, x, w, s, b, out, chunks, counter)
+
+
+_WORK = (_work_fp32, _work_bf16, _work_fp16, _work_int8, _work_int4)
+
+
+@njit(error_model="numpy")
 def _work(
-    worker: int,
-    num_workers: int,
-    x: Any,
-    packed: Any,
-    bias: Any,
-    out: Any,
-    chunks: int,
-    counter: Any,
+    form: Any, x: Any, values: Any, scales: Any, bias: Any, out: Any, chunks: int, counter: Any
 ) -> None:
     """Take tasks, a panel and one of `chunks` equal runs of rows, until there are none left."""
+    form = literally(form)
     num_rows, out_features = out.shape
     task = next_task(counter)
-    while task < len(packed) * chunks:
+    while task < len(values) * chunks:
         panel, chunk = task // chunks, task % chunks
         first, last = chunk * num_rows // chunks, (chunk + 1) * num_rows // chunks
         start = panel * PANEL
         width = min(PANEL, out_features - start)
         if width == PANEL:
-            _product(x, packed, panel, first, last, out, start, out_features)
+            _product(form, x, values, scales, panel, first, last, out, start, out_features)
         else:  # the last panel has columns that are not there
             columns = np.empty((last - first, PANEL), np.float32)
-            _product(x, packed, panel, first, last, columns, -first * PANEL, PANEL)
+            _product(form, x, values, scales, panel, first, last, columns, -first * PANEL, PANEL)
             for row in range(first, last):
                 for column in range(width):
                     out[row, start + column] = columns[row - first, column]
@@ -111,26 +154,35 @@ def _work(
 
 @njit(error_model="numpy")
 def _product(
-    x: Any, packed: Any, panel: int, first: int, last: int, out: Any, out_at: int, out_stride: int
+    form: Any,
+    x: Any,
+    values: Any,
+    scales: Any,
+    panel: int,
+    first: int,
+    last: int,
+    out: Any,
+    out_at: int,
+    out_stride: int,
 ) -> None:
     """Rows [first, last) of x times a panel; row i goes to out from out_at + i * out_stride on."""
+    form = literally(form)
     length = x.shape[1]
-    tiles = -(-(last - first) // TILE_ROWS)
+    block_shift = 0
+    if form >= INT8:
+        while scales.shape[1] << block_shift < length:
+            block_shift += 1
+    tiles = -(-(last - first) // TILE_ROWS[form])
     for start in range(0, length, DEPTH):
         depth = min(DEPTH, length - start)
-        b = (panel * length + start) * PANEL
         for tile in range(tiles):
             row = first + tile * (last - first) // tiles
             rows = first + (tile + 1) * (last - first) // tiles - row
-            a, c = row * length + start, out_at + row * out_stride
-            if WIDE_REGISTERS:
+            for column in range(0, PANEL, TILE_COLUMNS):
                 fma_rows(
-                    TILE_ROWS, 4, start > 0, x, a, length,
-                    packed, b, PANEL, out, c, out_stride, depth, rows,
+                    form, TILE_ROWS[form], TILE_COLUMNS, start > 0,
+                    x, row * length + start, length,
+                    values, panel * length + start, column, scales, block_shift,
+                    out, out_at + row * out_stride + column, out_stride,
+                    depth, rows,
                 )  # fmt: skip
-            else:
-                for half in range(0, PANEL, PANEL // 2):
-                    fma_rows(
-                        TILE_ROWS, 2, start > 0, x, a, length,
-                        packed, b + half, PANEL, out, c + half, out_stride, depth, rows,
-                    )  # fmt: skip
