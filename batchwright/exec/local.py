@@ -14,6 +14,7 @@ from batchwright.exec.slot_state import SlotState
 from batchwright.kernels.token_logprobs.numba import token_logprobs
 from batchwright.kv.groups import KVGroup
 from batchwright.models.causal_lm import CausalLM
+from batchwright.models.layers import Linear
 from batchwright.request import Int32Array
 from batchwright.sampling.state import SamplingState
 from batchwright.step import NewSequence, Step, StepResult, TokenLogprobs
@@ -63,6 +64,9 @@ class LocalExecutor:
         self._slots = SlotState(len(groups), max_num_seqs, max_blocks)
         self._sampling = SamplingState(max_num_seqs, max_model_len, vocab_size)
         self._pooler = Pooler()
+        head = model.get_submodule("lm_head")
+        assert isinstance(head, Linear)
+        head.reuses_output = True
         self._num_prompt: Int32Array = np.zeros(max_num_seqs, np.int32)
 
     @torch.inference_mode()

@@ -40,6 +40,9 @@ class Linear(nn.Module):
         weight: [out_features, in_features]; after `hold` or `quantize`, in the layout of our own
             CPU kernels, with more dimensions.
         scales: of a held weight.
+        reuses_output: whether y of a held weight is the same memory at every call. For an output
+            head, whose logits are used up before the next: memory of their size is given back to
+            the system and taken again, a page at a time, if nobody keeps it.
 
     Level bits when packed, quantised or not: a row of y does not depend on the other rows (contract
     1). torch's own products, which compute all others, do not promise that.
@@ -64,6 +67,8 @@ class Linear(nn.Module):
             nn.Parameter(torch.empty(self.out_features), requires_grad=False) if bias else None
         )
         self.scales = NO_SCALES
+        self.reuses_output = False
+        self._output = _NOTHING
         self._channels = _NOTHING  # scales and bias of an int8 weight
 
     def hold(self, weight: PackedWeight) -> None:
@@ -99,7 +104,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.ndim == 2:
             return F.linear(x, self.weight, self.bias)
-        out = torch.empty(x.shape[0], self.out_features)
+        out = self._empty(x.shape[0])
         if self.weight.ndim == INT8_NDIM:
             int8_kernel.int8_linear(
                 x.contiguous().numpy(),
@@ -117,6 +122,13 @@ class Linear(nn.Module):
             out.numpy(),
         )
         return out
+
+    def _empty(self, num_rows: int) -> torch.Tensor:
+        if not self.reuses_output:
+            return torch.empty(num_rows, self.out_features)
+        if len(self._output) < num_rows:
+            self._output = torch.empty(num_rows, self.out_features)
+        return self._output[:num_rows]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight [num] int64 -> [num, in_features], if it is not quantised."""
