@@ -8,8 +8,8 @@ and if its work is spread evenly over just these, they have
     rows at the head = generated tokens / longest output
 
 which no order of rows can raise in all steps. The *rows-aware* bound charges products at the best
-rate for so many rows. Both charge attention at the layers' rate, and memory traffic and everything
-else at nothing, so neither is reached.
+rate for so many rows. Both charge attention at the layers' rate for unquantised weights, since
+keys and values are not, and memory traffic and everything else at nothing, so neither is reached.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from batchwright.plan.cost import RateCurve
 
 
 class Rates(NamedTuple):
-    """FLOP/s of a model's products by rows: the best shape and kind of product at each point."""
+    """FLOP/s of a model's products by rows: the best shape and kind of product at each point.
+
+    Attributes:
+        attention: the layers' with weights that are not quantised.
+    """
 
     layers: RateCurve
     head: RateCurve
+    attention: RateCurve
 
     def best(self, other: Rates) -> Rates:
         """The better of two measurements at the same rows, point by point."""
-        return Rates(_best(self.layers, other.layers), _best(self.head, other.head))
+        return Rates(*map(_best, self, other))
 
 
 class Bounds(NamedTuple):
@@ -45,9 +50,11 @@ def bounds(work: NecessaryWork, rates: Rates) -> Bounds:
     layer_rows = work.num_computed_tokens / work.longest_output
     head_rows = work.num_generated_tokens / work.longest_output
     return Bounds(
-        plain_s=work.bound_s(rates.layers.best, rates.head.best),
+        plain_s=work.bound_s(rates.layers.best, rates.head.best, rates.attention.best),
         rows_aware_s=work.bound_s(
-            best_rate(rates.layers, layer_rows), best_rate(rates.head, head_rows)
+            best_rate(rates.layers, layer_rows),
+            best_rate(rates.head, head_rows),
+            best_rate(rates.attention, layer_rows),
         ),
         layer_rows=layer_rows,
         head_rows=head_rows,

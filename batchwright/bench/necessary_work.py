@@ -45,10 +45,15 @@ class NecessaryWork:
         """Prompt tokens that sharing can save at best."""
         return self.num_prompt_tokens - self.num_distinct_prompt_tokens
 
-    def bound_s(self, layer_flops_per_s: float, head_flops_per_s: float) -> float:
-        """Seconds at the given rates; attention is charged at the layers' rate."""
-        in_layers = (self.layer_flops + self.attention_flops) / layer_flops_per_s
-        return in_layers + self.head_flops / head_flops_per_s
+    def bound_s(
+        self, layer_flops_per_s: float, head_flops_per_s: float, attention_flops_per_s: float
+    ) -> float:
+        """Seconds at the given rates."""
+        return (
+            self.layer_flops / layer_flops_per_s
+            + self.head_flops / head_flops_per_s
+            + self.attention_flops / attention_flops_per_s
+        )
 
 
 def necessary_work(requests: Sequence[WorkRequest], shape: ModelShape) -> NecessaryWork:

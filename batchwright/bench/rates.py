@@ -1,6 +1,7 @@
 """Rates of products at a model's shapes, by rows: what the bounds charge.
 
-Of each shape our own product and both ways of writing torch's are tried, and the fastest counts.
+Of each shape our own product, with weights as narrow as they are stored, and both ways of writing
+torch's are tried, and the fastest counts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from batchwright.exec.product_rates import (
 )
 from batchwright.plan.cost import RateCurve
 from batchwright.plan.shape import ModelShape, Product
+from batchwright.weights.forms import FP32, StoredForms
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -28,23 +30,49 @@ Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 
 def measure_rates(
-    shape: ModelShape, dtype: torch.dtype, seconds_per_point: float = CEILING_S_PER_POINT
+    shape: ModelShape,
+    dtype: torch.dtype,
+    seconds_per_point: float = CEILING_S_PER_POINT,
+    *,
+    forms: StoredForms = FP32,
+    quantize: str | None = None,
 ) -> Rates:
-    """Measure with the threads that torch and our kernels have; some 15 s for a small model."""
-    layers = [_curve(product, dtype, seconds_per_point) for product in distinct(shape.products)]
-    return Rates(_highest(layers), _curve(shape.head, dtype, seconds_per_point))
+    """Measure with the threads that torch and our kernels have; some 15 s for a small model.
+
+    Args:
+        forms: how fp32 weights are stored.
+        quantize: as in EngineConfig: its products are tried too.
+    """
+
+    def curve(product: Product, form: str, quantize: str | None) -> RateCurve:
+        kinds = _kinds(product, dtype, form, quantize)
+        return _highest(
+            [product_rates(product, kind, ROWS, dtype, seconds_per_point) for kind in kinds]
+        )
+
+    products = distinct(shape.products)
+    exact = _highest([curve(product, forms.layers, None) for product in products])
+    layers = exact
+    if quantize:
+        layers = _highest([curve(product, forms.layers, quantize) for product in products])
+    return Rates(layers, curve(shape.head, forms.head, quantize), attention=exact)
 
 
-def _curve(product: Product, dtype: torch.dtype, seconds_per_point: float) -> RateCurve:
+def _kinds(
+    product: Product, dtype: torch.dtype, form: str, quantize: str | None
+) -> list[Sequence[Multiply]]:
+    """Ways of computing a product, each with many weights."""
     weights = cold_weights(product, dtype)
-    kinds: list[list[Multiply]] = [
+    kinds: list[Sequence[Multiply]] = [
         [partial(F.linear, weight=weight) for weight in weights],
         [partial(_weights_first, weight) for weight in weights],
-        list(engine_products(product, dtype)),
+        engine_products(product, dtype),
     ]
-    return _highest(
-        [product_rates(product, kind, ROWS, dtype, seconds_per_point) for kind in kinds]
-    )
+    if form != "fp32":
+        kinds.append(engine_products(product, dtype, form=form))
+    if quantize:
+        kinds.append(engine_products(product, dtype, quantize))
+    return kinds
 
 
 def _weights_first(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -69,6 +69,7 @@ def bench(
     kv_cache_memory: options.KVCacheMemory = None,
     order: options.Order = None,
     dtype: options.Dtype = options.DtypeName.auto,
+    quantize: options.Quantize = None,
     threads: options.Threads = None,
 ) -> None:
     """Measure the four workloads, or a file, and say how near that is to what the machine allows.
@@ -87,6 +88,7 @@ def bench(
         source = options.one_source(input_path, input_option)
     settings = options.given(
         dtype=dtype.value,
+        quantize=quantize and quantize.value,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_bytes=kv_cache_memory,
@@ -240,13 +242,19 @@ def _compare(
     from batchwright.bench.compare import compare
     from batchwright.bench.rates import measure_rates
     from batchwright.cli.advise import use_threads
+    from batchwright.weights.forms import stored_forms
 
     num_threads = opened.config.num_threads
 
     def rates() -> Rates:
         log.print("Measuring the machine's products", highlight=False)
         use_threads(num_threads)
-        return measure_rates(opened.shape, opened.dtype)
+        return measure_rates(
+            opened.shape,
+            opened.dtype,
+            forms=stored_forms(opened.checkpoint),
+            quantize=opened.config.quantize,
+        )
 
     def tell(line: str) -> None:
         log.print(line, markup=False, highlight=False, soft_wrap=True)

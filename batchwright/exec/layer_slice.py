@@ -72,7 +72,11 @@ class LayerSlice:
             make_real(linear, dtype, quantize, form)
         # A router's weights, fp32 among int8, are few and stay.
         self._linears = [m for m in linears if not (quantize and m.exact)]
-        self._weights = self._pool([linear.weight for linear in self._linears])
+        weights = [linear.weight for linear in self._linears]
+        self._weights = {
+            dtype: self._pool([weight for weight in weights if weight.dtype == dtype])
+            for dtype in {weight.dtype for weight in weights}
+        }
         self._scales = self._pool([linear.scales for linear in self._linears])
         self._take_weights()
         for index, layer in enumerate(layers):
@@ -109,7 +113,7 @@ class LayerSlice:
 
     def _take_weights(self) -> None:
         for linear in self._linears:
-            linear.weight.data = self._weights.take(linear.weight.shape)
+            linear.weight.data = self._weights[linear.weight.dtype].take(linear.weight.shape)
             linear.scales = self._scales.take(linear.scales.shape)
 
 

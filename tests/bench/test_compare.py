@@ -50,7 +50,7 @@ class Bench:
             num_threads=1,
             peers=peers,
             num_rounds=num_rounds,
-            measure_rates=lambda: Rates(CURVE, CURVE),
+            measure_rates=lambda: Rates(CURVE, CURVE, CURVE),
             tell=self.told.append,
             keep=self.kept.append,
         )

@@ -103,6 +103,6 @@ def test_necessary_work_of_a_small_tree() -> None:
     assert work.layer_flops == (6 + 4) * TINY.layer_flops_per_token
     assert work.attention_flops == work.num_keys * 2 * (2 + 2) * 4 * 3
     assert work.head_flops == 8 * 2 * 8 * 50
-    assert work.bound_s(10.0, 5.0) == pytest.approx(
-        (work.layer_flops + work.attention_flops) / 10 + work.head_flops / 5
+    assert work.bound_s(10.0, 5.0, 2.0) == pytest.approx(
+        work.layer_flops / 10 + work.head_flops / 5 + work.attention_flops / 2
     )

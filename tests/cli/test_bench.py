@@ -29,7 +29,9 @@ class Command:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
         monkeypatch.setattr(logging.getLogger("batchwright"), "handlers", [])
-        monkeypatch.setattr("batchwright.bench.rates.measure_rates", lambda *_: Rates(CURVE, CURVE))
+        monkeypatch.setattr(
+            "batchwright.bench.rates.measure_rates", lambda *_, **__: Rates(CURVE, CURVE, CURVE)
+        )
         monkeypatch.setenv("COLUMNS", "200")
 
     def __call__(self, *args: object) -> tuple[int, str, str]:

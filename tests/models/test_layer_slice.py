@@ -59,8 +59,9 @@ def test_times_of_few_layers_are_those_of_all(config, monkeypatch):
     assert found.rest == pytest.approx(NUM_LAYERS_OF_MODEL * 2 * 0.25 + final_norm + 5.0)
 
 
-def test_only_the_slice_has_weights(config):
-    part = LayerSlice(config, dtype=torch.float32, max_positions=64, max_tokens=8)
+@pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "int4"])
+def test_only_the_slice_has_weights(config, form):
+    part = LayerSlice(config, dtype=torch.float32, max_positions=64, max_tokens=8, form=form)
     real = [m for m in part.model.modules() if isinstance(m, Linear) and not m.weight.is_meta]
     assert len(real) == 4 * NUM_LAYERS == 4 * len(part.model.attention_specs)
     assert part.model.get_submodule("lm_head").weight.is_meta

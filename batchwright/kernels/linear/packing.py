@@ -81,16 +81,19 @@ def blank(out_features: int, in_features: int, form: str) -> PackedWeight:
     """A weight that means nothing, for measuring time.
 
     Args:
-        form: "fp32", "bf16", "fp16", "int8" or "int4".
+        form: "fp32", "bf16", "fp16", "int8" or "int4"; integers need whole blocks of inputs, other
+            weights are fp32.
     """
+    if form.startswith("int") and in_features % BLANK_BLOCK:
+        form = "fp32"
     shape = (-(-out_features // PANEL), in_features, PANEL // 2 if form == "int4" else PANEL)
     if not form.startswith("int"):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[form]
         values = torch.full(shape, 0.01, dtype=dtype)
         return PackedWeight(values.view(torch.uint16) if form == "bf16" else values)
     values = torch.ones(shape, dtype=torch.uint8 if form == "int4" else torch.int8)
-    num_blocks = max(in_features // BLANK_BLOCK, 1)
-    return PackedWeight(values, torch.full((shape[0], num_blocks, 2, PANEL), 0.01))
+    scales = torch.full((shape[0], in_features // BLANK_BLOCK, 2, PANEL), 0.01)
+    return PackedWeight(values, scales)
 
 
 def _panels(weight: torch.Tensor) -> torch.Tensor:
