@@ -1,12 +1,13 @@
 """The pieces all architectures share: Linear, norms, embedding.
 
 `Linear` is the only place where a weight meets an activation, so row padding, merged projections,
-quantisation and later sharding and adapters touch this file alone.
+quantisation, division over ranks and later adapters touch this file alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,25 @@ from batchwright.kernels.int8_linear import packing as int8_packing
 from batchwright.kernels.linear import numba as linear_kernel
 from batchwright.kernels.linear.packing import pack, packed_rows
 from batchwright.models.functional import add_rms_norm, rms_norm
+from batchwright.tensor_parallel.ranks import Ranks
 
 _NOTHING = torch.empty(0)
+
+Combine = Callable[[torch.Tensor], torch.Tensor]
+"""Makes of what one rank computed what all have: a sum, or columns side by side."""
+
+
+class Parallel(Enum):
+    """How a projection is divided over ranks, if there are several (Megatron-LM, arXiv:1909.08053).
+
+    A COLUMN product is followed by a ROW product, which takes what its rank computed: of the two
+    only the sum is sent. Biases of ROW products are rank 0's, so that they are added once.
+    """
+
+    COLUMN = "outputs: a rank has a part of every merged projection"
+    ROW = "inputs: the ranks' results are summed"
+    SUMMAND = "inputs, as ROW, but whoever calls sums"
+    VOCABULARY = "outputs, gathered on rank 0"
 
 
 class Linear(nn.Module):
@@ -31,11 +49,14 @@ class Linear(nn.Module):
             order: `Linear(576, {"q_proj": 576, "k_proj": 192, "v_proj": 192})`.
         bias: whether the checkpoint has one for every projection.
         exact: never quantised, because choices depend on it (a router's).
+        parallel: how `divide` divides it; None: every rank has it whole.
+        num_blocks: projections of one width that the checkpoint has in one tensor (GPT-2's q, k and
+            v); each is divided.
 
     Shapes: x [num_tokens, in_features], y [num_tokens, sum of widths], x's dtype.
     Attributes:
         weight: [out_features, in_features]; after `pack` or `quantize`, in the layout of our own
-            CPU kernels (then of 3 or 4 dimensions).
+            CPU kernels (then of 3 or 4 dimensions). On one of several ranks all sizes are its own.
 
     Level bits when packed, quantised or not: a row of y does not depend on the other rows (contract
     1). torch's own products, which compute all others, do not promise that.
@@ -48,9 +69,15 @@ class Linear(nn.Module):
         *,
         bias: bool = False,
         exact: bool = False,
+        parallel: Parallel | None = None,
+        num_blocks: int = 1,
     ) -> None:
         super().__init__()
         self.exact = exact
+        self.parallel = parallel
+        self.num_blocks = num_blocks
+        self.ranks: Ranks | None = None
+        self._combine: Combine | None = None
         self.parts = dict(outputs) if isinstance(outputs, Mapping) else {}
         self.in_features = in_features
         self.out_features = sum(outputs.values()) if isinstance(outputs, Mapping) else outputs
@@ -60,6 +87,43 @@ class Linear(nn.Module):
             nn.Parameter(torch.empty(self.out_features), requires_grad=False) if bias else None
         )
         self._channels = _NOTHING  # scales and bias of an int8 weight
+
+    def divide(self, ranks: Ranks) -> None:
+        """Become this rank's part, before there are weights; see `share` for those."""
+        if self.parallel is None:
+            return
+        self.ranks = ranks
+        if self.parallel is Parallel.VOCABULARY:
+            num_columns = self.out_features
+            self._combine = lambda part: ranks.gather_columns(part, num_columns)
+            start, end = ranks.span(num_columns)
+            self.out_features = end - start
+        elif self.parallel is Parallel.COLUMN:
+            self.parts = {name: width // ranks.size for name, width in self.parts.items()}
+            self.out_features //= ranks.size
+        else:
+            self.in_features //= ranks.size
+            self._combine = ranks.sum if self.parallel is Parallel.ROW else None
+            if ranks.rank:
+                self.bias = None
+        self.weight = _blank(self.weight, self.out_features, self.in_features)
+        if self.bias is not None:
+            self.bias = _blank(self.bias, self.out_features)
+
+    def share(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a projection's whole weight or bias, if possible as a view."""
+        if self.ranks is None:
+            return whole
+        if self.parallel is Parallel.VOCABULARY:
+            return _rows(whole, self.ranks)
+        if self.parallel is Parallel.COLUMN:
+            blocks = whole.unflatten(0, (self.num_blocks, -1))
+            start, end = self.ranks.span(blocks.shape[1])
+            return blocks[:, start:end].flatten(0, 1)
+        if whole.ndim == 1:
+            return whole
+        start, end = self.ranks.span(whole.shape[1])
+        return whole[:, start:end]
 
     def pack(self) -> None:
         """Lay the weight out for our own kernel, which multiplies in fp32 on the CPU; once."""
@@ -92,6 +156,10 @@ class Linear(nn.Module):
             self._channels[1, : self.out_features] = self.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._product(x)
+        return y if self._combine is None else self._combine(y)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.ndim == 2:
             return F.linear(x, self.weight, self.bias)
         out = torch.empty(x.shape[0], self.out_features)
@@ -154,15 +222,39 @@ class Embedding(nn.Module):
 
     The table may be the packed weight of the output head. Beside an int8 head it is a table of its
     own, in the narrowest type that holds its values (`narrow`); rows are fp32 all the same.
+
+    Args:
+        parallel: the ids may be divided over ranks, as the output head's are: a rank looks up its
+            own, and the sum has them all. Only one summand is not zero, so no bit is lost.
     """
 
     def __init__(
-        self, num_embeddings: int, hidden_size: int, *, scale: float | None = None
+        self,
+        num_embeddings: int,
+        hidden_size: int,
+        *,
+        scale: float | None = None,
+        parallel: bool = False,
     ) -> None:
         super().__init__()
+        self.parallel = parallel
+        self.ranks: Ranks | None = None
+        self._first_id, self._num_ids = 0, num_embeddings
         self.weight = nn.Parameter(torch.empty(num_embeddings, hidden_size), requires_grad=False)
         self.scale = scale
         self.rows_dtype: torch.dtype | None = None  # None: the table's
+
+    def divide(self, ranks: Ranks) -> None:
+        """Become this rank's part, before there are weights."""
+        if self.parallel:
+            self.ranks = ranks
+            self._first_id, end = ranks.span(self._num_ids)
+            self._num_ids = end - self._first_id
+            self.weight = _blank(self.weight, self._num_ids, self.weight.shape[1])
+
+    def share(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the whole table, as a view."""
+        return whole if self.ranks is None else _rows(whole, self.ranks)
 
     def narrow(self) -> None:
         """Keep an fp32 table in 16 bits if that changes no value: most checkpoints have no more."""
@@ -175,9 +267,28 @@ class Embedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [num_tokens] int64 -> [num_tokens, hidden_size]."""
-        packed = self.weight.ndim == 3
-        rows = packed_rows(self.weight, ids) if packed else F.embedding(ids, self.weight)
-        rows = rows.to(self.rows_dtype or rows.dtype)
+        rows = self._lookup(ids) if self.ranks is None else self._lookup_together(ids, self.ranks)
         if self.scale is None:
             return rows
         return rows * float(torch.tensor(self.scale, dtype=rows.dtype))
+
+    def _lookup_together(self, ids: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        own = ids - self._first_id
+        is_own = (own >= 0) & (own < self._num_ids)
+        rows = self._lookup(torch.where(is_own, own, 0))
+        return ranks.sum(torch.where(is_own[:, None], rows, 0.0))
+
+    def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        packed = self.weight.ndim == 3
+        rows = packed_rows(self.weight, ids) if packed else F.embedding(ids, self.weight)
+        return rows.to(self.rows_dtype or rows.dtype)
+
+
+def _blank(like: torch.Tensor, *shape: int) -> nn.Parameter:
+    """A parameter of another shape, without values."""
+    return nn.Parameter(like.new_empty(shape), requires_grad=False)
+
+
+def _rows(whole: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    start, end = ranks.span(len(whole))
+    return whole[start:end]

@@ -17,6 +17,8 @@ import batchwright.models
 from batchwright.errors import ModelFormatError, UnsupportedModelError
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.layers import Embedding, Linear
+from batchwright.tensor_parallel.ranks import Ranks
+from batchwright.tensor_parallel.sharding import divide
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ def load_model(
     max_positions: int,
     device: str = "cpu",
     quantize: str | None = None,
+    ranks: Ranks | None = None,
 ) -> CausalLM:
     """Build the model and fill it with weights.
 
@@ -121,13 +124,17 @@ def load_model(
         device: where the parameters shall be; each is copied there as it is read.
         quantize: "int8": products have int8 weights (lossy), except a router's; embeddings keep
             their values.
+        ranks: those that have the model together; only this one's part is read.
     Raises:
         UnsupportedModelError: unknown architecture or setting.
         ModelFormatError: a tensor or config entry is missing or has the wrong shape.
         ConfigError: the model has fewer learned positions than max_positions; or int8 is asked
             for together with another dtype than fp32.
     """
-    model = build_empty(source.config, max_positions)
+    model = whole = build_empty(source.config, max_positions)
+    if ranks is not None:
+        model = build_empty(source.config, max_positions)
+        divide(model, ranks)
     config = model.config
     tensors = _Tensors(source)
     head = model.get_submodule("lm_head")
@@ -136,7 +143,9 @@ def load_model(
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not (is_tied and module is head):
-                parts = _parts(model, tensors, module, f"{module_name}.{name}", parameter.shape)
+                parts = _parts(whole, tensors, module_name, name)
+                if isinstance(module, Linear | Embedding):
+                    parts = map(module.share, parts)
                 value = _join(parts, parameter.shape, dtype, device)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         if packs and isinstance(module, Linear) and module is not head:
@@ -151,7 +160,8 @@ def load_model(
         _quantize_head(model, head)
     elif packs:
         _pack_head(model, head)
-    _warn_of_unused(tensors.unused(), model)
+    if ranks is None or ranks.rank == 0:
+        _warn_of_unused(tensors.unused(), model)
     return model.eval()
 
 
@@ -195,18 +205,19 @@ class _Tensors(Mapping[str, torch.Tensor]):
 
 
 def _parts(
-    model: CausalLM,
-    tensors: _Tensors,
-    module: nn.Module,
-    name: str,
-    shape: torch.Size,
+    model: CausalLM, tensors: _Tensors, module_name: str, kind: str
 ) -> Iterator[torch.Tensor]:
-    """A parameter from the checkpoint; of a merged one its parts, which stand beside it."""
+    """A parameter from the checkpoint; of a merged one its parts, which stand beside it.
+
+    Args:
+        model: whole, whatever is on this rank.
+    """
+    module, name = model.get_submodule(module_name), f"{module_name}.{kind}"
+    shape = module.get_parameter(kind).shape
     if not (isinstance(module, Linear) and module.parts):
         yield _checked(model.fetch(tensors, name), name, shape)
         return
-    owner, _, kind = name.rpartition(".")
-    parent = owner.rpartition(".")[0]
+    parent = module_name.rpartition(".")[0]
     for part, width in module.parts.items():
         part_name = f"{parent}.{part}.{kind}"
         part_shape = torch.Size((width, *shape[1:]))
