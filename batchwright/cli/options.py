@@ -107,7 +107,7 @@ Seed = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one per core.")]
 TensorParallelSize = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=1,
         metavar="N",

@@ -49,7 +49,7 @@ def plan(
     quantize: options.Quantize = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
-    tensor_parallel_size: options.TensorParallelSize = 1,
+    tensor_parallel_size: options.TensorParallelSize = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
     prices: options.Prices = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,

@@ -48,7 +48,7 @@ def serve(
     quantize: options.Quantize = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
-    tensor_parallel_size: options.TensorParallelSize = 1,
+    tensor_parallel_size: options.TensorParallelSize = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
 ) -> None:
     """Serve OpenAI's Files and Batches API, single calls, and a page of what runs; docs/serve.md.

@@ -21,7 +21,8 @@ class LastingFollowers(Followers):
         super().close()
 
 
-def _lasting(size: int, program: str | None = None) -> Iterator[LastingFollowers]:
+def lasting(size: int, program: str | None = None) -> Iterator[LastingFollowers]:
+    """Followers that run `program`, ended afterwards; a fixture's body."""
     usual = followers_module.PROGRAM
     followers_module.PROGRAM = program or usual
     followers = LastingFollowers(size, on_gpu=False)
@@ -32,7 +33,7 @@ def _lasting(size: int, program: str | None = None) -> Iterator[LastingFollowers
 
 @pytest.fixture(scope="session")
 def lasting_pair() -> Iterator[LastingFollowers]:
-    yield from _lasting(2)
+    yield from lasting(2)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from batchwright.request import Request, SamplingParams, Task
 from batchwright.sampling.state import SamplingState
 from tests.engine.harness import mixed_job, run
 from tests.models.reference import TOLERANCE, make_checkpoint
+from tests.sched.harness import start_what_fits_now
 
 pytestmark = pytest.mark.cpu
 
@@ -58,7 +59,7 @@ def test_two_processes_answer_as_one(name, tmp_path, pair, drawn_from):
     scale = max(np.abs(row).max() for row in alone_logits.values())
     error = max(np.abs(row - drawn_from[key]).max() for key, row in alone_logits.items())
     assert error < TOLERANCE * scale
-    assert error > 0 or name == "opt", "sums are made in another order, so some bit differs"
+    assert error > 0, "sums are made in another order, so some bit differs"
 
 
 @pytest.mark.parametrize("name", ["llama_biased", "mixtral"])
@@ -98,7 +99,8 @@ def test_all_kinds_of_rows(tmp_path, pair):
         Request(id=f"embed{i}", prompt_token_ids=prompt, task=Task.EMBED, pooling="mean")
         for i, prompt in enumerate(prompts)
     ]
-    settings = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "kv_tokens": 12 * 32}
+    settings = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "kv_tokens": 9 * 32}
+    settings["prepare"] = lambda engine: start_what_fits_now(engine._scheduler)
     alone = run(tmp_path, rows, **settings)
     together = run(tmp_path, rows, **settings, tensor_parallel_size=2)
     assert together.engine.stats.num_preemptions > 0
@@ -120,7 +122,7 @@ def test_int8_and_bf16(tmp_path, pair):
         assert all(result.error is None for result in outcome.results.values())
         if "quantize" in settings:
             again = run(
-                tmp_path, mixed_job(), **settings, max_num_batched_tokens=41, tensor_parallel_size=2
+                tmp_path, mixed_job(), **settings, max_num_seqs=3, tensor_parallel_size=2
             )
             assert again.logits == outcome.logits
 
