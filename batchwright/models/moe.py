@@ -35,8 +35,8 @@ class SparseMoE(nn.Module):
     tokens chose it, and a token's experts are summed in the order of its own ranks, never in the
     order of arrival.
 
-    On several ranks each has the router and a part of every expert's inner width; what is summed
-    over them is the block's result, not each expert's.
+    Divided over processes (`divide`), each has the router and a part of every expert's inner width;
+    what is summed over them is the block's result, not each expert's.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SparseMoE(nn.Module):
         return y if self._combine is None else self._combine(y)
 
     def divide(self, ranks: Ranks) -> None:
-        """Sum over ranks, among which the experts' products are divided."""
+        """Sum over processes; the experts' products are divided by their own `divide`."""
         self._combine = ranks.sum
 
     def _mixture(self, x: torch.Tensor) -> torch.Tensor:

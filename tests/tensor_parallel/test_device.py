@@ -36,4 +36,3 @@ def test_graphs_and_look_ahead(name, tmp_path, device_ranks, monkeypatch):
     together = run(tmp_path, job, **settings, tensor_parallel_size=2)
     assert together.tokens() == alone.tokens()
     assert device_pair.MADE[-1].num_replayed > 5
-

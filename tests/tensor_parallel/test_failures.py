@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from batchwright.config import EngineConfig
@@ -20,7 +18,7 @@ from batchwright.tensor_parallel import followers as followers_module
 from batchwright.tensor_parallel.executor import TensorParallelExecutor
 from batchwright.tensor_parallel.followers import Followers
 from batchwright.weights.checkpoint import open_checkpoint
-from tests.engine.harness import NoTokenizer, mixed_job, run
+from tests.engine.harness import NoTokenizer, mixed_job
 from tests.models.reference import make_checkpoint
 
 pytestmark = pytest.mark.cpu
@@ -49,7 +47,7 @@ def test_a_killed_rank_ends_the_job(tmp_path):
     assert next(results).error is None
     os.kill(pids[0], signal.SIGKILL)
     start_s = time.monotonic()
-    with pytest.raises(RankError, match="^rank 1 was ended by signal 9 .*finished rows are kept"):
+    with pytest.raises(RankError, match=r"^rank 1 was ended by signal 9 .*finished rows are kept"):
         list(results)
     assert time.monotonic() - start_s < 30
     with pytest.raises(RankError, match="signal 9"):  # and for ever after
@@ -65,7 +63,7 @@ def test_when_rank_0_fails_the_others_end(tmp_path, monkeypatch):
         raise MemoryError("no room")
 
     monkeypatch.setattr(LocalExecutor, "_forward", fail)
-    with pytest.raises(RankError, match="^rank 0 failed: MemoryError: no room; all 2 ranks"):
+    with pytest.raises(RankError, match=r"^rank 0 failed: MemoryError: no room; all 2 ranks"):
         list(engine.run(mixed_job()))
     assert not any(map(is_running, pids))
 
@@ -92,7 +90,7 @@ def test_a_rank_that_cannot_load_says_why(tmp_path, pair):
     )
     followers = Followers(2, on_gpu=False)
     followers.load(tmp_path / "nowhere", config)
-    with pytest.raises(RankError, match="^rank 1 failed: ModelNotFoundError: .*nowhere"):
+    with pytest.raises(RankError, match=r"^rank 1 failed: ModelNotFoundError: .*nowhere"):
         followers.wait_loaded()
 
 

@@ -121,9 +121,7 @@ def test_int8_and_bf16(tmp_path, pair):
         outcome = run(tmp_path, mixed_job(), **settings, tensor_parallel_size=2)
         assert all(result.error is None for result in outcome.results.values())
         if "quantize" in settings:
-            again = run(
-                tmp_path, mixed_job(), **settings, max_num_seqs=3, tensor_parallel_size=2
-            )
+            again = run(tmp_path, mixed_job(), **settings, max_num_seqs=3, tensor_parallel_size=2)
             assert again.logits == outcome.logits
 
 
