@@ -15,7 +15,7 @@ import torch
 from batchwright import kernels
 from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.engine import Engine
-from batchwright.errors import ConfigError, RequestError
+from batchwright.errors import BatchwrightError, ConfigError, RequestError
 from batchwright.exec.build import build_executor, use_threads
 from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
 from batchwright.exec.executor import Executor
@@ -236,9 +236,12 @@ def build_engine(
         executor, groups, resolved, shape = _load(
             checkpoint, resolved, followers, vocab_size=model_config["vocab_size"]
         )
-    except BaseException:
-        if followers is not None:
-            followers.close()
+    except BaseException as error:
+        if followers is None:
+            raise
+        if isinstance(error, Exception) and not isinstance(error, BatchwrightError):
+            raise followers.failure(error) from error  # the others' reason, if they have one
+        followers.close()
         raise
     logger.info(
         "memory for keys and values: up to %s, %s",
@@ -297,7 +300,7 @@ def _load(
         ranks=ranks,
     )
     if followers is not None:
-        followers.wait_loaded()
+        followers.start()
     executor, groups, config = build_executor(model, config, vocab_size=vocab_size, ranks=ranks)
     if followers is None:
         return executor, groups, config, shape_of(model)

@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def _receive(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
 def _follow(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
     ranks: Ranks | None = None
     executor: Executor | None = None
+    build: Callable[[], Executor] | None = None
     while True:
         message = inbox.get()
         kind, rest = message[: len(ORDER)], message[len(ORDER) :]
@@ -59,12 +61,17 @@ def _follow(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
         if "join" in order:
             store, rank, size = order["join"]
             ranks = join(Path(store), rank, size, on_gpu=order["on_gpu"])
-        else:
+        elif "model" in order:
             assert ranks is not None
-            executor = _load(order, ranks, connection)
+            executor, build = None, _load(order, ranks)
+            connection.send_bytes(READY)
+        else:
+            assert build is not None
+            executor, build = build(), None
 
 
-def _load(order: dict[str, Any], ranks: Ranks, connection: Connection) -> Executor:
+def _load(order: dict[str, Any], ranks: Ranks) -> Callable[[], Executor]:
+    """The model's weights; returns what makes an executor of them."""
     config = ResolvedConfig(**order["config"])
     checkpoint = open_checkpoint(Path(order["model"]))
     use_threads(config.num_threads)
@@ -76,6 +83,5 @@ def _load(order: dict[str, Any], ranks: Ranks, connection: Connection) -> Execut
         quantize=config.quantize,
         ranks=ranks,
     )
-    connection.send_bytes(READY)
     vocab_size = read_config(checkpoint.config)["vocab_size"]
-    return build_executor(model, config, vocab_size=vocab_size, ranks=ranks)[0]
+    return lambda: build_executor(model, config, vocab_size=vocab_size, ranks=ranks)[0]

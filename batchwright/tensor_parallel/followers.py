@@ -115,19 +115,23 @@ class Followers:
             raise
 
     def load(self, model: Path, config: ResolvedConfig) -> None:
-        """Let all load their part of a model and make an executor; `wait_loaded` waits for it."""
+        """Let all load their part of a model; `start` lets them go on."""
         for follower in self._followers:
             self._order(follower, model=str(model), config=asdict(config))
 
-    def wait_loaded(self) -> None:
-        """All have their weights.
+    def start(self) -> None:
+        """Wait until all have loaded, and let them make their executors.
+
+        Collectives begin there, and loading may take longer than they wait for one another.
 
         Raises:
             RankError: one has failed.
         """
         try:
             self._wait_ready()
-        except RankError as error:
+            for follower in self._followers:
+                self._order(follower, start=True)
+        except (OSError, RankError) as error:
             raise self.failure(error) from None
 
     def send(self, step: Step) -> None:

@@ -83,7 +83,7 @@ def test_an_interrupt_within_a_step_ends_the_others(tmp_path, monkeypatch):
         list(engine.run(mixed_job()))
 
 
-def test_a_rank_that_cannot_load_says_why(tmp_path, pair):
+def test_a_rank_that_cannot_load_says_why(tmp_path):
     make_checkpoint("llama", tmp_path, intermediate_size=38)
     config = EngineConfig(device="cpu", tensor_parallel_size=2).resolve(
         context_length=256, free_memory_bytes=10**9
@@ -91,7 +91,7 @@ def test_a_rank_that_cannot_load_says_why(tmp_path, pair):
     followers = Followers(2, on_gpu=False)
     followers.load(tmp_path / "nowhere", config)
     with pytest.raises(RankError, match=r"^rank 1 failed: ModelNotFoundError: .*nowhere"):
-        followers.wait_loaded()
+        followers.start()
 
 
 def test_a_rank_that_does_not_start_says_why(monkeypatch):

@@ -29,7 +29,7 @@ INTERRUPTED = 75
 PARAMS = {"max_tokens": 120, "temperature": 0.0, "ignore_eos": True}
 # a process: ten blocks of 32 tokens, keys and values, 3 layers, 2 heads of 10 dimensions, fp32
 KV = {"kv_cache_bytes": 10 * 32 * 3 * 2 * 2 * 10 * 4}
-PROMPTS = [f"w{i % 80} w{i % 7} w{i}" for i in range(3, 53)]
+PROMPTS = [f"w{i % 80} w{i % 7} w{i}" for i in range(3, 33)]
 
 
 @pytest.fixture
