@@ -37,7 +37,7 @@ class EngineConfig:
     """Settings of an engine. None means: choose for me (`resolve` does, and says why).
 
     Attributes:
-        device: "auto", "cpu" or "cuda" (one NVIDIA card); auto is cuda where there is one.
+        device: "auto", "cpu" or "cuda" (NVIDIA cards); auto is cuda where there is one.
         dtype: "auto", "float32" or "bfloat16"; auto is bfloat16 on a GPU, and float32 on a CPU,
             where bf16 products run at a tenth of the speed without AVX-512 or AMX.
         quantize: "int8": products have int8 weights and activations, lossy (docs/int8.md), on a
