@@ -27,6 +27,7 @@ _COUNTS = (
     "kv_cache_bytes",
     "kv_tokens",
     "num_threads",
+    "tensor_parallel_size",
 )
 _WHOLE_NUMBERS = (*_COUNTS, "block_size", "seed", "look_ahead")
 
@@ -36,7 +37,7 @@ class EngineConfig:
     """Settings of an engine. None means: choose for me (`resolve` does, and says why).
 
     Attributes:
-        device: "auto", "cpu" or "cuda" (one NVIDIA card); auto is cuda where there is one.
+        device: "auto", "cpu" or "cuda" (NVIDIA cards); auto is cuda where there is one.
         dtype: "auto", "float32" or "bfloat16"; auto is bfloat16 on a GPU, and float32 on a CPU,
             where bf16 products run at a tenth of the speed without AVX-512 or AMX.
         quantize: "int8": products have int8 weights and activations, lossy (docs/int8.md), on a
@@ -44,7 +45,7 @@ class EngineConfig:
         max_model_len: most tokens of a sequence, prompt and output.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens computed per step.
-        kv_cache_bytes: memory for keys and values.
+        kv_cache_bytes: memory for keys and values, of each process with tensor parallelism.
         kv_tokens: tokens whose keys and values are kept at once, if less than memory allows.
         block_size: tokens per KV block, a multiple of 32.
         prefix_sharing: prompts with a common beginning compute and store it once.
@@ -54,7 +55,10 @@ class EngineConfig:
             memory and order go by it.
         attention: backend of a CPU, a file of `batchwright/attention/backends`.
         seed: keys the randomness of rows that have no seed of their own.
-        num_threads: threads of matrix products and kernels, at most the cores there are.
+        num_threads: threads of matrix products and kernels, at most the cores there are; with
+            tensor parallelism, of each process, which get the cores in equal parts by default.
+        tensor_parallel_size: processes that have the model together, each a part of its heads and
+            widths: one a GPU, or all on this machine's processor (docs/tensor_parallel.md).
         look_ahead: steps handed out before the oldest result is read, 0 or 1; by default 1 on a
             GPU, which then never waits for the host.
     """
@@ -75,21 +79,23 @@ class EngineConfig:
     seed: int = 0
     num_threads: int | None = None
     look_ahead: int | None = None
+    tensor_parallel_size: int = 1
 
     def resolve(
-        self, *, context_length: int, free_memory_bytes: int, has_gpu: bool = False
+        self, *, context_length: int, free_memory_bytes: int, num_gpus: int = 0
     ) -> ResolvedConfig:
         """Settle the open settings for a model.
 
         Args:
             context_length: positions the model was made for.
             free_memory_bytes: memory left once the weights are there, on the device that is used
-                (see `uses_gpu`).
-            has_gpu: whether there is a card that torch can use.
+                (see `uses_gpu`), one of the cards or the whole machine.
+            num_gpus: cards that torch can use.
         Raises:
             ConfigError: with all problems at once.
         """
         problems = self._problems()
+        has_gpu, size = num_gpus > 0, self.tensor_parallel_size
         if self.max_model_len is not None and self.max_model_len > context_length:
             problems.append(
                 f"max_model_len is {self.max_model_len}, the model's context is {context_length}; "
@@ -110,12 +116,18 @@ class EngineConfig:
                 f"quantize is {self.quantize}, which is for the CPU, and there is a GPU; set "
                 "device to cpu (--device cpu) or leave quantize out"
             )
+        if self.uses_gpu(has_gpu) and not problems and size > num_gpus:
+            problems.append(
+                f"tensor_parallel_size is {size}, but torch finds {num_gpus} NVIDIA "
+                f"{'card' if num_gpus == 1 else 'cards'}, and each process needs its own; lower it "
+                "(--tensor-parallel-size), or set device to cpu"
+            )
         if problems:
             raise ConfigError("; ".join(problems))
         num_cores = len(os.sched_getaffinity(0))
         on_gpu = self.uses_gpu(has_gpu)
         own_dtype = "bfloat16" if on_gpu else "float32"
-        kv_share = 1.0 if on_gpu else KV_SHARE_OF_FREE_MEMORY
+        kv_share = 1.0 if on_gpu else KV_SHARE_OF_FREE_MEMORY / size
         look_ahead = int(on_gpu) if self.look_ahead is None else self.look_ahead
         return ResolvedConfig(
             device="cuda" if on_gpu else "cpu",
@@ -132,8 +144,9 @@ class EngineConfig:
             length_predictor=self.length_predictor,
             attention=self.attention,
             seed=self.seed,
-            num_threads=min(self.num_threads or num_cores, num_cores),
+            num_threads=min(self.num_threads or max(num_cores // size, 1), num_cores),
             look_ahead=look_ahead,
+            tensor_parallel_size=size,
         )
 
     def uses_gpu(self, has_gpu: bool) -> bool:
@@ -227,6 +240,7 @@ class ResolvedConfig:
     seed: int
     num_threads: int
     look_ahead: int
+    tensor_parallel_size: int = 1
 
     def kv_groups(self, windows: Sequence[int | None], block_bytes: Sequence[int]) -> list[KVGroup]:
         """Pool sizes of the KV groups within kv_cache_bytes and kv_tokens, never more than of use.

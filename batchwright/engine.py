@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from batchwright.errors import ConfigError, RequestError, ResourceError
+from batchwright.errors import ConfigError, RankError, RequestError, ResourceError
 from batchwright.exec.executor import Executor, PendingResult
 from batchwright.exec.memory import is_out_of_memory
 from batchwright.folding import fold_key
@@ -206,6 +206,8 @@ class Engine:
         Raises:
             ResourceError: memory does not suffice for one row. Nothing is lost; a later call
                 tries again.
+            RankError: a process that has a part of the model is gone. Nothing is lost, but nothing
+                can be computed any more.
         """
         self._mend()
         self._is_torn = True
@@ -425,7 +427,9 @@ class Engine:
 
     def _recover(self, error: Exception, suspects: list[str]) -> None:
         """A step with rows of `suspects` failed; everything waits again. Decide what runs next."""
-        if is_out_of_memory(error):
+        if isinstance(error, RankError):
+            self._resource_error = error  # no row's fault, and nothing can run
+        elif is_out_of_memory(error):
             self._take_less_memory(error)
         else:
             culprit = self._isolation.failed(suspects, self._open.running)

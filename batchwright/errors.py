@@ -10,6 +10,7 @@ BatchwrightError
 │   └── UnsupportedModelError  sound files of a kind this version cannot run
 ├── RequestError           one row is bad; that row fails and the others go on
 ├── ResourceError          the machine lacks memory, or room for a temporary file
+│   └── RankError              a process that has a part of the model has failed or is gone
 └── ShapeError             arrays that must agree do not
 
 Messages say what was wrong, the value, the limit and the remedy. `assert` is kept for our own bugs.
@@ -52,6 +53,10 @@ class UnsupportedModelError(ModelError):
 
 class ResourceError(BatchwrightError):
     """The machine lacks memory, or room for a temporary file. What is finished is kept."""
+
+
+class RankError(ResourceError):
+    """One of the processes that have a model together has failed. What is finished is kept."""
 
 
 class ShapeError(BatchwrightError):

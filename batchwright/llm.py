@@ -12,21 +12,18 @@ from typing import Any, TypeGuard, cast
 import numpy as np
 import torch
 
-from batchwright import kernels, techniques
-from batchwright.attention.backend import AttentionBackend, block_bytes
+from batchwright import kernels
 from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.engine import Engine
-from batchwright.errors import ConfigError, RequestError
-from batchwright.exec.device.build import build_device_executor
-from batchwright.exec.device.memory import free_bytes, has_gpu
+from batchwright.errors import BatchwrightError, ConfigError, RequestError
+from batchwright.exec.build import build_executor, use_threads
+from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
 from batchwright.exec.executor import Executor
-from batchwright.exec.local import LocalExecutor
 from batchwright.exec.machine_cost import machine_cost
 from batchwright.exec.memory import available_memory_bytes
-from batchwright.kv.groups import KVGroup, windows_of_layers
-from batchwright.models.causal_lm import CausalLM
-from batchwright.models.loader import load_model, read_config
-from batchwright.models.shape import shape_of
+from batchwright.kv.groups import KVGroup
+from batchwright.models.loader import build_empty, load_model, read_config
+from batchwright.models.shape import read_shape, shape_of
 from batchwright.opened_model import answer_identity, engine_settings
 from batchwright.order_trial import chosen_order
 from batchwright.plan.length_predictor import find_predictor
@@ -35,6 +32,9 @@ from batchwright.plan.shape import ModelShape
 from batchwright.request import Request, Result, SamplingParams, Task
 from batchwright.sched.scheduler import Scheduler
 from batchwright.structured.compile import GrammarCompiler
+from batchwright.tensor_parallel.executor import TensorParallelExecutor
+from batchwright.tensor_parallel.followers import Followers
+from batchwright.tensor_parallel.sharding import check_divisible
 from batchwright.text.continuation import join, prefix_token_id
 from batchwright.text.token_bytes import token_bytes
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
@@ -226,26 +226,24 @@ def build_engine(
     resolved = config.resolve(
         context_length=model_config["max_position_embeddings"],
         free_memory_bytes=free_bytes() if on_gpu else available_memory_bytes(),
-        has_gpu=has_gpu(),
+        num_gpus=num_gpus(),
     )
-    kernels.set_num_threads(resolved.num_threads)
-    torch.set_num_threads(resolved.num_threads)  # after the kernels': starting theirs resets it
-    dtype = getattr(torch, resolved.dtype)
-    model = load_model(
-        checkpoint,
-        dtype=dtype,
-        max_positions=resolved.max_model_len,
-        device=resolved.device,
-        quantize=resolved.quantize,
-    )
-    shape = shape_of(model)
-    executor: Executor
-    if on_gpu:
-        executor, groups, resolved = build_device_executor(
-            model, resolved, vocab_size=model_config["vocab_size"]
+    use_threads(resolved.num_threads)
+    followers = None
+    if resolved.tensor_parallel_size > 1:
+        check_divisible(build_empty(checkpoint.config, 1), resolved.tensor_parallel_size)
+        followers = Followers(resolved.tensor_parallel_size, on_gpu=on_gpu)
+    try:
+        executor, groups, resolved, shape = _load(
+            checkpoint, resolved, followers, vocab_size=model_config["vocab_size"]
         )
-    else:
-        executor, groups = _local_executor(model, resolved, model_config["vocab_size"])
+    except BaseException as error:
+        if followers is None:
+            raise
+        if isinstance(error, Exception) and not isinstance(error, BatchwrightError):
+            raise followers.failure(error) from error  # the others' reason, if they have one
+        followers.close()
+        raise
     logger.info(
         "memory for keys and values: up to %s, %s",
         " and ".join(
@@ -284,36 +282,34 @@ def build_engine(
     return engine, resolved
 
 
-def _local_executor(
-    model: CausalLM, config: ResolvedConfig, vocab_size: int
-) -> tuple[LocalExecutor, list[KVGroup]]:
-    """An executor for the CPU, and its KV groups."""
-    backend: AttentionBackend = techniques.find("attention.backends", config.attention).Backend()
-    kv_dtype = backend.kv_dtype(getattr(torch, config.dtype))
-    windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
-    groups = config.kv_groups(windows, _block_bytes(model, group_of_layer, config, kv_dtype))
-    executor = LocalExecutor(
-        model,
-        backend,
-        groups,
-        group_of_layer,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len,
-        vocab_size=vocab_size,
-        kv_dtype=kv_dtype,
+def _load(
+    checkpoint: Checkpoint,
+    config: ResolvedConfig,
+    followers: Followers | None,
+    *,
+    vocab_size: int,
+) -> tuple[Executor, list[KVGroup], ResolvedConfig, ModelShape]:
+    """The model's weights, its executor with KV groups, the config, and the whole model's sizes."""
+    ranks = None
+    if followers is not None:
+        ranks = followers.ranks
+        checkpoint.tensor(checkpoint.names()[0])  # a GGUF file is unpacked once, not by every rank
+        followers.load(checkpoint.path, config)
+    model = load_model(
+        checkpoint,
+        dtype=getattr(torch, config.dtype),
+        max_positions=config.max_model_len,
+        device=config.device,
+        quantize=config.quantize,
+        ranks=ranks,
     )
-    return executor, groups
-
-
-def _block_bytes(
-    model: CausalLM, group_of_layer: Sequence[int], config: ResolvedConfig, dtype: torch.dtype
-) -> list[int]:
-    """Bytes of one block in all layers of each KV group."""
-    totals = [0] * (max(group_of_layer) + 1)
-    for spec, group in zip(model.attention_specs, group_of_layer, strict=True):
-        totals[group] += block_bytes(spec, config.block_size, dtype)
-    return totals
+    if followers is not None:
+        followers.start()
+    executor, groups, config = build_executor(model, config, vocab_size=vocab_size, ranks=ranks)
+    if followers is None:
+        return executor, groups, config, shape_of(model)
+    shape = read_shape(checkpoint.config)
+    return TensorParallelExecutor(executor, followers), groups, config, shape
 
 
 def _request(id: str, prompt: str | None, token_ids: Sequence[int], **fields: Any) -> Request:

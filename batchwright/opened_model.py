@@ -13,14 +13,15 @@ import torch
 from batchwright import techniques
 from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.errors import ConfigError
-from batchwright.exec.device.memory import free_bytes, has_gpu
+from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
 from batchwright.exec.memory import available_memory_bytes
 from batchwright.kernels.int8_linear.numba import activation_bits
 from batchwright.kv.groups import KVGroup
-from batchwright.models.loader import read_config
+from batchwright.models.loader import build_empty, read_config
 from batchwright.models.shape import read_shape
 from batchwright.plan.shape import ModelShape
 from batchwright.request import DEFAULT_MAX_TOKENS
+from batchwright.tensor_parallel.sharding import check_divisible
 from batchwright.text.tokenizer import Tokenizer, load_tokenizer
 from batchwright.weights.checkpoint import Checkpoint, open_checkpoint
 from batchwright.weights.forms import stored_bytes
@@ -61,7 +62,7 @@ class OpenedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory that the weights take."""
+        """Memory that the weights take, in all processes together."""
         shape, config = self.shape, self.model_config
         if self.config.quantize is None:
             if self.dtype == torch.float32 and self.config.device == "cpu":
@@ -90,21 +91,23 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
     path = locate_model(model)
     tokenizer, checkpoint = load_tokenizer(path), open_checkpoint(path)
     model_config = read_config(checkpoint.config)
-    shape = read_shape(checkpoint.config)
+    shape, size = read_shape(checkpoint.config), engine_config.tensor_parallel_size
+    if size > 1:
+        check_divisible(build_empty(checkpoint.config, 1), size)
     free_memory_bytes = available_memory_bytes()
     if engine_config.uses_gpu(has_gpu()):  # about: the engine measures what a step takes
         itemsize = 4 if engine_config.dtype == "float32" else 2
-        free_memory_bytes = int(GPU_KV_SHARE * (free_bytes() - shape.num_params * itemsize))
+        free_memory_bytes = int(GPU_KV_SHARE * (free_bytes() - shape.num_params * itemsize / size))
     config = engine_config.resolve(
         context_length=model_config["max_position_embeddings"],
         free_memory_bytes=free_memory_bytes,
-        has_gpu=has_gpu(),
+        num_gpus=num_gpus(),
     )
     kv_dtype: torch.dtype = getattr(torch, config.dtype)
     if config.device == "cpu":
         backend = techniques.find("attention.backends", config.attention).Backend()
         kv_dtype = backend.kv_dtype(kv_dtype)
-    block_elements = [one.kv_elements * config.block_size for one in shape.attention]
+    block_elements = [one.kv_elements // size * config.block_size for one in shape.attention]
     return OpenedModel(
         path=path,
         tokenizer=tokenizer,
@@ -140,7 +143,7 @@ def answer_identity(
 ) -> dict[str, Any]:
     """What answers depend on besides the rows: a job that goes on must have the same.
 
-    Settings of device, batch and schedule change no answer and are not in it.
+    Settings of device, batch and schedule change no answer beyond rounding and are not in it.
     """
     backend = hashlib.blake2b(tokenizer.backend.to_str().encode(), digest_size=16)
     template = hashlib.blake2b(repr(tokenizer.chat_template).encode(), digest_size=16)
@@ -150,10 +153,19 @@ def answer_identity(
         "chat_template": template.hexdigest(),
         "dtype": config.dtype,
         **_quantisation(config),
+        **_division(config),
         "max_model_len": config.max_model_len,
         "seed": config.seed,
         "default_max_tokens": DEFAULT_MAX_TOKENS,
     }
+
+
+def _division(config: ResolvedConfig) -> dict[str, Any]:
+    """Where bits are promised, on a CPU, they are those of one number of ranks; a job without ranks
+    has no such entry. On GPUs it is not in it: a job may go on with fewer cards."""
+    if config.device == "cuda" or config.tensor_parallel_size == 1:
+        return {}
+    return {"tensor_parallel_size": config.tensor_parallel_size}
 
 
 def _quantisation(config: ResolvedConfig) -> dict[str, Any]:

@@ -96,7 +96,7 @@ Lengths = Annotated[
 ]
 Dtype = Annotated[DtypeName, typer.Option(help="Number format to compute in.")]
 Device = Annotated[
-    DeviceName, typer.Option(help="cuda is one NVIDIA GPU; auto takes it if there is one.")
+    DeviceName, typer.Option(help="cuda is an NVIDIA GPU; auto takes one if there is any.")
 ]
 Quantize = Annotated[
     QuantizeName | None,
@@ -106,6 +106,14 @@ Seed = Annotated[
     int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default one per core.")]
+TensorParallelSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Divide the model over N GPUs, or N processes on the CPU; docs/tensor_parallel.md.",
+    ),
+]
 NoPrefixSharing = Annotated[
     bool, typer.Option("--no-prefix-sharing", help="Compute shared prefixes for each row.")
 ]

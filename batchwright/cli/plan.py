@@ -49,6 +49,7 @@ def plan(
     quantize: options.Quantize = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    tensor_parallel_size: options.TensorParallelSize = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
     prices: options.Prices = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -85,6 +86,7 @@ def plan(
         order=order,
         length_predictor=lengths,
         num_threads=threads,
+        tensor_parallel_size=tensor_parallel_size,
         seed=seed,
         prefix_sharing=not no_prefix_sharing,
     )

@@ -83,6 +83,7 @@ def run(
     quantize: options.Quantize = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    tensor_parallel_size: options.TensorParallelSize = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, as batchwright plan.")
@@ -122,6 +123,7 @@ def run(
         order=order,
         length_predictor=lengths,
         num_threads=threads,
+        tensor_parallel_size=tensor_parallel_size,
         seed=seed,
         prefix_sharing=not no_prefix_sharing,
     )

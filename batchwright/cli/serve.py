@@ -48,6 +48,7 @@ def serve(
     quantize: options.Quantize = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    tensor_parallel_size: options.TensorParallelSize = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
 ) -> None:
     """Serve OpenAI's Files and Batches API, single calls, and a page of what runs; docs/serve.md.
@@ -76,6 +77,7 @@ def serve(
         "order": order or "fcfs",  # single calls wait for nothing
         "length_predictor": lengths,
         "num_threads": threads,
+        "tensor_parallel_size": tensor_parallel_size,
         "seed": seed,
         "prefix_sharing": not no_prefix_sharing,
     }

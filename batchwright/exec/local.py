@@ -1,4 +1,4 @@
-"""LocalExecutor: one model on one device."""
+"""LocalExecutor: one model on the CPU, or one rank's part of it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from batchwright.models.layers import Linear
 from batchwright.request import Int32Array
 from batchwright.sampling.state import SamplingState
 from batchwright.step import NewSequence, Step, StepResult, TokenLogprobs
+from batchwright.tensor_parallel.ranks import Ranks
 
 LOGITS_CHUNK = 64
 """Rows of logits that exist at once when scoring: 64 x 49,152 fp32 are 12 MiB, and products are
@@ -37,6 +38,8 @@ class LocalExecutor:
         max_model_len: most tokens of a sequence.
         vocab_size: columns of the logits.
         kv_dtype: type of keys and values.
+        ranks: those that have the model together. Beside rank 0 they get Steps without what only
+            drawing needs, and take the drawn tokens over; nobody reads their results.
     """
 
     def __init__(
@@ -51,8 +54,11 @@ class LocalExecutor:
         max_model_len: int,
         vocab_size: int,
         kv_dtype: torch.dtype,
+        ranks: Ranks | None = None,
     ) -> None:
         self._model = model
+        self._ranks = ranks
+        self._draws = ranks is None or ranks.rank == 0
         self._backend = backend
         self._group_of_layer = group_of_layer
         self._block_size = block_size
@@ -132,23 +138,31 @@ class LocalExecutor:
         tokens, row_of_sample = np.unique(step.sample_tokens, return_inverse=True)
         slots = step.sample_slots
         output_positions = step.positions[step.sample_tokens] + 1 - self._num_prompt[slots]
-        token_ids, logprobs = self._sampling.sample(
-            self._logits(hidden, tokens),
-            row_of_sample.astype(np.int32),
-            slots,
-            output_positions,
-            step.masks,
-            step.mask_of_sample,
-        )
-        self._sampling.append(slots, token_ids)
+        logits = self._logits(hidden, tokens)
+        token_ids, logprobs = np.empty(len(slots), np.int32), None
+        if self._draws:
+            token_ids, logprobs = self._sampling.sample(
+                logits,
+                row_of_sample.astype(np.int32),
+                slots,
+                output_positions,
+                step.masks,
+                step.mask_of_sample,
+            )
+            self._sampling.append(slots, token_ids)
+        if self._ranks is not None:
+            self._ranks.share(torch.from_numpy(token_ids))
         self._slots.note_sampled(slots, token_ids)
         return token_ids, logprobs
 
-    def _score(self, step: Step, hidden: torch.Tensor) -> TokenLogprobs:
+    def _score(self, step: Step, hidden: torch.Tensor) -> TokenLogprobs | None:
         """Score given tokens a chunk of rows at a time: never a [num_tokens, vocab] tensor."""
         chunks = []
         for start in range(0, len(step.score_tokens), LOGITS_CHUNK):
             rows = slice(start, start + LOGITS_CHUNK)
             logits = self._logits(hidden, step.score_tokens[rows])
-            chunks.append(token_logprobs(logits, step.score_targets[rows], step.score_top))
+            if self._draws:
+                chunks.append(token_logprobs(logits, step.score_targets[rows], step.score_top))
+        if not self._draws:
+            return None
         return TokenLogprobs(*(np.concatenate(column) for column in zip(*chunks, strict=True)))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from batchwright import kernels, techniques
+from batchwright import techniques
 from batchwright.attention.backend import AttentionBackend
 from batchwright.config import ResolvedConfig
 from batchwright.exec import calibrate
+from batchwright.exec.build import use_threads
 from batchwright.exec.layer_slice import NUM_LAYERS
 from batchwright.plan.cost import CostModel
 from batchwright.plan.hardware import DEVICES, device_hardware, find_device
@@ -48,18 +50,21 @@ def machine_cost(
     """
     if config.device == "cuda":
         return _gpu_cost(shape, config)
-    kernels.set_num_threads(config.num_threads)
-    torch.set_num_threads(config.num_threads)  # after the kernels': starting theirs resets it
+    # Ranks are pretended to be threads; what they send to each other is not measured.
+    num_cores = len(os.sched_getaffinity(0))
+    num_threads = min(config.num_threads * config.tensor_parallel_size, num_cores)
+    use_threads(num_threads)
     dtype: torch.dtype = getattr(torch, config.dtype)
     hardware = calibrate.calibrate(
         model_config,
         shape,
         dtype=dtype,
         attention=config.attention,
-        num_threads=config.num_threads,
+        num_threads=num_threads,
         quantize=config.quantize,
         forms=forms,
     )
+    use_threads(config.num_threads)
     backend: AttentionBackend = techniques.find("attention.backends", config.attention).Backend()
     heads = shape.attention[0]
     return CostModel(
@@ -85,7 +90,8 @@ def _gpu_cost(shape: ModelShape, config: ResolvedConfig) -> CostModel:
     if not known:
         logger.info("no profile of %s: orders are tried as on an %s", name, profile.name)
     itemsize = getattr(torch, config.dtype).itemsize
-    return CostModel(shape, device_hardware(profile, shape, itemsize), itemsize, itemsize, 16)
+    hardware = device_hardware(profile, shape, itemsize, num_devices=config.tensor_parallel_size)
+    return CostModel(shape, hardware, itemsize, itemsize, 16)
 
 
 def calibration_s(shape: ModelShape, num_threads: int) -> float:

@@ -335,6 +335,6 @@ def _memory(
         kv_bytes=kv_bytes,
         kv_tokens=tuple(group.num_blocks * engine.block_size for group in model.groups),
         rows_at_once=engine.rows_at_once(mean),
-        host_bytes=model.weight_bytes + kv_bytes + HOST_BYTES,
+        host_bytes=model.weight_bytes + kv_bytes + HOST_BYTES * model.config.tensor_parallel_size,
         free_bytes=model.free_memory_bytes,
     )

@@ -90,7 +90,9 @@ class Gemma2(Llama):
     def decoder(self, layers: list[nn.Module]) -> Decoder:
         config = self.config
         hidden_size = config["hidden_size"]
-        embedding = Embedding(config["vocab_size"], hidden_size, scale=hidden_size**0.5)
+        embedding = Embedding(
+            config["vocab_size"], hidden_size, scale=hidden_size**0.5, parallel=True
+        )
         norm = RMSNorm(hidden_size, config["rms_norm_eps"], unit_offset=True)
         return Decoder(embedding, layers, norm)
 

@@ -11,7 +11,7 @@ from torch import nn
 from batchwright.attention.spec import Attend, AttentionSpec
 from batchwright.models.causal_lm import CausalLM, check_learned_positions, require
 from batchwright.models.functional import ACTIVATIONS
-from batchwright.models.layers import Embedding, LayerNorm, Linear
+from batchwright.models.layers import Embedding, LayerNorm, Linear, Parallel
 
 
 class Attention(nn.Module):
@@ -20,8 +20,10 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, spec: AttentionSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.c_attn = Linear(hidden_size, 3 * hidden_size, bias=True)
-        self.c_proj = Linear(hidden_size, hidden_size, bias=True)
+        self.c_attn = Linear(
+            hidden_size, 3 * hidden_size, bias=True, parallel=Parallel.COLUMN, num_blocks=3
+        )
+        self.c_proj = Linear(hidden_size, hidden_size, bias=True, parallel=Parallel.ROW)
 
     def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
         q, k, v = self.heads(self.c_attn(x))
@@ -37,8 +39,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, activation: str) -> None:
         super().__init__()
-        self.c_fc = Linear(hidden_size, width, bias=True)
-        self.c_proj = Linear(width, hidden_size, bias=True)
+        self.c_fc = Linear(hidden_size, width, bias=True, parallel=Parallel.COLUMN)
+        self.c_proj = Linear(width, hidden_size, bias=True, parallel=Parallel.ROW)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +70,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Mapping[str, Any], blocks: list[Block]) -> None:
         super().__init__()
         hidden_size = config["hidden_size"]
-        self.wte = Embedding(config["vocab_size"], hidden_size)
+        self.wte = Embedding(config["vocab_size"], hidden_size, parallel=True)
         self.wpe = Embedding(config["max_position_embeddings"], hidden_size)
         self.h = nn.ModuleList(blocks)
         self.ln_f = LayerNorm(hidden_size, config["layer_norm_epsilon"])
@@ -114,7 +116,9 @@ class GPT2(CausalLM):
         self.attention_specs = tuple(self.spec(layer) for layer in layers)
         blocks = [Block(config, self.attention(spec)) for spec in self.attention_specs]
         self.transformer = Decoder(config, blocks)
-        self.lm_head = Linear(config["hidden_size"], config["vocab_size"])
+        self.lm_head = Linear(
+            config["hidden_size"], config["vocab_size"], parallel=Parallel.VOCABULARY
+        )
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend

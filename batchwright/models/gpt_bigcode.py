@@ -9,7 +9,7 @@ from torch import nn
 
 from batchwright.attention.spec import AttentionSpec
 from batchwright.models import gpt2
-from batchwright.models.layers import Linear
+from batchwright.models.layers import Linear, Parallel
 
 
 class Attention(gpt2.Attention):
@@ -18,11 +18,14 @@ class Attention(gpt2.Attention):
     def __init__(self, hidden_size: int, spec: AttentionSpec) -> None:
         super().__init__(hidden_size, spec)
         kv_size = spec.num_kv_heads * spec.head_dim
-        self.c_attn = Linear(hidden_size, hidden_size + 2 * kv_size, bias=True)
+        self.c_attn = Linear(
+            hidden_size, hidden_size + 2 * kv_size, bias=True, parallel=Parallel.COLUMN
+        )
+        self.is_multi_query = spec.num_kv_heads == 1  # which one of several ranks may have, too
 
     def heads(self, merged: torch.Tensor) -> tuple[torch.Tensor, ...]:
         num_heads, head_dim = self.spec.num_q_heads, self.spec.head_dim
-        if self.spec.num_kv_heads == 1:
+        if self.is_multi_query:
             return merged.unflatten(-1, (-1, head_dim)).split((num_heads, 1, 1), dim=1)
         return merged.unflatten(-1, (num_heads, 3, head_dim)).unbind(2)
 

@@ -14,7 +14,7 @@ from torch import nn
 from batchwright.attention.spec import Attend, AttentionSpec, RotaryTable
 from batchwright.models.causal_lm import CausalLM, require
 from batchwright.models.functional import GATED_ACTIVATIONS
-from batchwright.models.layers import Embedding, Linear, RMSNorm
+from batchwright.models.layers import Embedding, Linear, Parallel, RMSNorm
 from batchwright.models.rotary import rotary_parameters, rotary_table
 
 Summands = tuple[torch.Tensor, torch.Tensor]
@@ -32,9 +32,12 @@ class Attention(nn.Module):
         q_size = spec.num_q_heads * spec.head_dim
         kv_size = spec.num_kv_heads * spec.head_dim
         self.qkv_proj = Linear(
-            hidden_size, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, bias=qkv_bias
+            hidden_size,
+            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            bias=qkv_bias,
+            parallel=Parallel.COLUMN,
         )
-        self.o_proj = Linear(q_size, hidden_size, bias=o_bias)
+        self.o_proj = Linear(q_size, hidden_size, bias=o_bias, parallel=Parallel.ROW)
 
     def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
         q, k, v = self.heads(x)
@@ -48,14 +51,30 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (SwiGLU and its kin, arXiv:2002.05202)."""
+    """down(act(gate(x)) * up(x)) (SwiGLU and its kin, arXiv:2002.05202).
+
+    Args:
+        width: inner width.
+        down: Parallel.SUMMAND: on several ranks the result is this rank's summand.
+    """
 
     def __init__(
-        self, hidden_size: int, width: int, *, activation: str = "silu", bias: bool = False
+        self,
+        hidden_size: int,
+        width: int,
+        *,
+        activation: str = "silu",
+        bias: bool = False,
+        down: Parallel = Parallel.ROW,
     ) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(hidden_size, {"gate_proj": width, "up_proj": width}, bias=bias)
-        self.down_proj = Linear(width, hidden_size, bias=bias)
+        self.gate_up_proj = Linear(
+            hidden_size,
+            {"gate_proj": width, "up_proj": width},
+            bias=bias,
+            parallel=Parallel.COLUMN,
+        )
+        self.down_proj = Linear(width, hidden_size, bias=bias, parallel=down)
         self.activation = GATED_ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +138,9 @@ class Llama(CausalLM):
         tables = self.rotary(max_positions)
         self.attention_specs = tuple(self.spec(layer, table) for layer, table in enumerate(tables))
         self.model = self.decoder([self.layer(spec) for spec in self.attention_specs])
-        self.lm_head = Linear(config["hidden_size"], config["vocab_size"])
+        self.lm_head = Linear(
+            config["hidden_size"], config["vocab_size"], parallel=Parallel.VOCABULARY
+        )
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
@@ -179,7 +200,7 @@ class Llama(CausalLM):
     def decoder(self, layers: list[nn.Module]) -> Decoder:
         """Everything but the output head."""
         config = self.config
-        embedding = Embedding(config["vocab_size"], config["hidden_size"])
+        embedding = Embedding(config["vocab_size"], config["hidden_size"], parallel=True)
         return Decoder(embedding, layers, RMSNorm(config["hidden_size"], config["rms_norm_eps"]))
 
 

@@ -19,6 +19,8 @@ from batchwright.kernels.linear.packing import PackedWeight, pack
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.layers import Embedding, Linear
 from batchwright.models.narrow_weights import join_rows, pack_stored
+from batchwright.tensor_parallel.ranks import Ranks
+from batchwright.tensor_parallel.sharding import divide
 from batchwright.weights.block_tensor import BlockTensor
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,7 @@ def load_model(
     max_positions: int,
     device: str = "cpu",
     quantize: str | None = None,
+    ranks: Ranks | None = None,
 ) -> CausalLM:
     """Build the model and fill it with weights.
 
@@ -126,13 +129,17 @@ def load_model(
         device: where the parameters shall be; each is copied there as it is read.
         quantize: "int8": products have int8 weights (lossy), except a router's; embeddings keep
             their values.
+        ranks: those that have the model together; only this one's part is read.
     Raises:
         UnsupportedModelError: unknown architecture or setting.
         ModelFormatError: a tensor or config entry is missing or has the wrong shape.
         ConfigError: the model has fewer learned positions than max_positions; or int8 is asked
             for together with another dtype than fp32.
     """
-    model = build_empty(source.config, max_positions)
+    model = whole = build_empty(source.config, max_positions)
+    if ranks is not None:
+        model = build_empty(source.config, max_positions)
+        divide(model, ranks)
     model.dtype, config = dtype, model.config
     used: set[str] = set()
     tensors = _Tensors(source, source.tensor, used)
@@ -145,15 +152,17 @@ def load_model(
         for name, parameter in list(module.named_parameters(recurse=False)):
             if is_tied and module is head:
                 continue
-            narrow = packs and not quantize and isinstance(module, Linear | Embedding)
-            full_name, shape = f"{module_name}.{name}", parameter.shape
-            if narrow and name == "weight":
+            holds = packs and not quantize and isinstance(module, Linear | Embedding)
+            holds = holds and name == "weight"
+            narrow = holds and ranks is None  # blocks of integers are not divided
+            parts = _parts(whole, stored if narrow else tensors, module_name, name)
+            if ranks is not None and isinstance(module, Linear | Embedding):
+                parts = map(module.share, parts)
+            if holds:
                 # one by one, so that only one weight is in memory twice
-                parts = _parts(model, stored, module, full_name, shape)
                 _hold(module, join_rows(list(parts)))
             else:
-                parts = _parts(model, tensors, module, full_name, shape)
-                value = _join(parts, shape, dtype, device)
+                value = _join(parts, parameter.shape, dtype, device)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         if quantize and isinstance(module, Linear) and module is not head:
             module.quantize()
@@ -161,8 +170,8 @@ def load_model(
         _tie(model, head)
     if quantize:
         _quantize_head(model, head)
-    unused = sorted(set(source.names()) - used)
-    _warn_of_unused(unused, model)
+    if ranks is None or ranks.rank == 0:
+        _warn_of_unused(sorted(set(source.names()) - used), model)
     return model.eval()
 
 
@@ -213,19 +222,18 @@ class _Tensors(Mapping[str, Any]):
         return len(self._names)
 
 
-def _parts(
-    model: CausalLM,
-    tensors: _Tensors,
-    module: nn.Module,
-    name: str,
-    shape: torch.Size,
-) -> Iterator[Any]:
-    """A parameter from the checkpoint; of a merged one its parts, which stand beside it."""
+def _parts(model: CausalLM, tensors: _Tensors, module_name: str, kind: str) -> Iterator[Any]:
+    """A parameter from the checkpoint; of a merged one its parts, which stand beside it.
+
+    Args:
+        model: whole, whatever is on this rank.
+    """
+    module, name = model.get_submodule(module_name), f"{module_name}.{kind}"
+    shape = module.get_parameter(kind).shape
     if not (isinstance(module, Linear) and module.parts):
         yield _checked(model.fetch(tensors, name), name, shape)
         return
-    owner, _, kind = name.rpartition(".")
-    parent = owner.rpartition(".")[0]
+    parent = module_name.rpartition(".")[0]
     for part, width in module.parts.items():
         part_name = f"{parent}.{part}.{kind}"
         part_shape = torch.Size((width, *shape[1:]))

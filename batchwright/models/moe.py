@@ -15,8 +15,9 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from batchwright.models.layers import Linear
+from batchwright.models.layers import Combine, Linear, Parallel
 from batchwright.models.llama import MLP
+from batchwright.tensor_parallel.ranks import Ranks
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -33,6 +34,9 @@ class SparseMoE(nn.Module):
     Level bits: an expert's rows are computed by `Linear`, so they do not depend on which other
     tokens chose it, and a token's experts are summed in the order of its own ranks, never in the
     order of arrival.
+
+    Divided over processes (`divide`), each has the router and a part of every expert's inner width;
+    what is summed over them is the block's result, not each expert's.
     """
 
     def __init__(
@@ -40,13 +44,24 @@ class SparseMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.gate = Linear(hidden_size, num_experts, exact=True)
-        self.experts = nn.ModuleList(MLP(hidden_size, width) for _ in range(num_experts))
+        self.experts = nn.ModuleList(
+            MLP(hidden_size, width, down=Parallel.SUMMAND) for _ in range(num_experts)
+        )
+        self._combine: Combine | None = None
         self.top_k = top_k
         self.renormalise = renormalise
         self.stacked: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, hidden_size] -> the same shape and dtype; weighted and summed in fp32."""
+        y = self._mixture(x)
+        return y if self._combine is None else self._combine(y)
+
+    def divide(self, ranks: Ranks) -> None:
+        """Sum over processes; the experts' products are divided by their own `divide`."""
+        self._combine = ranks.sum
+
+    def _mixture(self, x: torch.Tensor) -> torch.Tensor:
         weights, experts = route(self.gate(x), self.top_k, renormalise=self.renormalise)
         if self.stacked is not None:
             return _gpu_kernel().expert_mlp(x, experts, weights, *self.stacked)

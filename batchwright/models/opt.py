@@ -11,7 +11,7 @@ from torch import nn
 from batchwright.attention.spec import Attend, AttentionSpec
 from batchwright.models.causal_lm import CausalLM, check_learned_positions, require
 from batchwright.models.functional import ACTIVATIONS
-from batchwright.models.layers import Embedding, LayerNorm, Linear
+from batchwright.models.layers import Embedding, LayerNorm, Linear, Parallel
 
 POSITION_OFFSET = 2
 """Rows at the head of the position table that no token uses."""
@@ -24,8 +24,8 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         parts = {"q_proj": hidden_size, "k_proj": hidden_size, "v_proj": hidden_size}
-        self.qkv_proj = Linear(hidden_size, parts, bias=bias)
-        self.out_proj = Linear(hidden_size, hidden_size, bias=bias)
+        self.qkv_proj = Linear(hidden_size, parts, bias=bias, parallel=Parallel.COLUMN)
+        self.out_proj = Linear(hidden_size, hidden_size, bias=bias, parallel=Parallel.ROW)
 
     def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
         head_dim = self.spec.head_dim
@@ -43,8 +43,8 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[require(config, "activation_function", ACTIVATIONS)]
         self.self_attn = Attention(hidden_size, spec, bias=bias)
         self.self_attn_layer_norm = _norm(config)
-        self.fc1 = Linear(hidden_size, width, bias=bias)
-        self.fc2 = Linear(width, hidden_size, bias=bias)
+        self.fc1 = Linear(hidden_size, width, bias=bias, parallel=Parallel.COLUMN)
+        self.fc2 = Linear(width, hidden_size, bias=bias, parallel=Parallel.ROW)
         self.final_layer_norm = _norm(config)
 
     def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
         super().__init__()
         hidden_size, word_size = config["hidden_size"], config["word_embed_proj_dim"]
         num_positions = config["max_position_embeddings"] + POSITION_OFFSET
-        self.embed_tokens = Embedding(config["vocab_size"], word_size)
+        self.embed_tokens = Embedding(config["vocab_size"], word_size, parallel=True)
         self.embed_positions = Embedding(num_positions, hidden_size)
         self.project_in: nn.Module = nn.Identity()
         self.project_out: nn.Module = nn.Identity()
@@ -127,7 +127,9 @@ class OPT(CausalLM):
             for layer in range(config["num_hidden_layers"])
         )
         self.model = nn.ModuleDict({"decoder": Decoder(config, self.attention_specs)})
-        self.lm_head = Linear(config["word_embed_proj_dim"], config["vocab_size"])
+        self.lm_head = Linear(
+            config["word_embed_proj_dim"], config["vocab_size"], parallel=Parallel.VOCABULARY
+        )
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend

@@ -66,7 +66,7 @@ def make_engine(
     resolved = config.resolve(
         context_length=model.config["max_position_embeddings"],
         free_memory_bytes=free_bytes() if on_gpu else DRY_KV_BYTES,
-        has_gpu=on_gpu,
+        num_gpus=int(on_gpu),
     )
     vocab_size = model.config["vocab_size"]
     executor, groups, resolved = build_device_executor(model, resolved, vocab_size=vocab_size)

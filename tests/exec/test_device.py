@@ -17,6 +17,7 @@ from batchwright import llm
 from batchwright.config import EngineConfig
 from batchwright.engine import Engine
 from batchwright.errors import ConfigError
+from batchwright.exec.device.build import bytes_of_blocks
 from batchwright.exec.device.executor import DeviceExecutor
 from batchwright.exec.device.graphs import Rerun
 from batchwright.exec.device.layout import Layout
@@ -50,9 +51,9 @@ def device_engine(
     """An engine like build_engine's, with a DeviceExecutor on the CPU."""
     settings = {"device": "cpu", "num_threads": 1, "look_ahead": 1, **settings}
 
-    def build(model, config, vocab_size):
+    def build(model, config, *, vocab_size, ranks):
         windows, group_of_layer = windows_of_layers([s.window for s in model.attention_specs])
-        sizes = llm._block_bytes(model, group_of_layer, config, torch.float32)
+        sizes = bytes_of_blocks(model.attention_specs, group_of_layer, config, torch.float32)
         groups = config.kv_groups(windows, sizes)
         executor = DeviceExecutor(
             model,
@@ -69,9 +70,9 @@ def device_engine(
         for kv in executor._kv:
             kv.fill_(torch.nan)  # what nobody has written must not be read
         made(executor)
-        return executor, groups
+        return executor, groups, config
 
-    monkeypatch.setattr(llm, "_local_executor", build)
+    monkeypatch.setattr(llm, "build_executor", build)
     engine, _ = llm.build_engine(open_checkpoint(path), NoTokenizer(), EngineConfig(**settings))
     monkeypatch.undo()
     return engine
@@ -342,15 +343,15 @@ def test_a_layout_fills_up_with_zeros_and_is_aligned():
 
 def test_settings_of_a_gpu():
     sizes = {"context_length": 4096, "free_memory_bytes": 10**9}
-    found = EngineConfig().resolve(**sizes, has_gpu=True)
+    found = EngineConfig().resolve(**sizes, num_gpus=1)
     assert (found.device, found.dtype, found.look_ahead) == ("cuda", "bfloat16", 1)
     assert found.max_num_batched_tokens == 2048 and found.kv_cache_bytes == 10**9
-    found = EngineConfig(device="cpu").resolve(**sizes, has_gpu=True)
+    found = EngineConfig(device="cpu").resolve(**sizes, num_gpus=1)
     assert (found.device, found.dtype, found.look_ahead) == ("cpu", "float32", 0)
     assert found.max_num_batched_tokens == 512 and found.kv_cache_bytes == 10**9 // 2
     assert EngineConfig().resolve(**sizes) == found
     kept = EngineConfig(dtype="float32", look_ahead=0, max_num_batched_tokens=300)
-    found = kept.resolve(**sizes, has_gpu=True)
+    found = kept.resolve(**sizes, num_gpus=1)
     assert (found.dtype, found.look_ahead, found.max_num_batched_tokens) == ("float32", 0, 300)
     with pytest.raises(ConfigError, match="no NVIDIA card"):
         EngineConfig(device="cuda").resolve(**sizes)

@@ -208,7 +208,7 @@ TINY: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 """Checkpoint name: (transformers' config class, its arguments)."""
 
 
-def make_checkpoint(name: str, path: Path, seed: int = 0) -> PreTrainedModel:
+def make_checkpoint(name: str, path: Path, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Write a tiny random checkpoint and return transformers' model of it.
 
     Args:
@@ -216,12 +216,13 @@ def make_checkpoint(name: str, path: Path, seed: int = 0) -> PreTrainedModel:
         path: directory for config.json, generation_config.json and model.safetensors; no
             tokenizer, so requests give token ids (all models have more than 90).
         seed: of the weights.
+        changes: of the config's arguments.
     Returns:
         The model in fp32 and evaluation mode, with the weights that were saved.
     """
     config_class, settings = TINY[name]
     torch.manual_seed(seed)
-    config = config_class(**settings)
+    config = config_class(**{**settings, **changes})
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     if name == "gemma3":
         model = transformers.Gemma3ForConditionalGeneration._from_config(config, **eager)

@@ -122,7 +122,7 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 
 
 def test_where_there_is_a_gpu_the_cpu_must_be_asked_for():
-    given = {"context_length": 100, "free_memory_bytes": 10**9, "has_gpu": True}
+    given = {"context_length": 100, "free_memory_bytes": 10**9, "num_gpus": 1}
     with pytest.raises(ConfigError, match="--device cpu"):
         EngineConfig(quantize="int8").resolve(**given)
     assert EngineConfig(quantize="int8", device="cpu").resolve(**given).dtype == "float32"

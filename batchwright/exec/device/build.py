@@ -16,10 +16,16 @@ from batchwright.exec.device.memory import StepMemory
 from batchwright.kv.groups import KVGroup, windows_of_layers
 from batchwright.models.causal_lm import CausalLM
 from batchwright.models.moe import SparseMoE
+from batchwright.tensor_parallel.ranks import Ranks
 
 
 def build_device_executor(
-    model: CausalLM, config: ResolvedConfig, *, vocab_size: int, measure: bool = True
+    model: CausalLM,
+    config: ResolvedConfig,
+    *,
+    vocab_size: int,
+    measure: bool = True,
+    ranks: Ranks | None = None,
 ) -> tuple[DeviceExecutor, list[KVGroup], ResolvedConfig]:
     """The executor, its KV groups, and the config with the memory that they take.
 
@@ -27,11 +33,12 @@ def build_device_executor(
         model: on the device.
         measure: on a GPU, run the largest step and give keys and values what it leaves; False:
             they get config.kv_cache_bytes.
+        ranks: those that have the model together; all call this, and get the same groups.
     """
     on_gpu = next(model.parameters()).is_cuda
     specs = model.attention_specs
     windows, group_of_layer = windows_of_layers([spec.window for spec in specs])
-    sizes = bytes_of_blocks(specs, group_of_layer, config)
+    sizes = bytes_of_blocks(specs, group_of_layer, config, getattr(torch, config.dtype))
     if on_gpu:
         for module in model.modules():
             if isinstance(module, SparseMoE):
@@ -50,6 +57,7 @@ def build_device_executor(
         vocab_size=vocab_size,
         graphs=graphs,
         share_prefixes=config.prefix_sharing,
+        ranks=ranks,
     )
     if measures:
         with StepMemory() as memory:
@@ -57,6 +65,8 @@ def build_device_executor(
                 config.max_num_batched_tokens, config.max_num_seqs, config.max_model_len
             )
         left = min(memory.left_bytes, config.kv_cache_bytes)
+        if ranks is not None:
+            left = ranks.least(left)
         config = dataclasses.replace(config, kv_cache_bytes=left)
         groups = config.kv_groups(windows, sizes)
         executor.allocate(groups)
@@ -65,10 +75,13 @@ def build_device_executor(
 
 
 def bytes_of_blocks(
-    specs: Sequence[AttentionSpec], group_of_layer: Sequence[int], config: ResolvedConfig
+    specs: Sequence[AttentionSpec],
+    group_of_layer: Sequence[int],
+    config: ResolvedConfig,
+    dtype: torch.dtype,
 ) -> list[int]:
-    """Bytes of one block in all layers of each KV group, in the model's dtype."""
+    """Bytes of one block in all layers of each KV group, with keys and values of `dtype`."""
     totals = [0] * (max(group_of_layer) + 1)
     for spec, group in zip(specs, group_of_layer, strict=True):
-        totals[group] += block_bytes(spec, config.block_size, getattr(torch, config.dtype))
+        totals[group] += block_bytes(spec, config.block_size, dtype)
     return totals

@@ -1,4 +1,4 @@
-"""DeviceExecutor: one model on one GPU.
+"""DeviceExecutor: one model on one GPU, or one rank's part of it.
 
 Block tables, keys and values, and the last drawn tokens live on the device. A step is planned on
 the host in numpy, sent in one transfer, computed as a captured graph if it is small, and its tokens
@@ -47,6 +47,7 @@ from batchwright.kv.groups import KVGroup
 from batchwright.models.causal_lm import CausalLM
 from batchwright.request import Float32Array, Int32Array
 from batchwright.step import NewSequence, Step, StepResult, TableUpdate, TokenLogprobs
+from batchwright.tensor_parallel.ranks import Ranks
 
 UPLOAD_BYTES = 4 << 20
 """Of a step's inputs; 2,048 tokens of prompts take about 300 KiB. Larger ones get memory then."""
@@ -122,6 +123,7 @@ class DeviceExecutor:
         graphs: records small steps; None: every step is launched kernel by kernel.
         max_graph_tokens: of the largest step that is recorded.
         num_programs, share_prefixes: see DeviceAttention.
+        ranks: see LocalExecutor. Collectives are queued like kernels, so graphs have them too.
     """
 
     def __init__(
@@ -138,7 +140,10 @@ class DeviceExecutor:
         max_graph_tokens: int = MAX_GRAPH_TOKENS,
         num_programs: tuple[int, int] | None = None,
         share_prefixes: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
+        self._draws = ranks is None or ranks.rank == 0
         device = next(model.parameters()).device
         self._model, self._device, self._dtype = model, device, model.dtype
         self._group_of_layer = list(group_of_layer)
@@ -232,7 +237,8 @@ class DeviceExecutor:
         slots = step.sample_slots
         output_positions = step.positions[step.sample_tokens] + 1 - self._num_prompt[slots]
         changes = _changes(step, self._slots.block_tables)
-        changes |= self._sampler.inputs(step, output_positions)
+        if self._draws:
+            changes |= self._sampler.inputs(step, output_positions)
         layout, views = self._send(planned, changes)
         self._apply(step, views)
         hidden = self._compute(planned, layout)
@@ -334,7 +340,8 @@ class DeviceExecutor:
 
     def _apply(self, step: Step, views: dict[str, torch.Tensor]) -> None:
         """Block tables, copies of keys and values, and what new sequences want drawn."""
-        self._sampler.apply(views)
+        if self._draws:
+            self._sampler.apply(views)
         for group, (table, kv) in enumerate(zip(self._tables, self._kv, strict=True)):
             if f"table_ids.{group}" in views:
                 ids, places = views[f"table_ids.{group}"], views[f"table_places.{group}"]
@@ -412,21 +419,33 @@ class DeviceExecutor:
         hidden: torch.Tensor,
         output_positions: Int32Array,
         views: dict[str, torch.Tensor],
-    ) -> Arriving:
+    ) -> Arriving | None:
         logits = self._model.logits(hidden.index_select(0, views["sample_tokens"]))
-        drawn = self._sampler.draw(logits, step, output_positions, views)
+        drawn = None
+        token_ids = self._zeros(len(step.sample_slots))
+        if self._draws:
+            drawn = self._sampler.draw(logits, step, output_positions, views)
+            token_ids = drawn.token_ids
+        if self._ranks is not None:
+            self._ranks.share(token_ids)
         # -1, of a row that has failed, is never looked up: see SlotState.note_sampled
-        self._last_token.index_copy_(0, views["sample_slots"], drawn.token_ids.clamp(min=0))
-        return self._download.start(*drawn)
+        self._last_token.index_copy_(0, views["sample_slots"], token_ids.clamp(min=0))
+        return None if drawn is None else self._download.start(*drawn)
 
-    def _score(self, step: Step, hidden: torch.Tensor, tokens: torch.Tensor) -> TokenLogprobs:
+    def _score(
+        self, step: Step, hidden: torch.Tensor, tokens: torch.Tensor
+    ) -> TokenLogprobs | None:
         """Score given tokens a chunk of rows at a time, on the host."""
         chunks = []
         for start in range(0, len(step.score_tokens), LOGITS_CHUNK):
             rows = slice(start, start + LOGITS_CHUNK)
             logits = self._model.logits(hidden.index_select(0, tokens[rows]))
+            if not self._draws:
+                continue
             on_host = logits.float().cpu().contiguous().numpy()
             chunks.append(token_logprobs(on_host, step.score_targets[rows], step.score_top))
+        if not self._draws:
+            return None
         return TokenLogprobs(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 
     # Before the first step -------------------------------------------------------------------

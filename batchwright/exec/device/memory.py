@@ -17,6 +17,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def num_gpus() -> int:
+    """Cards that torch can use."""
+    return torch.cuda.device_count() if has_gpu() else 0
+
+
 def free_bytes() -> int:
     """Bytes that nobody has taken on the current card; what torch holds unused counts as free."""
     torch.cuda.empty_cache()
