@@ -17,7 +17,8 @@ from torch import nn
 
 from batchwright.exec.hollow import hollow_model
 from batchwright.exec.product_rates import make_real
-from batchwright.models.layers import Linear
+from batchwright.kernels.linear.packing import PackedWeight
+from batchwright.models.layers import PACKED_NDIM, Linear
 
 NUM_LAYERS = 4
 
@@ -113,8 +114,11 @@ class LayerSlice:
 
     def _take_weights(self) -> None:
         for linear in self._linears:
-            linear.weight.data = self._weights[linear.weight.dtype].take(linear.weight.shape)
-            linear.scales = self._scales.take(linear.scales.shape)
+            values = self._weights[linear.weight.dtype].take(linear.weight.shape)
+            if values.ndim == PACKED_NDIM:
+                linear.hold(PackedWeight(values, self._scales.take(linear.scales.shape)))
+            else:
+                linear.weight.data = values
 
 
 class _Pool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,14 +94,20 @@ class Linear(nn.Module):
             nn.Parameter(torch.empty(self.out_features), requires_grad=False) if bias else None
         )
         self.scales = NO_SCALES
+        self._held: tuple[Any, Any, Any] | None = None  # weight, scales and bias as arrays, made once
         self.reuses_output = False
         self._output = _NOTHING
         self._channels = _NOTHING  # scales and bias of an int8 weight
 
     def hold(self, weight: PackedWeight) -> None:
-        """Take a weight that is laid out for our own kernel, for fp32 products on the CPU."""
+        """Take a weight that is laid out for our own kernel, for fp32 products on the CPU.
+
+        The bias is the one there is now.
+        """
         self.weight = nn.Parameter(weight.values, requires_grad=False)
         self.scales = weight.scales
+        bias = _NOTHING if self.bias is None else self.bias
+        self._held = weight.values.numpy(), weight.scales.numpy(), bias.numpy()
 
     def divide(self, ranks: Ranks) -> None:
         """Become this rank's part, before there are weights; see `share` for those."""
@@ -180,14 +187,8 @@ class Linear(nn.Module):
                 out.numpy(),
             )
             return out
-        bias = _NOTHING if self.bias is None else self.bias
-        linear_kernel.linear(
-            x.contiguous().numpy(),
-            self.weight.numpy(),
-            self.scales.numpy(),
-            bias.numpy(),
-            out.numpy(),
-        )
+        assert self._held is not None
+        linear_kernel.linear(x.contiguous().numpy(), *self._held, out.numpy())
         return out
 
     def _empty(self, num_rows: int) -> torch.Tensor:

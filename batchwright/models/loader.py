@@ -149,7 +149,7 @@ def load_model(
     packs = dtype == torch.float32 and torch.device(device).type == "cpu"
     is_tied = config["tie_word_embeddings"] and "lm_head.weight" not in tensors
     for module_name, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
+        for name, parameter in sorted(module.named_parameters(recurse=False)):  # biases first
             if is_tied and module is head:
                 continue
             holds = packs and not quantize and isinstance(module, Linear | Embedding)
