@@ -15,15 +15,18 @@ from typing import Any
 
 import numpy as np
 from llvmlite.binding import get_host_cpu_features
-from numba import literally, njit, types
+from numba import config, literally, njit, types
 
 from batchwright.errors import ShapeError
 from batchwright.kernels import get_num_threads
 from batchwright.kernels.linear.packing import PANEL
-from batchwright.kernels.linear.panel_tile import BF16, FP16, FP32, INT4, INT8, fma_rows
+from batchwright.kernels.linear.panel_tile import BF16, FP16, FP32, INT4, INT8, fma_rows, widen
 from batchwright.kernels.parallel import compile_task, next_task, run_tasks
 
-WIDE_REGISTERS = get_host_cpu_features().get("avx512f", False)
+WIDE_REGISTERS = "avx512f" in (
+    config.CPU_FEATURES  # type: ignore[attr-defined]  # the user's own NUMBA_CPU_FEATURES
+    or [name for name, there in get_host_cpu_features().items() if there]
+)
 TILE_ROWS = (14, 14, 14, 12, 12) if WIDE_REGISTERS else (6, 6, 6, 5, 5)
 TILE_COLUMNS = PANEL if WIDE_REGISTERS else PANEL // 2
 """Rows whose sums are in registers at once, by form: 28 of 32 registers of 16 lanes with the whole
@@ -31,6 +34,10 @@ panel, or 12 of 16 of 8 lanes with half of it. Integers need some to become numb
 
 DEPTH = 2048
 """Input features that are multiplied at a time: 256 KiB of a panel, which a core's cache keeps."""
+
+WIDEN_TILES = 4
+"""Tiles of rows from which on the integers of a panel become fp32 once, in a core's cache, and not
+in the registers of each tile."""
 
 _MACS_PER_THREAD = 200_000
 """Multiply-adds that take some 5 us, what a parallel call costs more than a serial one."""
@@ -131,6 +138,9 @@ def _work(
     """Take tasks, a panel and one of `chunks` equal runs of rows, until there are none left."""
     form = literally(form)
     num_rows, out_features = out.shape
+    wide = np.empty(0, np.float32)
+    if form >= INT8 and num_rows >= chunks * WIDEN_TILES * TILE_ROWS[form]:
+        wide = np.empty(min(DEPTH, x.shape[1]) * PANEL, np.float32)
     task = next_task(counter)
     while task < len(values) * chunks:
         panel, chunk = task // chunks, task % chunks
@@ -138,10 +148,11 @@ def _work(
         start = panel * PANEL
         width = min(PANEL, out_features - start)
         if width == PANEL:
-            _product(form, x, values, scales, panel, first, last, out, start, out_features)
+            _product(form, x, values, scales, panel, first, last, wide, out, start, out_features)
         else:  # the last panel has columns that are not there
             columns = np.empty((last - first, PANEL), np.float32)
-            _product(form, x, values, scales, panel, first, last, columns, -first * PANEL, PANEL)
+            at = -first * PANEL
+            _product(form, x, values, scales, panel, first, last, wide, columns, at, PANEL)
             for row in range(first, last):
                 for column in range(width):
                     out[row, start + column] = columns[row - first, column]
@@ -161,28 +172,45 @@ def _product(
     panel: int,
     first: int,
     last: int,
+    wide: Any,
     out: Any,
     out_at: int,
     out_stride: int,
 ) -> None:
-    """Rows [first, last) of x times a panel; row i goes to out from out_at + i * out_stride on."""
+    """Rows [first, last) of x times a panel; row i goes to out from out_at + i * out_stride on.
+
+    With `wide`, memory for DEPTH inputs, the panel becomes fp32 there first.
+    """
     form = literally(form)
     length = x.shape[1]
     block_shift = 0
     if form >= INT8:
         while scales.shape[1] << block_shift < length:
             block_shift += 1
-    tiles = -(-(last - first) // TILE_ROWS[form])
+    tile_rows = TILE_ROWS[FP32] if len(wide) > 0 else TILE_ROWS[form]
+    tiles = -(-(last - first) // tile_rows)
     for start in range(0, length, DEPTH):
         depth = min(DEPTH, length - start)
+        if len(wide) > 0:
+            at = panel * length + start
+            widen(form, TILE_COLUMNS, values, at, scales, block_shift, wide, depth)
         for tile in range(tiles):
             row = first + tile * (last - first) // tiles
             rows = first + (tile + 1) * (last - first) // tiles - row
             for column in range(0, PANEL, TILE_COLUMNS):
-                fma_rows(
-                    form, TILE_ROWS[form], TILE_COLUMNS, start > 0,
-                    x, row * length + start, length,
-                    values, panel * length + start, column, scales, block_shift,
-                    out, out_at + row * out_stride + column, out_stride,
-                    depth, rows,
-                )  # fmt: skip
+                if len(wide) > 0:
+                    fma_rows(
+                        FP32, TILE_ROWS[FP32], TILE_COLUMNS, start > 0,
+                        x, row * length + start, length,
+                        wide, 0, column, scales, 0,
+                        out, out_at + row * out_stride + column, out_stride,
+                        depth, rows,
+                    )  # fmt: skip
+                else:
+                    fma_rows(
+                        form, TILE_ROWS[form], TILE_COLUMNS, start > 0,
+                        x, row * length + start, length,
+                        values, panel * length + start, column, scales, block_shift,
+                        out, out_at + row * out_stride + column, out_stride,
+                        depth, rows,
+                    )  # fmt: skip

@@ -107,6 +107,49 @@ def fma_rows(
     return signature, codegen
 
 
+@intrinsic
+def widen(
+    typingctx: Any,
+    form: Any,
+    columns: Any,
+    values: Any,
+    first_input: Any,
+    scales: Any,
+    block_shift: Any,
+    out: Any,
+    length: Any,
+) -> Any:
+    """out[:length * 32] = `length` inputs of a panel as fp32; arguments as of fma_rows."""
+    if not all(isinstance(arg, types.Literal) for arg in (form, columns)):
+        return None
+    stored, lanes = form.literal_value, columns.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds = signature.args
+        out_at = _address(context, builder, kinds[6], args[6], _INTP(0))
+        panel = _Panel(
+            values=_address(context, builder, kinds[2], args[2], _INTP(0)),
+            scales=_address(context, builder, kinds[4], args[4], _INTP(0)),
+            first_input=args[3],
+            column=_INTP(0),
+            block_shift=args[5],
+        )
+        wide = ir.VectorType(_F32, lanes)
+        with cgutils.for_range(builder, args[7]) as loop:
+            index = builder.add(panel.first_input, loop.index)
+            for column in range(0, PANEL, lanes):
+                numbers = _LOADS[stored](
+                    builder, panel._replace(column=_INTP(column)), index, lanes
+                )
+                start = builder.add(builder.mul(loop.index, _INTP(PANEL)), _INTP(column))
+                at = builder.bitcast(builder.gep(out_at, [start]), wide.as_pointer())
+                builder.store(numbers, at).align = 4
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(form, columns, values, intp, scales, intp, out, intp), codegen
+
+
 class _Panel(NamedTuple):
     """Addresses and numbers that do not change within a tile."""
 
