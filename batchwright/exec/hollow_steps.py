@@ -1,4 +1,4 @@
-"""Steps of a few layers of a model on the real executor, and what their times say.
+"""Steps of the first layers of a model on the real executor, and what their times say.
 
 Five kinds of steps, whose times beside their products are sums of the same five parts:
 
@@ -9,8 +9,9 @@ Five kinds of steps, whose times beside their products are sums of the same five
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,17 +21,16 @@ import torch
 from batchwright import techniques
 from batchwright.attention.backend import AttentionBackend
 from batchwright.clock import VirtualClock
+from batchwright.engine import Engine
 from batchwright.exec.layer_slice import NUM_LAYERS, LayerSlice, SliceSeconds
 from batchwright.exec.local import LocalExecutor
 from batchwright.exec.sim import SimExecutor
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, windows_of_layers
-from batchwright.models.causal_lm import CausalLM
 from batchwright.plan.cost import row_keys
 from batchwright.plan.shape import ModelShape
 from batchwright.request import Int32Array, Request, SamplingParams
 from batchwright.sched.scheduler import Scheduler
-from batchwright.sequence import Sequence
-from batchwright.step import NewSequence, Step, TableUpdate
+from batchwright.step import NewSequence, Step, StepResult, TableUpdate
 
 FEW, MANY, FAR_ROWS = 4, 64, 8
 NEAR = BLOCK_SIZE
@@ -45,10 +45,16 @@ RUN = 256
 KV_BYTES = 96 * 2**20
 """Keys and values that the far rows read: more than caches hold."""
 
+WEIGHTS = 128 * 10**6
+"""Of the layers in which steps of single tokens run, at least NUM_LAYERS: in a small model what
+stands around the products counts, and in few layers it would find itself in the caches."""
+
 S_PER_STEP = 0.12
 MIN_STEPS = 3
-NUM_DECODED = 16
-GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_DECODED, ignore_eos=True)
+NUM_DECODED = (16, 64)
+"""Tokens of rows, in a short and in a long run of an engine without a model."""
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
 NOTHING: Int32Array = np.empty(0, np.int32)
 LEAST = 1e-15
 """Where noise makes a part come out negative, it is this many seconds a byte or a FLOP."""
@@ -96,39 +102,30 @@ def measure_steps(
     """
     backend: AttentionBackend = techniques.find("attention.backends", attention).Backend()
     kv_itemsize = backend.kv_dtype(dtype).itemsize
-    num_layers = min(NUM_LAYERS, shape.num_layers)
-    token_bytes = shape.kv_elements_per_token() * kv_itemsize * num_layers / shape.num_layers
-    blocks_per_row = int(KV_BYTES / (token_bytes * BLOCK_SIZE * FAR_ROWS))
-    blocks_per_row = min(max(blocks_per_row, 2), FAR // BLOCK_SIZE)
-    far = blocks_per_row * BLOCK_SIZE
-    run = min(RUN, far // 2)
-    kinds = {
-        "few": [(NEAR - 1, NEAR)] * FEW,
-        "many": [(NEAR - 1, NEAR)] * MANY,
-        "far": [(far - 1, far)] * FAR_ROWS,
-        "first": [(0, run)],
-        "last": [(far - run, far)],
-    }
-    part = LayerSlice(
-        config,
-        dtype=dtype,
-        max_positions=far,
-        max_tokens=max(run, MANY),
-        quantize=quantize,
-        form=form,
+    make = partial(_Slice, config, shape, backend, dtype, quantize, form)
+    num_layers = max(NUM_LAYERS, int(WEIGHTS * shape.num_layers / _weights(shape)))
+    num_layers = min(num_layers, shape.num_layers)
+    runs = make(min(NUM_LAYERS, shape.num_layers))
+    decoding = make(num_layers) if num_layers > NUM_LAYERS else runs
+    run = min(RUN, runs.far // 2)
+    kinds = (
+        (decoding, [(NEAR - 1, NEAR)] * FEW),
+        (decoding, [(NEAR - 1, NEAR)] * MANY),
+        (decoding, [(decoding.far - 1, decoding.far)] * FAR_ROWS),
+        (runs, [(0, run)]),
+        (runs, [(runs.far - run, runs.far)]),
     )
-    executor, num_groups = _executor(part.model, shape, backend, dtype, far)
-    executor.execute(_step(kinds["many"], num_groups, blocks_per_row, new=True))
     clock_s, own_s = time.perf_counter(), time.thread_time()
     equations, times_s, products = [], [], []
-    for name, rows in kinds.items():
-        step = _step(rows, num_groups, blocks_per_row)
-        equations.append(_equation(step, shape, kv_itemsize))
-        seconds = _usual(part, partial(executor.execute, step))
-        products.append((step.num_tokens, seconds.products))
-        times_s.append(seconds.rest + scheduling_s(MANY if name == "many" else FEW))
+    for part, rows in kinds:
+        steps = part.steps(rows)
+        equations.append(_equation(steps[0], shape, kv_itemsize))
+        seconds = part.usual_s(steps)
+        products.append((steps[0].num_tokens, seconds.products))
+        times_s.append(seconds.rest + engine_s(len(rows)))
     busy = (time.perf_counter() - clock_s) / (time.thread_time() - own_s)
-    executor.close()
+    runs.close()
+    decoding.close()
     scale = np.abs(equations).max(axis=0)
     parts = np.linalg.solve(np.array(equations) / scale, times_s) / scale
     rest = Rest(
@@ -138,14 +135,9 @@ def measure_steps(
     return Measured(rest, tuple(sorted(products)), max(busy, 1.0))
 
 
-def _usual(part: LayerSlice, execute: Callable[[], object]) -> SliceSeconds:
-    """The median of what a step takes."""
-    part.seconds(execute)
-    seconds: list[SliceSeconds] = []
-    end = time.thread_time() + S_PER_STEP
-    while len(seconds) < MIN_STEPS or time.thread_time() < end:
-        seconds.append(part.seconds(execute))
-    return SliceSeconds(*(sorted(one)[len(one) // 2] for one in zip(*seconds, strict=True)))
+def _weights(shape: ModelShape) -> int:
+    """Weights of all layers."""
+    return sum(one.in_features * one.out_features * one.num_weights for one in shape.products)
 
 
 def _equation(step: Step, shape: ModelShape, kv_itemsize: int) -> list[float]:
@@ -159,47 +151,111 @@ def _equation(step: Step, shape: ModelShape, kv_itemsize: int) -> list[float]:
     return [1, step.num_tokens, len(step.sample_tokens), num_bytes, 0]
 
 
-def _executor(
-    model: CausalLM,
-    shape: ModelShape,
-    backend: AttentionBackend,
-    dtype: torch.dtype,
-    far: int,
-) -> tuple[LocalExecutor, int]:
-    """(an executor for the model, its number of KV groups)."""
-    windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
-    num_blocks = max(FAR_ROWS * far // BLOCK_SIZE, MANY)
-    executor = LocalExecutor(
-        model,
-        backend,
-        [KVGroup(window, num_blocks) for window in windows],
-        group_of_layer,
-        block_size=BLOCK_SIZE,
-        max_num_seqs=MANY,
-        max_model_len=far,
-        vocab_size=shape.vocab_size,
-        kv_dtype=backend.kv_dtype(dtype),
-    )
-    for layer in executor._kv_layers:  # pages that were never written are not read from memory
-        for values in (layer.keys, layer.values):  # type: ignore[attr-defined]
-            values[:] = 0.01
-    return executor, len(windows)
+class _Slice:
+    """The first layers of a model on an executor, with as many keys as do not fit in caches.
+
+    Attributes:
+        far: keys of a row that has many.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        shape: ModelShape,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        quantize: str | None,
+        form: str,
+        num_layers: int,
+    ) -> None:
+        kv_dtype = backend.kv_dtype(dtype)
+        token_bytes = shape.kv_elements_per_token() * kv_dtype.itemsize
+        layers_bytes = token_bytes * num_layers / shape.num_layers
+        blocks = int(KV_BYTES / (layers_bytes * BLOCK_SIZE * FAR_ROWS))
+        self._blocks_per_row = min(max(blocks, 2), FAR // BLOCK_SIZE)
+        self.far = self._blocks_per_row * BLOCK_SIZE
+        self._num_blocks = max(FAR_ROWS * self._blocks_per_row, 2 * MANY)
+        self._part = LayerSlice(
+            config,
+            dtype=dtype,
+            max_positions=self.far,
+            max_tokens=max(min(RUN, self.far), MANY),
+            num_layers=num_layers,
+            quantize=quantize,
+            form=form,
+        )
+        model = self._part.model
+        windows, group_of_layer = windows_of_layers([spec.window for spec in model.attention_specs])
+        self._num_groups = len(windows)
+        self._executor = LocalExecutor(
+            model,
+            backend,
+            [KVGroup(window, self._num_blocks) for window in windows],
+            group_of_layer,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=MANY,
+            max_model_len=self.far,
+            vocab_size=shape.vocab_size,
+            kv_dtype=kv_dtype,
+        )
+        for layer in self._executor._kv_layers:  # pages never written are not read from memory
+            for values in (layer.keys, layer.values):  # type: ignore[attr-defined]
+                values[:] = 0.01
+        start = self._step([(NEAR - 1, NEAR)] * MANY, 0, new=True)
+        self._executor.execute(start)
+
+    def steps(self, rows: list[tuple[int, int]]) -> list[Step]:
+        """Steps of these rows in blocks that take turns: what is written is in no cache."""
+        num_used = len(rows) * self._width(len(rows))
+        return [
+            self._step(rows, first) for first in range(0, self._num_blocks - num_used + 1, num_used)
+        ]
+
+    def usual_s(self, steps: list[Step]) -> SliceSeconds:
+        """The median of what such steps take."""
+        turns = itertools.cycle(steps)
+
+        def execute() -> None:
+            self._executor.execute(next(turns))
+
+        self._part.seconds(execute)
+        seconds: list[SliceSeconds] = []
+        end = time.thread_time() + S_PER_STEP
+        while len(seconds) < MIN_STEPS or time.thread_time() < end:
+            seconds.append(self._part.seconds(execute))
+        return SliceSeconds(*(sorted(one)[len(one) // 2] for one in zip(*seconds, strict=True)))
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._executor.close()
+        self._part.close()
+
+    def _width(self, num_rows: int) -> int:
+        """Blocks of a row."""
+        return self._blocks_per_row if num_rows <= FAR_ROWS else 1
+
+    def _step(self, rows: list[tuple[int, int]], first_block: int, *, new: bool = False) -> Step:
+        return _step(rows, self._num_groups, self._width(len(rows)), first_block, new=new)
 
 
 def _step(
-    rows: list[tuple[int, int]], num_groups: int, blocks_per_row: int, *, new: bool = False
+    rows: list[tuple[int, int]], num_groups: int, width: int, first_block: int, *, new: bool
 ) -> Step:
-    """Row i computes positions [start, end) in blocks of its own, and draws if it is one token."""
+    """Row i computes positions [start, end) in `width` blocks of its own; one token is drawn from.
+
+    Args:
+        first_block: of the first row; those of the others follow.
+    """
     num_rows = len(rows)
     slots = np.arange(num_rows, dtype=np.int32)
     positions = np.concatenate([np.arange(*row, dtype=np.int32) for row in rows])
     lengths = [end - start for start, end in rows]
-    width = blocks_per_row if num_rows <= FAR_ROWS else 1
-    block_ids = np.arange(num_rows * width, dtype=np.int32)
+    block_ids = np.arange(first_block, first_block + num_rows * width, dtype=np.int32)
     update = TableUpdate(
         np.repeat(slots, width), np.tile(np.arange(width, dtype=np.int32), num_rows), block_ids
     )
-    kv_slots = np.repeat(slots, lengths) * np.int32(width * BLOCK_SIZE) + positions
+    first_slots = (first_block + slots * width) * BLOCK_SIZE
+    kv_slots = (np.repeat(first_slots, lengths) + positions).astype(np.int32)
     draws = slots if num_rows == len(positions) else NOTHING
     return Step(
         step_id=0,
@@ -223,38 +279,60 @@ def _new_sequence(slot: int) -> NewSequence:
     return NewSequence(slot, np.zeros(NEAR - 1, np.int32), NEAR - 1, GREEDY, slot, 0, ())
 
 
-def scheduling_s(num_rows: int) -> float:
-    """Seconds of deciding on one step in which so many rows go on by a token each."""
+def engine_s(num_rows: int) -> float:
+    """Seconds the engine takes for a step in which so many rows go on by a token each.
+
+    Scheduling, and taking the results in; the time that a longer run takes more.
+    """
+    short, long = (_engine_run_s(num_rows, num_tokens) for num_tokens in NUM_DECODED)
+    return max(long - short, 0.0) / (NUM_DECODED[1] - NUM_DECODED[0])
+
+
+def _engine_run_s(num_rows: int, num_decoded: int) -> float:
+    """Of the thread, without what pretending a model takes."""
     scheduler = Scheduler(
-        [KVGroup(None, 2 * num_rows)],
+        [KVGroup(None, num_rows * (2 + num_decoded // BLOCK_SIZE))],
         block_size=BLOCK_SIZE,
         max_num_seqs=num_rows,
         max_num_batched_tokens=max(num_rows * NEAR, 512),
-        max_model_len=NEAR + NUM_DECODED,
+        max_model_len=NEAR + num_decoded,
     )
+    executor = _Pretended(VirtualClock())
+    engine = Engine(
+        scheduler,
+        executor,
+        _NoText(),  # type: ignore[arg-type]
+        max_model_len=NEAR + num_decoded,
+        vocab_size=num_rows + 1,
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=num_decoded, ignore_eos=True)
     for row in range(num_rows):
         prompt = np.full(NEAR, row, np.int32)
-        request = Request(id=str(row), prompt_token_ids=prompt, params=GREEDY)
-        scheduler.add(
-            Sequence(
-                request=request,
-                order=row,
-                sample_index=0,
-                end_token_ids=(),
-                noise_key=row,
-                max_len=NEAR + NUM_DECODED,
-                token_ids=prompt,
-            )
-        )
-    executor = SimExecutor(VirtualClock())
-    times_s = []
-    while scheduler.num_unfinished:
+        engine.add(Request(id=str(row), prompt_token_ids=prompt, params=params))
+    start_s = time.thread_time()
+    while engine.num_unfinished:
+        engine.step()
+    seconds = time.thread_time() - start_s - executor.own_s
+    engine.close()
+    return seconds
+
+
+class _Pretended(SimExecutor):
+    """No model; tells its own time apart."""
+
+    own_s = 0.0
+
+    def execute(self, step: Step) -> StepResult:
         start_s = time.thread_time()
-        step = scheduler.schedule()
-        assert step is not None
-        scheduled_s = time.thread_time()
-        result = executor.execute(step)
-        executed_s = time.thread_time()
-        scheduler.update(result)
-        times_s.append(time.thread_time() - executed_s + scheduled_s - start_s)
-    return sorted(times_s)[len(times_s) // 4]
+        result = super().execute(step)
+        self.own_s += time.thread_time() - start_s
+        return result
+
+
+class _NoText:
+    """Stands in for a tokenizer."""
+
+    end_token_ids = ()
+
+    def decode(self, ids: object, **options: object) -> str:
+        return ""

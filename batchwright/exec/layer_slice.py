@@ -40,6 +40,7 @@ class LayerSlice:
     Args:
         config: the model's config.json.
         max_tokens: most tokens of a step.
+        num_layers: those of the slice, if the model has as many.
         quantize: as in EngineConfig.
         form: how fp32 weights of the layers are stored, a key of FORM_BYTES.
     """
@@ -51,6 +52,7 @@ class LayerSlice:
         dtype: torch.dtype,
         max_positions: int,
         max_tokens: int,
+        num_layers: int = NUM_LAYERS,
         quantize: str | None = None,
         form: str = "fp32",
     ) -> None:
@@ -64,8 +66,8 @@ class LayerSlice:
             if isinstance(module, nn.ModuleList) and len(module) == len(specs)
         )
         self._num_layers = len(layers)
-        del layers[NUM_LAYERS:]
-        self.model.attention_specs = specs[:NUM_LAYERS]
+        del layers[num_layers:]
+        self.model.attention_specs = specs[:num_layers]
         self._layer_s = [0.0] * len(layers)
         self._product_s = [0.0] * len(layers)
         linears = [m for m in layers.modules() if isinstance(m, Linear)]
@@ -111,6 +113,11 @@ class LayerSlice:
         wanted = sum(sizes) * self._num_layers // len(self._layer_s)
         size = max(min(wanted, POOL_BYTES // first.itemsize), *sizes)
         return _Pool(size, first.flatten()[0] if size else first.new_zeros(()))
+
+    def close(self) -> None:
+        """Give the memory back: modules that are timed refer to themselves."""
+        for module in self.model.modules():
+            vars(module).pop("forward", None)
 
     def _take_weights(self) -> None:
         for linear in self._linears:

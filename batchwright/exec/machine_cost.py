@@ -23,7 +23,7 @@ from batchwright.weights.forms import StoredForms
 
 logger = logging.getLogger(__name__)
 
-CALIBRATION_S = 4.0
+CALIBRATION_S = 3.0
 """What measuring takes of a machine that nobody else uses, besides steps of a large model."""
 
 STEPS_TOKENS = 2500

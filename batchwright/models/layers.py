@@ -94,9 +94,7 @@ class Linear(nn.Module):
             nn.Parameter(torch.empty(self.out_features), requires_grad=False) if bias else None
         )
         self.scales = NO_SCALES
-        self._held: tuple[Any, Any, Any] | None = (
-            None  # weight, scales and bias as arrays
-        )
+        self._held: tuple[Any, Any, Any] | None = None  # weight, scales and bias as arrays
         self.reuses_output = False
         self._output = _NOTHING
         self._channels = _NOTHING  # scales and bias of an int8 weight
