@@ -124,7 +124,8 @@ def load_model(
 
     Args:
         source: config and tensors by their Hugging Face names.
-        dtype: type of all parameters.
+        dtype: type of all parameters, except that in fp32 on the CPU weights of products and
+            embeddings stay as narrow as they are stored.
         max_positions: longest context; rotary tables cover it.
         device: where the parameters shall be; each is copied there as it is read.
         quantize: "int8": products have int8 weights (lossy), except a router's; embeddings keep
@@ -149,17 +150,16 @@ def load_model(
     packs = dtype == torch.float32 and torch.device(device).type == "cpu"
     is_tied = config["tie_word_embeddings"] and "lm_head.weight" not in tensors
     for module_name, module in model.named_modules():
+        if is_tied and module is head:
+            continue
+        holds = packs and not quantize and isinstance(module, Linear | Embedding)
         for name, parameter in sorted(module.named_parameters(recurse=False)):  # biases first
-            if is_tied and module is head:
-                continue
-            holds = packs and not quantize and isinstance(module, Linear | Embedding)
-            holds = holds and name == "weight"
-            narrow = holds and ranks is None  # blocks of integers are not divided
+            is_held = holds and name == "weight"
+            narrow = is_held and ranks is None  # blocks of integers are not divided
             parts = _parts(whole, stored if narrow else tensors, module_name, name)
             if ranks is not None and isinstance(module, Linear | Embedding):
                 parts = map(module.share, parts)
-            if holds:
-                # one by one, so that only one weight is in memory twice
+            if is_held:  # one by one, so that only one weight is in memory twice
                 _hold(module, join_rows(list(parts)))
             else:
                 value = _join(parts, parameter.shape, dtype, device)
