@@ -48,6 +48,8 @@ class EngineConfig:
         kv_cache_bytes: memory for keys and values, of each process with tensor parallelism.
         kv_tokens: tokens whose keys and values are kept at once, if less than memory allows.
         block_size: tokens per KV block, a multiple of 32.
+        kv_cache_dtype: "bfloat16": keys and values take half the memory on a CPU, lossy
+            (docs/int8.md); "auto": float32 on a CPU, the model's dtype on a GPU.
         prefix_sharing: prompts with a common beginning compute and store it once.
         order: in which order rows start, a file of `batchwright/plan/orders`, or "auto", which
             measures the machine and tries them on a sample of the rows, if there is enough to do.
@@ -72,6 +74,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     kv_tokens: int | None = None
     block_size: int = BLOCK_SIZE
+    kv_cache_dtype: str = "auto"
     prefix_sharing: bool = True
     order: str = AUTO_ORDER
     length_predictor: str = "subtree"
@@ -116,6 +119,11 @@ class EngineConfig:
                 f"quantize is {self.quantize}, which is for the CPU, and there is a GPU; set "
                 "device to cpu (--device cpu) or leave quantize out"
             )
+        if self.kv_cache_dtype != "auto" and self.uses_gpu(has_gpu):
+            problems.append(
+                f"kv_cache_dtype is {self.kv_cache_dtype}, which is for the CPU; leave it out, or "
+                "set device to cpu (--device cpu)"
+            )
         if self.uses_gpu(has_gpu) and not problems and size > num_gpus:
             problems.append(
                 f"tensor_parallel_size is {size}, but torch finds {num_gpus} NVIDIA "
@@ -142,7 +150,7 @@ class EngineConfig:
             prefix_sharing=self.prefix_sharing,
             order=self.order,
             length_predictor=self.length_predictor,
-            attention=self.attention,
+            attention="numba_bf16" if self.kv_cache_dtype == "bfloat16" else self.attention,
             seed=self.seed,
             num_threads=min(self.num_threads or max(num_cores // size, 1), num_cores),
             look_ahead=look_ahead,
@@ -200,6 +208,15 @@ class EngineConfig:
             problems.append(
                 f"quantize is {self.quantize}, which is for the CPU, and device is cuda; leave one "
                 "of them out"
+            )
+        if self.kv_cache_dtype not in ("auto", "bfloat16"):
+            problems.append(
+                f"kv_cache_dtype is {self.kv_cache_dtype!r:.60}, must be auto or bfloat16"
+            )
+        elif self.kv_cache_dtype != "auto" and self.attention != "numba":
+            problems.append(
+                f"kv_cache_dtype is {self.kv_cache_dtype} and attention {self.attention}; leave "
+                "one of them out"
             )
         if self.order not in (orders := [AUTO_ORDER, *names("plan.orders")]):
             problems.append(f"order is {self.order!r}, must be one of {', '.join(orders)}")

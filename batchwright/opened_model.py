@@ -153,6 +153,7 @@ def answer_identity(
         "chat_template": template.hexdigest(),
         "dtype": config.dtype,
         **_quantisation(config),
+        **_kv_rounding(config),
         **_division(config),
         "max_model_len": config.max_model_len,
         "seed": config.seed,
@@ -166,6 +167,11 @@ def _division(config: ResolvedConfig) -> dict[str, Any]:
     if config.device == "cuda" or config.tensor_parallel_size == 1:
         return {}
     return {"tensor_parallel_size": config.tensor_parallel_size}
+
+
+def _kv_rounding(config: ResolvedConfig) -> dict[str, Any]:
+    """Jobs without any have no such entry."""
+    return {"kv_cache_dtype": "bfloat16"} if config.attention == "numba_bf16" else {}
 
 
 def _quantisation(config: ResolvedConfig) -> dict[str, Any]:

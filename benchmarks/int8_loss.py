@@ -1,8 +1,8 @@
-"""What does `--quantize int8` lose, and how much faster are its products?
+"""What do `--quantize int8` and `--kv-cache-dtype bfloat16` lose?
 
 Loss on SmolLM2, each variant against fp32: int8 as the engine makes it, with the 8-bit activations
 of processors that have VNNI and with the 7-bit ones of those that have only AVX2, and both with the
-output head left in fp32.
+output head left in fp32; and fp32 with keys and values in bf16.
 
 - Perplexity of the Python reference (`pydoc_data.topics`, part of every Python) and of this
   repository's own docs/*.md, in windows of 512 tokens.
@@ -29,7 +29,6 @@ from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
 
 from batchwright.kernels.int8_linear import dot_tile
 from batchwright.kernels.int8_linear import numba as int8_kernel
@@ -70,14 +69,17 @@ class Variant(NamedTuple):
     Attributes:
         way: of int8 products, None for fp32.
         exact_head: whether the output head stays fp32.
+        kv_cache_dtype: as in EngineConfig.
     """
 
     way: int | None
     exact_head: bool = False
+    kv_cache_dtype: str = "auto"
 
 
 VARIANTS = {
     "fp32": Variant(None),
+    "keys and values in bf16": Variant(None, kv_cache_dtype="bfloat16"),
     "int8, 8-bit activations": Variant(dot_tile.VNNI_512),
     "int8, 7-bit activations": Variant(dot_tile.PAIRS_256),
     "int8, 8-bit, head in fp32": Variant(dot_tile.VNNI_512, exact_head=True),
@@ -87,7 +89,11 @@ VARIANTS = {
 
 def load(variant: Variant) -> LLM:
     """SmolLM2 as the variant says."""
-    settings = {"order": "fcfs", "max_model_len": 2048}
+    settings: dict[str, Any] = {
+        "order": "fcfs",
+        "max_model_len": 2048,
+        "kv_cache_dtype": variant.kv_cache_dtype,
+    }
     if variant.way is None:
         return LLM("smollm2", **settings)
     way = variant.way
@@ -96,7 +102,7 @@ def load(variant: Variant) -> LLM:
     if variant.exact_head:
         model = llm.engine._executor._model  # type: ignore[attr-defined]
         table = model.model.embed_tokens.weight.float()
-        model.lm_head.weight = nn.Parameter(pack(table), requires_grad=False)
+        model.lm_head.hold(pack(table))
     return llm
 
 

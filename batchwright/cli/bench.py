@@ -70,6 +70,7 @@ def bench(
     order: options.Order = None,
     dtype: options.Dtype = options.DtypeName.auto,
     quantize: options.Quantize = None,
+    kv_cache_dtype: options.KVCacheDtype = options.KVCacheDtypeName.auto,
     threads: options.Threads = None,
 ) -> None:
     """Measure the four workloads, or a file, and say how near that is to what the machine allows.
@@ -89,6 +90,7 @@ def bench(
     settings = options.given(
         dtype=dtype.value,
         quantize=quantize and quantize.value,
+        kv_cache_dtype=kv_cache_dtype.value,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_bytes=kv_cache_memory,

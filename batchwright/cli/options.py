@@ -32,6 +32,13 @@ class QuantizeName(StrEnum):
     int8 = "int8"
 
 
+class KVCacheDtypeName(StrEnum):
+    """Number format of keys and values."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+
+
 InputPath = Annotated[
     str | None,
     typer.Argument(metavar="IN", help="File of requests; - is stdin (JSONL).", show_default=False),
@@ -101,6 +108,12 @@ Device = Annotated[
 Quantize = Annotated[
     QuantizeName | None,
     typer.Option(help="Products in int8 on the CPU: faster, less memory, lossy; docs/int8.md."),
+]
+KVCacheDtype = Annotated[
+    KVCacheDtypeName,
+    typer.Option(
+        help="Keys and values on the CPU; bfloat16: half the memory, lossy; docs/int8.md."
+    ),
 ]
 Seed = Annotated[
     int, typer.Option(min=0, help="Randomness of rows that give no seed of their own.")

@@ -81,6 +81,7 @@ def run(
     device: options.Device = options.DeviceName.auto,
     dtype: options.Dtype = options.DtypeName.auto,
     quantize: options.Quantize = None,
+    kv_cache_dtype: options.KVCacheDtype = options.KVCacheDtypeName.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     tensor_parallel_size: options.TensorParallelSize = None,
@@ -115,6 +116,7 @@ def run(
         device=device.value,
         dtype=dtype.value,
         quantize=quantize and quantize.value,
+        kv_cache_dtype=kv_cache_dtype.value,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -200,6 +202,8 @@ def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name in ("seed", "max_model_len", "quantize") if name in settings]
     if settings.get("dtype") != options.DtypeName.auto:
         names.append("dtype")
+    if settings.get("kv_cache_dtype") != options.KVCacheDtypeName.auto:
+        names.append("kv_cache_dtype")
     return {name: settings[name] for name in names}
 
 

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from batchwright.kernels.simd import LANES, _address, _splat
 
 _INTP = ir.IntType(64)
-_I1 = ir.IntType(1)
+_I1, _I32 = ir.IntType(1), ir.IntType(32)
 _F32 = ir.FloatType()
 
 
@@ -46,6 +46,8 @@ def fma_tile(
 ) -> Any:
     """c[:rows, :8*vectors] (+)= a[:rows, :length] @ b[:length, :8*vectors], all fp32.
 
+    b may be uint16, the bits of bf16 numbers, which become fp32 as they are loaded.
+
     `rows`, `vectors` and `accumulate` are compile-time constants. Offsets and strides count
     elements; a stride is the distance between rows, and elements of a row are contiguous.
     """
@@ -63,6 +65,8 @@ def fma_tile(
 
         def load(builder: Any, k: Any) -> Any:
             row = builder.gep(b_at, [builder.mul(k, args[8])])
+            if signature.args[6].dtype == types.uint16:
+                return load_bf16(builder, row, lanes)
             return _load(builder, row, ir.VectorType(_F32, lanes))
 
         build_tile(
@@ -128,6 +132,16 @@ def build_tile(
     builder.position_at_end(done)
     for row, total in zip(c_rows, sums, strict=True):
         builder.store(total, builder.bitcast(row, wide.as_pointer())).align = 4
+
+
+def load_bf16(builder: Any, address: Any, lanes: int) -> Any:
+    """bf16 numbers at an address, exactly as fp32."""
+    wide = ir.VectorType(_I32, lanes)
+    narrow = ir.VectorType(ir.IntType(16), lanes)
+    bits = builder.load(builder.bitcast(address, narrow.as_pointer()))
+    bits.align = 2
+    high = builder.shl(builder.zext(bits, wide), ir.Constant(wide, [_I32(16)] * lanes))
+    return builder.bitcast(high, ir.VectorType(_F32, lanes))
 
 
 def _load(builder: Any, address: Any, wide: Any) -> Any:

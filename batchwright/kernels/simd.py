@@ -167,6 +167,25 @@ def prefetch(typingctx: Any, array: Any, offset: Any) -> Any:
     return types.void(array, types.intp), codegen
 
 
+@intrinsic
+def stored(typingctx: Any, array: Any, value: Any) -> Any:
+    """An fp32 number as an element of an array: itself, or in one of uint16 the bits of the nearest
+    bf16, ties to even."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if signature.return_type == types.float32:
+            return args[1]
+        bits = builder.bitcast(args[1], _I32)
+        odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+        rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
+        rounded = builder.select(
+            builder.fcmp_unordered("uno", args[1], args[1]), _I32(0x7FC00000), rounded
+        )
+        return builder.trunc(builder.lshr(rounded, _I32(16)), ir.IntType(16))
+
+    return array.dtype(array, types.float32), codegen
+
+
 # --- arithmetic -----------------------------------------------------------------------------------
 
 

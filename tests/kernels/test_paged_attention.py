@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numba
 import numpy as np
@@ -452,3 +453,17 @@ def test_shapes_that_disagree_are_refused() -> None:
                 bad_q, paged.k_cache, paged.v_cache, paged.block_table, plan,
                 scale=1.0, out=bad_out.copy(), lse=lse,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [Shape(), Shape(num_kv_heads=9, head_dim=40, soft_cap=5.0)])
+def test_bf16_keys_and_values_are_widened_exactly(shape: Shape) -> None:
+    """The bits of the same numbers in fp32, in decoding, in runs, and in parts of blocks."""
+    case = make_case(shape, [(0, 70), (100, 1), (33, 1), (257, 40)])
+    paged = page(case)
+    rounded = [torch.from_numpy(one).bfloat16() for one in (paged.k_cache, paged.v_cache)]
+    wide = replace(paged, k_cache=rounded[0].float().numpy(), v_cache=rounded[1].float().numpy())
+    bits = [one.view(torch.uint16).numpy() for one in rounded]
+    narrow = replace(paged, k_cache=bits[0], v_cache=bits[1])
+    for one, other in zip(run_whole(case, narrow), run_whole(case, wide), strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])

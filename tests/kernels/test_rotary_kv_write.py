@@ -143,3 +143,23 @@ def test_eight_bit_numbers_are_near_those_stored() -> None:
     zeros, scale = naive.stored(torch.zeros(2, 4), torch.int8)
     assert scale is not None and not zeros.any() and not scale.any()
     assert naive.stored(x, torch.float16)[1] is None
+
+
+def test_bf16_keys_and_values_are_rounded_to_nearest() -> None:
+    """As torch rounds them; ties, infinities, NaN and subnormal numbers too."""
+    problem = Problem(64, 64)
+    special = np.array([np.inf, -np.inf, np.nan, 1e-40, 3.4e38, 0.0, -0.0], np.float32)
+    ties = (np.arange(1, 58, dtype=np.uint32) << 15 | 0x3F800000).view(np.float32)
+    problem.qkv[0, -64:] = np.concatenate([special, ties])
+    *_, k_wide, v_wide = problem.run(rotary_kv_write, ALL)
+
+    def write(q, k, v, k_cache, v_cache, *more, **options):  # type: ignore[no-untyped-def]
+        narrow = [np.full(one.shape, 0x7FC0, np.uint16) for one in (k_cache, v_cache)]
+        rotary_kv_write(q, k, v, *narrow, *more, **options)
+        for cache, bits in zip((k_cache, v_cache), narrow, strict=True):
+            cache[...] = torch.from_numpy(bits).view(torch.bfloat16).float().numpy()
+
+    *_, k_narrow, v_narrow = problem.run(write, ALL)
+    for narrow, wide in ((k_narrow, k_wide), (v_narrow, v_wide)):
+        right = torch.from_numpy(wide).bfloat16().float().numpy()
+        np.testing.assert_array_equal(narrow, right)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from batchwright.attention.backend import AttentionBatch, view_numpy
@@ -22,15 +24,17 @@ from batchwright.kernels.paged_attention.plan import (
     tokens_per_item,
 )
 from batchwright.kernels.rotary_kv_write.numba import rotary_kv_write
-from batchwright.request import Float32Array, Int32Array
+from batchwright.request import Int32Array
+
+CacheArray = npt.NDArray[Any]
 
 
 @dataclass(slots=True, eq=False)
 class NumbaKV:
     """Keys and values of one layer, laid out as `kernels/paged_attention/layout.py` says."""
 
-    keys: Float32Array
-    values: Float32Array
+    keys: CacheArray
+    values: CacheArray
 
     def copy_blocks(self, pairs: Int32Array) -> None:
         """Copy blocks: pairs [n, 2] of (source, destination); sources are read first."""
@@ -67,18 +71,21 @@ class _StepPlan:
         return self.work[key]
 
 
-def _zeros(shape: tuple[int, ...]) -> Float32Array:
+def _zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> CacheArray:
     """An array that begins on a cache line, so that vectors of 16 lanes lie in one line.
 
     np.zeros takes pages only when they are first written.
     """
-    memory = np.zeros(math.prod(shape) + 16, np.float32)
-    start = -memory.ctypes.data % 64 // 4
+    itemsize = np.dtype(dtype).itemsize
+    memory = np.zeros(math.prod(shape) + 64 // itemsize, dtype)
+    start = -memory.ctypes.data % 64 // itemsize
     return memory[start : start + math.prod(shape)].reshape(shape)
 
 
 class Backend:
     """The CPU backend; see `attention/backend.py` for the contract."""
+
+    stored_dtype: type[np.generic] = np.float32
 
     def kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32
@@ -87,7 +94,7 @@ class Backend:
         self, spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> NumbaKV:
         shapes = cache_shapes(num_blocks, spec.num_kv_heads, spec.head_dim, block_size)
-        return NumbaKV(*(_zeros(shape) for shape in shapes))
+        return NumbaKV(*(_zeros(shape, self.stored_dtype) for shape in shapes))
 
     def rows_per_load(self, num_q_heads: int, num_kv_heads: int) -> int:
         return tokens_per_item(num_q_heads, num_kv_heads)

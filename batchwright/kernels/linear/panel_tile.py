@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from batchwright.kernels.fma_tile import build_tile
+from batchwright.kernels.fma_tile import build_tile, load_bf16
 from batchwright.kernels.linear.packing import PANEL
 from batchwright.kernels.simd import _address, _splat
 
@@ -28,7 +28,7 @@ are used, and the processor's own guesses end at every page."""
 
 CACHE_LINE_BYTES = 64
 
-_INTP, _I32, _I16, _I8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
+_INTP, _I32, _I8 = (ir.IntType(bits) for bits in (64, 32, 8))
 _F32 = ir.FloatType()
 _ROW_BYTES = {FP32: 4 * PANEL, BF16: 2 * PANEL, FP16: 2 * PANEL, INT8: PANEL, INT4: PANEL // 2}
 
@@ -187,10 +187,7 @@ def _load_fp32(builder: Any, panel: _Panel, index: Any, lanes: int) -> Any:
 
 def _load_bf16(builder: Any, panel: _Panel, index: Any, lanes: int) -> Any:
     at = _at_column(builder, _row(builder, panel, index, BF16), panel.column, 2)
-    wide = ir.VectorType(_I32, lanes)
-    bits = builder.zext(_load(builder, at, _I16, lanes), wide)
-    bits = builder.shl(bits, ir.Constant(wide, [ir.Constant(_I32, 16)] * lanes))
-    return builder.bitcast(bits, ir.VectorType(_F32, lanes))
+    return load_bf16(builder, at, lanes)
 
 
 def _load_fp16(builder: Any, panel: _Panel, index: Any, lanes: int) -> Any:

@@ -5,7 +5,8 @@ k_cache [num_blocks, num_kv_heads, head_dim, block_size]: keys are stored transp
 v_cache [num_blocks, num_kv_heads, block_size, padded head_dim]: a row holds head_dim values and is
     padded to a multiple of 8 so that a vector never leaves it; the padding is never used.
 
-Both fp32 and C-contiguous. One (block, head) is one contiguous piece of each.
+Both C-contiguous, and fp32 or uint16, the bits of bf16. One (block, head) is one contiguous piece
+of each.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ KEYS_PER_VECTOR_TILE = 32
 def cache_shapes(
     num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int
 ) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Shapes of (k_cache, v_cache) of one layer, to be allocated as fp32, C-contiguous.
+    """Shapes of (k_cache, v_cache) of one layer, to be allocated C-contiguous.
 
     Raises:
         ConfigError: block_size is not a positive multiple of 32.

@@ -47,7 +47,7 @@ def paged_attention(
     Args:
         q: [num_tokens, num_q_heads, head_dim] fp32 numpy array, rotated; tokens and heads may be
             strided (a view of a merged array), the last dimension is contiguous.
-        k_cache, v_cache: fp32 numpy arrays as layout.py says.
+        k_cache, v_cache: numpy arrays as layout.py says, both fp32 or both the bits of bf16.
         block_table: [max_slots, max_blocks] int32; only blocks that hold needed keys are read.
         plan: of this step and this layer's KV group (same group size and number of heads).
         scale: multiplies q . k.
@@ -79,7 +79,7 @@ def paged_attention(
     group = num_q_heads // num_kv_heads
     counter = np.zeros(1, np.int64)
     run_tasks(
-        _worker().address,
+        _worker(str(k_cache.dtype)).address,
         get_num_threads() if plan.num_pairs * group * head_dim > _SMALL_WORK else 1,
         q,
         k_cache,
@@ -101,14 +101,15 @@ def paged_attention(
 
 
 @functools.cache
-def _worker() -> Any:
+def _worker(cache_dtype: str) -> Any:
     """Compiled (or loaded) for one signature: strided q, contiguous rest."""
     f32, i32 = types.float32, types.int32
+    cache = types.Array(getattr(types, cache_dtype), 4, "C")
     return compile_task(
-        _work,
+        _WORK[cache_dtype],
         types.Array(f32, 3, "A"),
-        types.Array(f32, 4, "C"),
-        types.Array(f32, 4, "C"),
+        cache,
+        cache,
         types.Array(i32, 2, "C"),
         types.Array(i32, 2, "C"),
         types.Array(i32, 2, "C"),
@@ -125,9 +126,23 @@ def _worker() -> Any:
     )
 
 
-def _work(
-    worker: int,
-    num_workers: int,
+# One function for each type: compiled code is found again by its function's name. `_attend` says
+# what the arguments are.
+
+
+def _work_fp32(i, n, q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter):  # type: ignore[no-untyped-def]
+    _attend(q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter)
+
+
+def _work_bf16(i, n, q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter):  # type: ignore[no-untyped-def]
+    _attend(q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter)
+
+
+_WORK = {"float32": _work_fp32, "uint16": _work_bf16}
+
+
+@njit(error_model="numpy")
+def _attend(
     q: Any,
     k_cache: Any,
     v_cache: Any,

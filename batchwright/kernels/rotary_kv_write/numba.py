@@ -22,6 +22,7 @@ from batchwright.kernels.simd import (
     mul,
     store,
     store_first,
+    stored,
     sub,
 )
 
@@ -50,7 +51,8 @@ def rotary_kv_write(
         q: [num_tokens, num_q_heads, head_dim] fp32 numpy array, changed in place.
         k, v: [num_tokens, num_kv_heads, head_dim] fp32. q, k and v may be views of one merged
             array: heads may be strided, the last dimension is contiguous.
-        k_cache, v_cache: as paged_attention/layout.py says.
+        k_cache, v_cache: as paged_attention/layout.py says; numbers become bf16 where these are,
+            rounded to the nearest.
         positions: [num_tokens] int32, lines of the tables.
         slot_mapping: [num_tokens] int32: block_id * block_size + offset, or -1: do not write.
         cos, sin: [max_positions, rotary_dim / 2] fp32, rotary_dim <= head_dim; None: no rotation.
@@ -81,13 +83,16 @@ def rotary_kv_write(
     if not q.strides[2] == k.strides[2] == v.strides[2] == q.itemsize:
         raise ShapeError("rotary_kv_write: heads must be contiguous; call .contiguous()")
     threads = min(get_num_threads(), q.size // _ELEMENTS_PER_THREAD + 1)
-    _kernel()(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, interleaved, threads)
+    kernel = _kernel(str(k_cache.dtype))
+    kernel(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, interleaved, threads)
 
 
 @functools.cache
-def _kernel() -> Any:
-    heads, cache = types.Array(types.float32, 3, "A"), types.Array(types.float32, 4, "C")
+def _kernel(cache_dtype: str) -> Any:
+    heads = types.Array(types.float32, 3, "A")
+    cache = types.Array(getattr(types, cache_dtype), 4, "C")
     tokens, table = types.Array(types.int32, 1, "C"), types.Array(types.float32, 2, "C")
+    _write.disable_compile(False)
     _write.compile(
         types.void(
             heads,
@@ -190,7 +195,7 @@ def _write_keys(
                 _rotate(rotated, 0, rotated, 0, cos, sin, at, interleaved)
             block, offset = slot // block_size, slot % block_size
             for d in range(head_dim):
-                k_cache[block, head, d, offset] = rotated[d]
+                k_cache[block, head, d, offset] = stored(k_cache, rotated[d])
 
 
 @njit
@@ -202,7 +207,7 @@ def _write_values(v: Any, v_cache: Any, slot_mapping: Any, start: int, end: int)
             block, offset = slot // block_size, slot % block_size
             for head in range(v.shape[1]):
                 for d in range(v.shape[2]):
-                    v_cache[block, head, offset, d] = v[token, head, d]
+                    v_cache[block, head, offset, d] = stored(v_cache, v[token, head, d])
 
 
 @njit(forceinline=True)
