@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from batchwright.errors import ConfigError, InputError, OutputError
 from batchwright.job.events import JobEvent, Progressed, RowFailed
 from batchwright.job.file_job import run_file
 from batchwright.job.stop import StopControl
+from batchwright.plan.auto_order import AutoOrder, Measured, Prediction
+from batchwright.plan.order import EQUAL_RATES
 from tests.job.fakes import FakeEngine, FakeModel, chat_row, read_lines, write_lines
 
 
@@ -195,3 +198,22 @@ def test_it_is_a_public_name_that_imports_no_torch() -> None:
     code = "import sys, batchwright; batchwright.run_file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert batchwright.run_file is run_file
+
+
+def test_a_long_file_measures_the_machine_once_and_before_it_runs(tmp_path: Path) -> None:
+    """Its feed has a thread of its own, which must never measure beside the engine."""
+    engine = FakeEngine()
+    measured_in: list[tuple[threading.Thread, bool]] = []
+
+    def measure() -> Measured:
+        measured_in.append((threading.current_thread(), engine.num_unfinished == 0))
+        return Measured(lambda job, order, share: Prediction(1.0, 1), EQUAL_RATES, 1e-3)
+
+    rows = [{"prompt": f"{row} " * 40, "max_tokens": 2} for row in range(50)]
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    for name, token_s, times in (("short", 1e-9, 0), ("long", 1.0, 1)):
+        order = AutoOrder(measure, ["fcfs", "prefix_dfs"], measure_s=1e-3, token_s=token_s)
+        model = FakeModel(engine, order=order)
+        assert run_file(model, source, tmp_path / f"{name}.jsonl").num_succeeded == 50
+        assert len(measured_in) == times
+    assert measured_in == [(threading.main_thread(), True)]
