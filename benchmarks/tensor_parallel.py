@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from batchwright.config import EngineConfig
 from batchwright.engine import Engine
@@ -30,7 +31,6 @@ from batchwright.models.layers import Linear
 from batchwright.models.loader import build_empty
 from batchwright.request import Request, SamplingParams
 from batchwright.weights.checkpoint import open_checkpoint
-from batchwright.weights.safetensors_file import write_safetensors
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
 
 CONFIG = {
@@ -120,11 +120,11 @@ def _write_model(directory: Path) -> None:
                 shapes[f"{name}.{kind}"] = tuple(parameter.shape)
     generator = torch.Generator().manual_seed(0)
 
-    def values(name: str) -> torch.Tensor:
-        shape = shapes[name]
-        return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
-
-    write_safetensors(directory / "model.safetensors", shapes, values, {})
+    tensors = {
+        name: torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, directory / "model.safetensors")
 
 
 def _seconds(engine: Engine, num_rows: int, num_prompt: int, num_output: int) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from batchwright import llm
 from batchwright.errors import ConfigError
 from batchwright.request import Request, SamplingParams, Task
 from batchwright.sampling.state import SamplingState
 from tests.engine.harness import mixed_job, run
 from tests.models.reference import TOLERANCE, make_checkpoint
 from tests.sched.harness import start_what_fits_now
+from tests.tensor_parallel.conftest import lasting
 
 pytestmark = pytest.mark.cpu
 
@@ -75,6 +77,24 @@ def test_bits_do_not_depend_on_the_batch(name, tmp_path, pair):
         again = run(tmp_path, job[::-1], **settings, tensor_parallel_size=2)
         assert again.tokens() == outcome.tokens()
         assert again.logits == outcome.logits, settings
+
+
+@pytest.fixture
+def three():
+    yield from lasting(3)
+
+
+def test_three_ranks(tmp_path, three, monkeypatch):
+    """More summands than two: their order must be the same for every row."""
+    make_checkpoint("llama_biased", tmp_path, num_key_value_heads=3, intermediate_size=39)
+    job = mixed_job()
+    alone = run(tmp_path, job, max_num_seqs=6)
+    monkeypatch.setattr(llm, "Followers", lambda size, *, on_gpu: three)
+    outcome = run(tmp_path, job, max_num_seqs=6, tensor_parallel_size=3)
+    settings = {"max_num_batched_tokens": 7, "max_num_seqs": 3, "tensor_parallel_size": 3}
+    again = run(tmp_path, job[::-1], **settings)
+    assert outcome.tokens() == again.tokens() == alone.tokens()
+    assert again.logits == outcome.logits
 
 
 def test_all_kinds_of_rows(tmp_path, pair):
