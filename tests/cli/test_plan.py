@@ -105,7 +105,7 @@ prompts   5 to compute, 1 identical to one of them
           251 tokens: 105 to compute, 64 shared with other rows, 82 in identical rows
 outputs   203 tokens likely, 25 to 340
           likely: 50% of what rows allow on average (a guess: none is finished); high: all of it
-memory    538.1 MB weights, up to 5.0 GB keys and values (108,480 tokens); 10.0 GB free
+memory    115.2 MB weights, up to 5.0 GB keys and values (108,480 tokens); 10.0 GB free
           256 rows of the likely length fit at once; 6 run at once
 time      6 s likely, 4 s to 10 s; 3 s of it to load the model
           simulated on all rows; made-up processor, 2 threads
@@ -178,10 +178,10 @@ def test_json(command: Command, source: Path, how: list[str]) -> None:
         "output_share": 0.5,
         "output_share_is_measured": False,
         "memory": {
-            "weight_bytes": 538060032,
+            "weight_bytes": 115156224,
             "kv_bytes": 108480 * 46080,  # 30 layers, 2 x 3 heads of 64 elements, 4 bytes
             "kv_tokens": [108480],
-            "host_bytes": 538060032 + 108480 * 46080 + plan_job.HOST_BYTES,
+            "host_bytes": 115156224 + 108480 * 46080 + plan_job.HOST_BYTES,
             "free_bytes": 10**10,
             "rows_at_once": 256,
         },

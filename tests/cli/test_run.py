@@ -105,6 +105,7 @@ def test_settings_reach_the_model(command: Command, tmp_path: Path) -> None:
     assert command.settings == {
         "device": "auto",
         "dtype": "float32",
+        "kv_cache_dtype": "auto",
         "quantize": "int8",
         "max_model_len": 2048,
         "max_num_seqs": 32,
@@ -135,6 +136,7 @@ def test_settings_not_given_are_left_to_the_model(command: Command, tmp_path: Pa
     assert command.settings == {
         "device": "auto",
         "dtype": "auto",
+        "kv_cache_dtype": "auto",
         "seed": 0,
         "prefix_sharing": True,
     }
