@@ -54,9 +54,9 @@ class TableUpdate(NamedTuple):
 class Step:
     """One forward pass. All arrays int32 unless stated; tuples hold one entry per KV group.
 
-    Order of work: release `finished_slots`; install `new_sequences`; apply `table_updates`; do
-    `block_copies` (source, destination; all sources are read before any write of this step), then
-    `kv_copies` of single tokens;
+    Order of work: release `finished_slots`; install `new_sequences`; copy `saved_blocks` to the
+    host; apply `table_updates`; do `block_copies` (source, destination; all sources are read before
+    any write of this step), then `loaded_blocks` from the host, then `kv_copies` of single tokens;
     compute. KV of every token of the step is written before any token of the same layer attends,
     so a row may read blocks that another row of the same step writes.
     """
@@ -66,6 +66,8 @@ class Step:
     new_sequences: tuple[NewSequence, ...]
     table_updates: tuple[TableUpdate, ...]
     block_copies: tuple[Int32Array, ...]  # each [n, 2]
+    saved_blocks: Int32Array | None = None  # [n, 2] block, host block; one KV group
+    loaded_blocks: Int32Array | None = None  # [n, 2] host block, block; one KV group
     kv_copies: Int32Array | None = None  # [n, 2] KV slots, source and destination; one KV group
 
     slots: Int32Array  # [num_rows]
@@ -93,6 +95,11 @@ class Step:
     def num_tokens(self) -> int:
         """Query tokens of this step."""
         return len(self.token_ids)
+
+    @property
+    def num_swapped(self) -> int:
+        """Blocks that are copied to the host and from it."""
+        return sum(len(x) for x in (self.saved_blocks, self.loaded_blocks) if x is not None)
 
     @property
     def num_rows(self) -> int:

@@ -52,6 +52,14 @@ class BlockTable:
             self._set(*ragged_ranges(slots[growing], self.end[slots[growing]], growth[growing]))
             self.end[slots[growing]] += growth[growing]
 
+    def extend(self, slot: int, num_blocks: int) -> Int32Array:
+        """Give a slot so many free blocks after those that it holds; returns them."""
+        first = int(self.end[slot])
+        indices = np.arange(first, first + num_blocks, dtype=np.int32)
+        self._set(np.full(num_blocks, slot, np.int32), indices)
+        self.end[slot] += num_blocks
+        return self.table[slot, indices]
+
     def writes_shared_block(self, slots: Int32Array, write_starts: Int32Array) -> bool:
         """Whether any of these slots will copy the block that its next token falls into."""
         ends = write_starts + np.int32(1)

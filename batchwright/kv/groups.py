@@ -16,10 +16,12 @@ class KVGroup:
     Attributes:
         window: a token's KV is dead once the sequence is this many tokens past it; None: never.
         num_blocks: blocks of the group's pool.
+        num_host_blocks: blocks that the host keeps when the device has no room for them.
     """
 
     window: int | None
     num_blocks: int
+    num_host_blocks: int = 0
 
 
 def windows_of_layers(windows: Sequence[int | None]) -> tuple[list[int | None], list[int]]:

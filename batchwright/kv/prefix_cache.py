@@ -3,6 +3,9 @@
 The cache holds one reference per group on the block of a resident node, as long as some waiting
 row will use it; the tree knows. "Resident" means scheduled: a Step writes all KV of a layer before
 any token attends, and Steps run in order, so a block may be read from the Step that fills it.
+
+Where the host has room, blocks that memory has no place for go there and come back when a row wants
+them. A node is in one of the two places, and so are all above it; those on the device come first.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchwright.kv.block_table import BlockTable
+from batchwright.kv.host_memory import HostMemory
 from batchwright.plan.prefix_tree import PrefixTree
 from batchwright.request import Int32Array
 
@@ -30,16 +34,23 @@ class PrefixCache:
         tree: the prompts of all rows.
         tables: the blocks of running rows, one table per KV group.
         next_use: says what to give up first when memory is short; None: nobody knows.
+        host: keeps blocks of the only group, which has no window; None: nothing does.
     """
 
     def __init__(
-        self, tree: PrefixTree, tables: Sequence[BlockTable], next_use: NextUse | None = None
+        self,
+        tree: PrefixTree,
+        tables: Sequence[BlockTable],
+        next_use: NextUse | None = None,
+        host: HostMemory | None = None,
     ) -> None:
         self._tree = tree
         self._next_use = next_use or (lambda nodes: np.zeros(len(nodes), np.int64))
         self._tables = tables
         self._blocks: Int32Array = np.full((len(tables), tree.capacity), ABSENT, np.int32)
         self._node_of_block = [np.full(t.pool.num_blocks, ABSENT, np.int32) for t in tables]
+        self._host = host or HostMemory(0, 0)
+        self._host_blocks: Int32Array = np.full(tree.capacity, ABSENT, np.int32)
 
     def match(self, nodes: Int32Array, limit: int) -> int:
         """Longest prefix, in blocks, from whose end a sequence can go on.
@@ -53,7 +64,10 @@ class PrefixCache:
         self._fit_capacity()
         num_nodes = len(nodes)
         if len(self._tables) == 1 and self._tables[0].window is None:  # the common case, quickly
-            absent = np.flatnonzero(self._blocks[0, nodes] == ABSENT)
+            is_absent = self._blocks[0, nodes] == ABSENT
+            if self._host:
+                is_absent &= self._host_blocks[nodes] == ABSENT
+            absent = np.flatnonzero(is_absent)
             return int(absent[0]) if len(absent) else num_nodes
         usable = np.ones(num_nodes + 1, np.bool_)
         lengths = np.arange(num_nodes + 1)
@@ -64,27 +78,70 @@ class PrefixCache:
             usable &= run_start <= _first_needed(table, lengths, limit)
         return int(np.flatnonzero(usable)[-1])
 
-    def adopt(self, slot: int, nodes: Int32Array, limit: int) -> None:
-        """Let an empty slot hold the blocks of a matched prefix; `limit` as in `match`."""
-        for group, table in enumerate(self._tables):
-            first = int(_first_needed(table, np.array(len(nodes)), limit))
-            table.adopt(slot, first, self._blocks[group, nodes[first:]])
+    def num_on_host(self, nodes: Int32Array) -> int:
+        """Blocks of a matched prefix, its last ones, that are on the host."""
+        return int(np.count_nonzero(self._host_blocks[nodes] != ABSENT)) if self._host else 0
 
-    def insert(self, slot: int, nodes: Int32Array, first: int, end: int) -> None:
-        """Blocks [first, end) of the slot's prompt are scheduled: keep those with future users."""
+    def adopt(
+        self, slot: int, nodes: Int32Array, limit: int, make_room: Callable[[int], None]
+    ) -> None:
+        """Let an empty slot hold the blocks of a matched prefix; those on the host come back.
+
+        Args:
+            limit: as in `match`.
+            make_room: frees blocks of the only group until there are so many.
+        """
+        on_host = nodes[len(nodes) - self.num_on_host(nodes) :]
+        on_device = nodes[: len(nodes) - len(on_host)]
+        for group, table in enumerate(self._tables):
+            first = int(_first_needed(table, np.array(len(on_device)), limit))
+            table.adopt(slot, first, self._blocks[group, on_device[first:]])
+        if len(on_host):
+            self._load(slot, on_host, make_room)
+
+    def _load(self, slot: int, nodes: Int32Array, make_room: Callable[[int], None]) -> None:
+        """Bring nodes back as the next blocks of a slot."""
+        table, host_ids = self._tables[0], self._host_blocks[nodes]
+        self._host_blocks[nodes] = ABSENT  # making room must not give them up
+        make_room(len(nodes))
+        blocks = table.extend(slot, len(nodes))
+        self._host.load(host_ids, blocks)
+        self._keep(0, nodes, blocks)
+
+    def insert(
+        self, slot: int, nodes: Int32Array, first: int, end: int, *, is_written: bool = False
+    ) -> None:
+        """Blocks [first, end) of the slot's prompt are scheduled: keep those with future users.
+
+        Args:
+            is_written: by Steps that are made already.
+        """
         self._fit_capacity()
         indices = np.arange(first, end)[self._tree.num_waiting[nodes[first:end]] > 0]
         for group, table in enumerate(self._tables):
             held = indices[(indices >= table.start[slot]) & (indices < table.end[slot])]
             held = held[self._blocks[group, nodes[held]] == ABSENT]
-            blocks = table.table[slot, held]
-            table.pool.share(blocks)
-            self._blocks[group, nodes[held]] = blocks
-            self._node_of_block[group][blocks] = nodes[held]
+            self._keep(group, nodes[held], table.table[slot, held])
+            if self._host:
+                self._forget(nodes[held])
+                if not is_written:
+                    self._host.will_be_written(table.table[slot, held])
+
+    def _keep(self, group: int, nodes: Int32Array, blocks: Int32Array) -> None:
+        """Hold blocks of a group as those of nodes."""
+        self._tables[group].pool.share(blocks)
+        self._blocks[group, nodes] = blocks
+        self._node_of_block[group][blocks] = nodes
 
     def drop(self, nodes: Int32Array) -> None:
-        """Give up the cache's references on these nodes."""
+        """Give up what there is of these nodes, on the device and on the host."""
         self._fit_capacity()
+        self._release(nodes)
+        if self._host:
+            self._forget(nodes)
+
+    def _release(self, nodes: Int32Array) -> None:
+        """Give up the cache's references on these nodes."""
         for group, table in enumerate(self._tables):
             blocks = self._blocks[group, nodes]
             blocks = blocks[blocks != ABSENT]
@@ -93,13 +150,16 @@ class PrefixCache:
             self._node_of_block[group][blocks] = ABSENT
 
     def clear(self) -> None:
-        """Give up all references."""
-        self.drop(np.flatnonzero((self._blocks != ABSENT).any(axis=0)).astype(np.int32))
+        """Give up everything."""
+        self._fit_capacity()
+        is_there = (self._blocks != ABSENT).any(axis=0) | (self._host_blocks != ABSENT)
+        self.drop(np.flatnonzero(is_there).astype(np.int32))
 
     def adopted(self, group: int, nodes: Int32Array, limit: int) -> Int32Array:
-        """The blocks that `adopt` would share in a group."""
+        """The blocks that `adopt` would share in a group; those on the host get others."""
         first = int(_first_needed(self._tables[group], np.array(len(nodes)), limit))
-        return self._blocks[group, nodes[first:]]
+        blocks = self._blocks[group, nodes[first:]]
+        return blocks[blocks != ABSENT]
 
     def num_evictable(self, group: int, *, but: Int32Array | None = None) -> int:
         """Blocks of a group that only the cache holds.
@@ -114,18 +174,57 @@ class PrefixCache:
         """Free up to `num_blocks` blocks of a group, those first that are used again last.
 
         Among equals: fewest future users first, then deepest first. Zero is always safe. A node is
-        dropped from every group, because a prefix is usable only if all groups have it.
+        dropped from every group, because a prefix is usable only if all groups have it. What the
+        host has room for goes there.
         """
         nodes = self._evictable(group)
         if num_blocks < len(nodes):
-            keys = (-self._tree.depth[nodes], self._tree.num_waiting[nodes], -self._next_use(nodes))
-            nodes = nodes[np.lexsort(keys)[:num_blocks]]
-        self.drop(nodes)
+            nodes = self._latest_first(nodes)[:num_blocks]
+        self._save(nodes)
+        self._release(nodes)
+
+    def _latest_first(self, nodes: Int32Array) -> Int32Array:
+        """Nodes in the order in which they are given up."""
+        keys = (-self._tree.depth[nodes], self._tree.num_waiting[nodes], -self._next_use(nodes))
+        return nodes[np.lexsort(keys)]
+
+    def make_room_on_host(self, num_blocks: int) -> None:
+        """Forget nodes that the host keeps, as above, until it can save so many blocks or has none
+        of them left."""
+        lack = num_blocks - self._host.num_free
+        if lack > 0:
+            self._forget(self._latest_first(self._on_host())[:lack])
+
+    def _save(self, nodes: Int32Array) -> None:
+        """Keep on the host what it has room for of nodes that are about to be given up."""
+        if not self._host:
+            return
+        nodes = nodes[self._host.can_save(self._blocks[0, nodes])]
+        lack = len(nodes) - self._host.num_free
+        if lack > 0:  # some of these or of those that are there are used last of all
+            on_host = self._on_host()
+            given_up = self._latest_first(np.concatenate((on_host, nodes)))[:lack]
+            self._forget(given_up[np.isin(given_up, on_host)])
+            nodes = nodes[~np.isin(nodes, given_up)]
+        self._host_blocks[nodes] = self._host.save(self._blocks[0, nodes])
+
+    def _on_host(self) -> Int32Array:
+        return np.flatnonzero(self._host_blocks != ABSENT).astype(np.int32)
+
+    def _forget(self, nodes: Int32Array) -> None:
+        """Give up what the host keeps of these nodes."""
+        blocks = self._host_blocks[nodes]
+        self._host.forget(blocks[blocks != ABSENT])
+        self._host_blocks[nodes] = ABSENT
 
     def held(self, group: int) -> Int32Array:
         """The cache's references in a group, for the integrity check."""
         blocks = self._blocks[group]
         return blocks[blocks != ABSENT]
+
+    def held_on_host(self) -> Int32Array:
+        """Blocks that the host keeps for the cache, for the integrity check."""
+        return self._host_blocks[self._on_host()]
 
     def _evictable(self, group: int) -> Int32Array:
         nodes = self._node_of_block[group]
@@ -135,6 +234,7 @@ class PrefixCache:
         missing = self._tree.capacity - self._blocks.shape[1]
         if missing > 0:
             self._blocks = np.pad(self._blocks, ((0, 0), (0, missing)), constant_values=ABSENT)
+            self._host_blocks = np.pad(self._host_blocks, (0, missing), constant_values=ABSENT)
 
 
 def _first_needed(table: BlockTable, num_blocks: np.ndarray, limit: int) -> np.ndarray:

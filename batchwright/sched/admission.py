@@ -148,6 +148,11 @@ class Admission:
         groups = range(len(self._books.tables))
         return [self._books.cache.adopted(group, nodes, limit) for group in groups]
 
+    def num_taken_over(self, sequence: Sequence, num_matched: int) -> int:
+        """Index of the first block that a sequence does not take over: those that come back from
+        the host are its own."""
+        return num_matched - self._books.cache.num_on_host(sequence.nodes[:num_matched])
+
     def num_lacking(self, sequence: Sequence, group: int, num_shared: int) -> int:
         """Blocks beyond free ones that the known tokens of a sequence and its next one take."""
         table = self._books.tables[group]
@@ -166,8 +171,11 @@ class Admission:
         return computed + min(wanted, budget)
 
     def _first_to_compute(self, sequence: Sequence, num_matched: int) -> int:
-        """Where a sequence goes on from its matched prefix and what it imports."""
-        first = min(num_matched * self._books.block_size, sequence.first_needed_position)
+        """Where a sequence goes on from its matched prefix and what it imports, or from where it
+        was preempted."""
+        covered = num_matched * self._books.block_size
+        covered = max(covered, self._books.parking.num_computed(sequence, num_matched))
+        first = min(covered, sequence.first_needed_position)
         layout = sequence.request.layout
         return first if layout is None else max(first, layout.num_imported)
 
@@ -187,7 +195,8 @@ class Admission:
         if self._forecast.surely_fits(sequence):
             return True
         computed = self.num_computed_at_once(sequence, num_matched, budget)
-        fits = self._forecast.reserve(sequence, computed, shared, num_matched)
+        num_held = self.num_taken_over(sequence, num_matched)
+        fits = self._forecast.reserve(sequence, computed, shared, num_held)
         return fits or sequence.request.urgent  # somebody waits for it; others may make room later
 
     def _blocks_to_start(self, table: BlockTable, sequence: Sequence) -> int:
@@ -205,18 +214,23 @@ class Admission:
         first = self._first_to_compute(sequence, num_matched)
         slot = books.slots.occupy(sequence, first, write_from=covered)
         if num_matched:
-            books.cache.adopt(slot, sequence.nodes[:num_matched], limit)
+            books.adopt_prefix(slot, sequence.nodes[:num_matched], limit)
         progress.book_start(sequence, num_cached=int(books.slots.num_computed[slot]))
         books.builder.add_new(slot)
+        was_parked = books.parking.num_computed(sequence, num_matched) > covered
         wanted = min(len(sequence.token_ids), sequence.compute_end) - books.slots.num_computed[slot]
         slots, grants = np.array([slot], np.int32), np.array([min(wanted, budget)], np.int32)
         if not progress.make_room(slots, grants):  # siblings' copies may have taken the rest
-            if layout is not None:  # its blocks must be there when it takes its segments over
-                books.move_to_waiting(slot, keep_prefix=False)
+            if layout is not None or was_parked:  # blocks must be there for what it takes over
+                books.move_to_waiting(slot, keep_prefix=was_parked)
                 return budget
             grants = grants[:0]
             slots = slots[:0]
         progress.advance(slots, grants)
+        if was_parked:
+            books.parking.load(slot, num_matched)
+        else:
+            books.parking.forget(sequence)
         if layout is not None and covered < layout.num_imported:
             self._import(slot, layout, covered)
         self._forecast.holds(slot)

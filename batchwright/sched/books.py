@@ -12,6 +12,7 @@ import numpy as np
 
 from batchwright.kv.block_table import BlockTable
 from batchwright.kv.groups import KVGroup
+from batchwright.kv.host_memory import HostMemory
 from batchwright.kv.prefix_cache import PrefixCache
 from batchwright.kv.segments import SegmentCache
 from batchwright.plan.expected_lengths import ExpectedLengths
@@ -20,6 +21,8 @@ from batchwright.plan.order import OrderFunction
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.plan.plan import Plan
 from batchwright.plan.prefix_tree import PrefixTree
+from batchwright.request import Int32Array
+from batchwright.sched.parking import Parking
 from batchwright.sched.slots import Slots
 from batchwright.sched.step_builder import StepBuilder
 from batchwright.sched.waiting import Waiting
@@ -37,6 +40,8 @@ class Books:
         cache: which of their blocks are resident.
         expected: how long sequences will be.
         segments: segments that prompts with a layout import.
+        host: blocks that the host keeps.
+        parking: what it keeps of preempted sequences.
         builder: collects what the next Step computes and what has changed since the last.
     """
 
@@ -67,9 +72,12 @@ class Books:
             for group in groups
         ]
         self.tree = PrefixTree(block_size)
-        self.cache = PrefixCache(self.tree, self.tables, self.waiting.next_use)
+        self.host = HostMemory(groups[0].num_host_blocks, groups[0].num_blocks)
+        assert not self.host or (len(groups) == 1 and groups[0].window is None)
+        self.cache = PrefixCache(self.tree, self.tables, self.waiting.next_use, self.host)
+        self.parking = Parking(self.slots, self.tables[0], self.cache, self.host)
         self.segments = SegmentCache(self.tables[0])
-        self.builder = StepBuilder(self.slots, self.tables)
+        self.builder = StepBuilder(self.slots, self.tables, self.host)
 
     def estimate_lengths(self, *others: Sequence) -> None:
         """Ask anew how long sequences will be: all that wait if more is known now, else those that
@@ -114,8 +122,12 @@ class Books:
         for table in self.tables:
             table.release(*slots)
 
-    def keep_prefix(self, slot: int, start: int, end: int) -> None:
-        """Tokens [start, end) of a slot are scheduled: share the prompt blocks they complete."""
+    def keep_prefix(self, slot: int, start: int, end: int, *, is_written: bool = False) -> None:
+        """Tokens [start, end) of a slot are scheduled: share the prompt blocks they complete.
+
+        Args:
+            is_written: by Steps that are made already.
+        """
         sequence = self.occupant(slot)
         if sequence.segment is not None:
             if end == sequence.compute_end:
@@ -124,7 +136,7 @@ class Books:
         nodes = sequence.nodes
         first, last = start // self.block_size, min(end // self.block_size, len(nodes))
         if first < last:
-            self.cache.insert(slot, nodes, first, last)
+            self.cache.insert(slot, nodes, first, last, is_written=is_written)
 
     def move_to_waiting(self, slot: int, *, keep_prefix: bool) -> Sequence:
         """A running sequence loses its slot and waits again; returns it. An encoder of a segment
@@ -139,13 +151,31 @@ class Books:
             self.segments.wait(layout)
         self.tree.wait_again(sequence.nodes)
         if keep_prefix:
-            self.keep_prefix(slot, 0, int(self.slots.num_computed[slot]))
+            self.keep_prefix(slot, 0, int(self.slots.num_computed[slot]), is_written=True)
         self.leave(slot)
         if sequence.segment is not None:
             self.segments.abandon(sequence.segment)
             return sequence
         self.waiting.put_back(sequence)
         return sequence
+
+    def adopt_prefix(self, slot: int, nodes: Int32Array, limit: int) -> None:
+        """Let an empty slot hold the blocks of a matched prefix, for whose blocks on the host there
+        is room; see `PrefixCache.adopt`."""
+
+        def make_room(num_blocks: int) -> None:
+            lack = num_blocks - self.tables[0].pool.num_free
+            if lack > 0:
+                self.evict(0, lack)
+
+        self.cache.adopt(slot, nodes, limit, make_room)
+
+    def forget_kept(self) -> None:
+        """Nothing that was computed can be trusted: share none of it, and keep none on the host."""
+        self.cache.clear()
+        self.segments.clear()
+        self.parking.clear()
+        self.host.clear()
 
     def num_evictable(self, group: int) -> int:
         """Blocks of a group that `evict` can free."""
@@ -167,9 +197,13 @@ class Books:
             self.segments.evict(num_blocks)
 
     def check_integrity(self) -> None:
-        """Conservation law: every block reference is held by a slot or by the prefix cache."""
+        """Conservation law: every block reference is held by a slot or by the prefix cache, every
+        block of the host by this or by the parking."""
         for group, table in enumerate(self.tables):
             held = [table.held(), self.cache.held(group)]
             if group == 0:
                 held.append(self.segments.held())
             table.pool.check_integrity(np.concatenate(held))
+        self.host.check_integrity(
+            np.concatenate((self.cache.held_on_host(), self.parking.held()))
+        )

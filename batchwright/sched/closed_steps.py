@@ -125,7 +125,8 @@ class ClosedSteps:
             others = self._books.cache.num_evictable(0, but=self._books.waiting.returned_nodes())
             most = most_steps(most, _within(tables[0].pool.num_free + others, tables[0], growth))
         computed = admission.num_computed_at_once(sequence, num_matched, budget)
-        num_refused = self._forecast.num_refusals(sequence, computed, shared, num_matched, most)
+        num_held = admission.num_taken_over(sequence, num_matched)
+        num_refused = self._forecast.num_refusals(sequence, computed, shared, num_held, most)
         if num_refused < num_asked:
             return Closed(num_refused, num_refused)
         return Closed(num_steps, num_asked)

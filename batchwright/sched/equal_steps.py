@@ -123,10 +123,11 @@ class Foresight:
         """Whether giving up cached blocks at once comes to the same as one by one.
 
         With several groups, a window that frees blocks between Steps, or segments, which are
-        given up whole, it may not.
+        given up whole, it may not; and what goes to the host a Step must say.
         """
         books = self._books
-        return len(books.tables) == 1 and books.tables[0].window is None and not books.segments
+        is_one = len(books.tables) == 1 and books.tables[0].window is None
+        return is_one and not books.segments and not books.host
 
     def _closed(self, slots: Int32Array, starts: Int32Array, num_steps: int) -> Closed:
         """For how many of these Steps nothing starts."""

@@ -29,6 +29,7 @@ class SchedulerStats:
     num_cached_tokens: int = 0  # prompt tokens taken from shared blocks
     num_generated_tokens: int = 0
     num_preemptions: int = 0  # events
+    num_swapped_blocks: int = 0  # blocks of keys and values copied to the host and from it
     num_folded: int = 0  # rows answered by the computation of an identical one
     work: Work = field(default_factory=Work)
 

@@ -178,6 +178,7 @@ class Progress:
     def _preempt(self, slot: int) -> None:
         """Send a slot back to waiting."""
         epoch = int(self._books.slots.epoch[slot])
+        self._books.parking.park(slot)
         sequence = self._books.move_to_waiting(slot, keep_prefix=True)
         if sequence.num_in_flight:
             self._intake.expect_late(slot, epoch, sequence)

@@ -183,6 +183,7 @@ class Scheduler:
         self._in_flight.append(record)
         self.stats.num_steps += 1
         self.stats.num_computed_tokens += step.num_tokens
+        self.stats.num_swapped_blocks += step.num_swapped
         slots, windows = self.books.slots, [table.window for table in self.books.tables]
         self.stats.work.add(step, slots.num_prompt, slots.computed_once, windows)
         return step
@@ -224,6 +225,7 @@ class Scheduler:
             sequence.finish_reason, sequence.stop_reason = reason, stop_reason
             if sequence.slot == NO_SLOT:
                 self.books.no_longer_waits(sequence)
+                self.books.parking.forget(sequence)
         self.num_unfinished -= sum(ending.sequence.segment is None for ending in endings)
         slots = [ending.sequence.slot for ending in endings if ending.sequence.slot != NO_SLOT]
         if slots:
@@ -263,8 +265,7 @@ class Scheduler:
         books.waiting.forget_in_flight()
         for slot in books.slots.running.tolist():
             books.move_to_waiting(slot, keep_prefix=False).num_in_flight = 0
-        books.cache.clear()
-        books.segments.clear()
+        books.forget_kept()
         books.builder.reset()
 
     def restart(self, sequences: Iterable[Sequence]) -> None:

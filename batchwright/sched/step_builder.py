@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchwright.kv.block_table import BlockTable, ragged_ranges
+from batchwright.kv.host_memory import HostMemory
 from batchwright.request import Int32Array, Task
 from batchwright.sched.slots import NEVER, Slots
 from batchwright.sequence import Sequence
@@ -36,9 +37,10 @@ class InFlight:
 class StepBuilder:
     """Collects decisions; `build` empties it. What happens between Steps waits for the next."""
 
-    def __init__(self, slots: Slots, tables: Seq[BlockTable]) -> None:
+    def __init__(self, slots: Slots, tables: Seq[BlockTable], host: HostMemory) -> None:
         self._state = slots
         self._tables = tables
+        self._host = host
         self._next_id = 0
         self._released: list[int] = []
         self._new: list[int] = []
@@ -93,12 +95,15 @@ class StepBuilder:
         sample_tokens, sample_slots = self._samples(slots, cu_seqlens_q)
         score_tokens, score_targets = self._scores(token_slots, positions)
         changes = [table.take_changes() for table in self._tables]
+        saved, loaded = self._host.take_changes() if self._host else (None, None)
         step = Step(
             step_id=self._next_id,
             finished_slots=self.released,
             new_sequences=tuple(self._new_sequence(slot) for slot in self._new),
             table_updates=tuple(update for update, _ in changes),
             block_copies=tuple(copies for _, copies in changes),
+            saved_blocks=saved,
+            loaded_blocks=loaded,
             kv_copies=np.concatenate(self._kv_copies) if self._kv_copies else None,
             slots=slots,
             cu_seqlens_q=cu_seqlens_q,

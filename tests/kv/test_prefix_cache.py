@@ -16,6 +16,7 @@ from batchwright.kv.prefix_cache import ABSENT, PrefixCache
 from batchwright.plan.prefix_tree import PrefixTree
 from tests.sched.symbolic import fingerprints
 
+NEVER = None  # nothing comes back from a host: see tests/sched/test_swap.py
 BLOCK_SIZE = 3
 NUM_SLOTS = 3
 MAX_LEN = 30
@@ -108,7 +109,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             assert len(adopted) == len(blocks)
             refs = self.cache._tables[group].pool.ref_counts[adopted]
             assert np.count_nonzero(refs == 1) == num_only
-        self.cache.adopt(slot, matched, row.limit)
+        self.cache.adopt(slot, matched, row.limit, make_room=NEVER)
         row.slot, row.write_from = slot, num_matched * BLOCK_SIZE
         row.num_computed = min(row.write_from, row.limit)
         self.cache.drop(self.tree.start(row.nodes))

@@ -117,9 +117,11 @@ class Harness:
         sharing=True,
         order="fcfs",
         lengths="subtree",
+        num_host_blocks=0,
     ):
+        num_host_blocks = num_host_blocks if windows == [None] else 0
         self.scheduler = Scheduler(
-            [KVGroup(w, n) for w, n in zip(windows, num_blocks, strict=True)],
+            [KVGroup(w, n, num_host_blocks) for w, n in zip(windows, num_blocks, strict=True)],
             block_size=BLOCK_SIZE,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
@@ -136,6 +138,7 @@ class Harness:
             max_num_seqs=max_num_seqs,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
+            num_host_blocks=num_host_blocks,
         )
         self.look_ahead = look_ahead
         self.outstanding: deque[StepResult] = deque()
@@ -246,6 +249,9 @@ class Harness:
         assert Counter(self.finished) == Counter(self.members), "each ends once"
         for table in self.scheduler.books.tables:
             assert table.pool.num_free == table.pool.num_blocks, "blocks leaked"
+        self.scheduler.books.host.take_changes()
+        host = self.scheduler.books.host
+        assert host.num_free == host.num_blocks, "blocks of the host leaked"
         assert len(self.scheduler.books.tree) == 0, "prefix nodes leaked"
         num_outputs = sum(len(s.token_ids) - s.num_prompt_tokens for s in self.members)
         assert self.scheduler.stats.num_generated_tokens == num_outputs

@@ -93,7 +93,9 @@ class SymbolicExecutor:
         max_num_seqs: int,
         max_model_len: int,
         vocab_size: int,
+        num_host_blocks: int = 0,
     ) -> None:
+        self.host = np.zeros((num_host_blocks, block_size), np.int64)
         self.windows, self.block_size, self.vocab_size = windows, block_size, vocab_size
         max_blocks = -(-max_model_len // block_size)
         self.kv = [np.zeros(n * block_size, np.int64) for n in num_blocks]
@@ -131,12 +133,21 @@ class SymbolicExecutor:
             self.sample_index[new.slot] = new.sample_index
             self.prefixes[new.slot] = fingerprints(new.token_ids.tolist())
             self.pooling[new.slot], self.pooled[new.slot] = new.pooling, [0, 0]
+        if step.saved_blocks is not None:
+            blocks, host_blocks = step.saved_blocks.T
+            assert len(set(host_blocks.tolist())) == len(host_blocks), "two saves to one block"
+            self.host[host_blocks] = self.kv[0].reshape(-1, self.block_size)[blocks]
         for table, update in zip(self.tables, step.table_updates, strict=True):
             table[update.slots, update.indices] = update.block_ids
         for kv, copies in zip(self.kv, step.block_copies, strict=True):
             assert len(set(copies[:, 1].tolist())) == len(copies), "two copies to one block"
             blocks = kv.reshape(-1, self.block_size)
             blocks[copies[:, 1]] = blocks[copies[:, 0]]
+        if step.loaded_blocks is not None:
+            host_blocks, blocks = step.loaded_blocks.T
+            assert len(set(blocks.tolist())) == len(blocks), "two loads to one block"
+            assert self.host[host_blocks, 0].all(), "loaded what was never saved"
+            self.kv[0].reshape(-1, self.block_size)[blocks] = self.host[host_blocks]
 
     def _check_rows(self, step: Step) -> None:
         """One run of consecutive positions per occupied slot, and no KV slot written twice."""

@@ -90,10 +90,15 @@ def run(
     at_once: bool,
     horizon: int = 10**6,
     lengths: str = "subtree",
+    num_host_blocks: int = 0,
 ) -> Outcome:
     longest = max(len(row.prompt) + row.limit for row in rows)
     groups = [
-        KVGroup(w, max(num_blocks, blocks_per_sequence(w, longest, BLOCK_SIZE, BUDGET)))
+        KVGroup(
+            w,
+            max(num_blocks, blocks_per_sequence(w, longest, BLOCK_SIZE, BUDGET)),
+            num_host_blocks if windows == (None,) else 0,
+        )
         for w in windows
     ]
     scheduler = Scheduler(
@@ -233,9 +238,10 @@ def jobs(draw) -> list[Row]:
     horizon=st.sampled_from([3, 6, 10**6]),
     cost=st.sampled_from(sorted(COSTS)),
     lengths=st.sampled_from([*PREDICTORS, "subtree", "subtree"]),
+    num_host_blocks=st.sampled_from([0, 0, 4, 60]),
 )
 def test_steps_at_once_are_steps_one_by_one(
-    rows, windows, num_blocks, max_num_seqs, order, horizon, cost, lengths
+    rows, windows, num_blocks, max_num_seqs, order, horizon, cost, lengths, num_host_blocks
 ) -> None:
     both(
         rows,
@@ -246,6 +252,7 @@ def test_steps_at_once_are_steps_one_by_one(
         horizon=horizon,
         cost=lambda: COSTS[cost](windows),
         lengths=lengths,
+        num_host_blocks=num_host_blocks,
     )
 
 

@@ -42,9 +42,10 @@ rows = st.lists(st.tuples(prompts, st.integers(1, 24), st.integers(1, 4)), min_s
     sharing=st.booleans(),
     windows=st.sampled_from([[None], [5], [None, 5], [3, 9], [None, 4, 33]]),
     order=st.sampled_from(names("plan.orders")),
+    num_host_blocks=st.sampled_from([0, 2, 9, 60]),
 )
 def test_any_job_ends_with_the_right_tokens(
-    rows, budget, max_num_seqs, spare, look_ahead, sharing, windows, order
+    rows, budget, max_num_seqs, spare, look_ahead, sharing, windows, order, num_host_blocks
 ):
     families = [family(i, p, m, n) for i, (p, m, n) in enumerate(rows)]
     num_blocks = [n + spare for n in smallest_pools(windows, families, budget)]
@@ -56,6 +57,7 @@ def test_any_job_ends_with_the_right_tokens(
         look_ahead=look_ahead,
         sharing=sharing,
         order=order,
+        num_host_blocks=num_host_blocks,
     )
     for first in families:
         assert harness.add(first)
@@ -73,10 +75,16 @@ def random_prompt(draw: random.Random, earlier: list[list[int]]) -> list[int]:
 
 
 def crowded_job(
-    seed: int, num_families: int = 14, order: str = "fcfs", *, is_misjudged: bool = True
+    seed: int,
+    num_families: int = 14,
+    order: str = "fcfs",
+    *,
+    is_misjudged: bool = True,
+    num_host_blocks: int | None = None,
 ) -> Harness:
     """A job in memory for little more than its largest sequence. Outputs are expected to have one
-    token, or, if they are not misjudged, what they will have."""
+    token, or, if they are not misjudged, what they will have. With room on a host, which may be for
+    0 blocks, there is one group without a window."""
     draw = random.Random(seed)
     earlier: list[list[int]] = []
     families = []
@@ -96,6 +104,7 @@ def crowded_job(
         end = is_misjudged and draw.random() < 0.3
         families.append(family(place, prompt, end=end, expected=expected, **options))
     windows = [[None], [6], [None, 6], [3, 9], [None, 4, 30]][seed % 5]
+    windows = windows if num_host_blocks is None else [None]
     budget = draw.randint(8, 24)
     pools = [num + draw.randint(0, 6) for num in smallest_pools(windows, families, budget)]
     harness = Harness(
@@ -106,6 +115,7 @@ def crowded_job(
         look_ahead=seed // 5 % 2,
         order=order,
         lengths="subtree" if is_misjudged else "declared",
+        num_host_blocks=num_host_blocks or 0,
     )
     for first in families:
         assert harness.add(first)
@@ -152,7 +162,9 @@ def test_crowded_jobs_end_well_and_go_through_everything_hard() -> None:
 @pytest.mark.slow
 def test_many_crowded_jobs() -> None:
     for seed in range(1000, 2000):
-        crowded_job(seed, num_families=25, order=names("plan.orders")[seed // 10 % 5]).run()
+        order = names("plan.orders")[seed // 10 % 5]
+        crowded_job(seed, num_families=25, order=order).run()
+        crowded_job(seed, num_families=25, order=order, num_host_blocks=seed % 40).run()
 
 
 @pytest.mark.parametrize("order", ORDERS)

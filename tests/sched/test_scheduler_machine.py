@@ -65,8 +65,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         look_ahead=st.integers(0, 1),
         sharing=st.sampled_from([True, True, True, False]),
         order=st.sampled_from(names("plan.orders")),
+        num_host_blocks=st.sampled_from([0, 1, 3, 12, 40]),
     )
-    def start(self, windows, max_len, spare, budget, max_num_seqs, look_ahead, sharing, order):
+    def start(
+        self,
+        windows,
+        max_len,
+        spare,
+        budget,
+        max_num_seqs,
+        look_ahead,
+        sharing,
+        order,
+        num_host_blocks,
+    ):
         self.harness = Harness(
             windows,
             [blocks_alone(window, max_len, budget) + spare for window in windows],
@@ -75,6 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             look_ahead=look_ahead,
             sharing=sharing,
             order=order,
+            num_host_blocks=num_host_blocks,
         )
 
     @rule(rows=st.lists(rows, min_size=1, max_size=4))
