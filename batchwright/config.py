@@ -26,6 +26,7 @@ _COUNTS = (
     "max_num_batched_tokens",
     "kv_cache_bytes",
     "kv_tokens",
+    "swap_space_bytes",
     "num_threads",
     "tensor_parallel_size",
 )
@@ -47,6 +48,9 @@ class EngineConfig:
         max_num_batched_tokens: tokens computed per step.
         kv_cache_bytes: memory for keys and values, of each process with tensor parallelism.
         kv_tokens: tokens whose keys and values are kept at once, if less than memory allows.
+        swap_space_bytes: memory of the host for keys and values that a GPU has no room for, of each
+            process with tensor parallelism; None: they are computed again when they are needed.
+            Used where copying is sooner done (docs/gpu.md).
         block_size: tokens per KV block, a multiple of 32.
         kv_cache_dtype: "bfloat16": keys and values take half the memory on a CPU, lossy
             (docs/int8.md); "auto": float32 on a CPU, the model's dtype on a GPU.
@@ -73,6 +77,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     kv_cache_bytes: int | None = None
     kv_tokens: int | None = None
+    swap_space_bytes: int | None = None
     block_size: int = BLOCK_SIZE
     kv_cache_dtype: str = "auto"
     prefix_sharing: bool = True
@@ -124,6 +129,12 @@ class EngineConfig:
                 f"kv_cache_dtype is {self.kv_cache_dtype}, which is for the CPU; leave it out, or "
                 "set device to cpu (--device cpu)"
             )
+        if self.swap_space_bytes is not None and not self.uses_gpu(has_gpu):
+            problems.append(
+                f"swap_space_bytes is {self.swap_space_bytes}, which is for a GPU: on the CPU keys "
+                "and values are in the machine's memory already; leave it out, or give them more "
+                "(--kv-cache-memory)"
+            )
         if self.uses_gpu(has_gpu) and not problems and size > num_gpus:
             problems.append(
                 f"tensor_parallel_size is {size}, but torch finds {num_gpus} NVIDIA "
@@ -146,6 +157,7 @@ class EngineConfig:
             max_num_batched_tokens=self._token_budget(on_gpu),
             kv_cache_bytes=self.kv_cache_bytes or int(free_memory_bytes * kv_share),
             kv_tokens=self.kv_tokens,
+            swap_space_bytes=self.swap_space_bytes or 0,
             block_size=self.block_size,
             prefix_sharing=self.prefix_sharing,
             order=self.order,
@@ -249,6 +261,7 @@ class ResolvedConfig:
     max_num_batched_tokens: int
     kv_cache_bytes: int
     kv_tokens: int | None
+    swap_space_bytes: int
     block_size: int
     prefix_sharing: bool
     order: str
@@ -286,7 +299,21 @@ class ResolvedConfig:
                 f"{self.block_size} tokens ({sum(block_bytes)} bytes each); raise kv_cache_bytes "
                 "(--kv-cache-memory)"
             )
-        return [dataclasses.replace(group, num_blocks=self._useful(group)) for group in groups]
+        num_host_blocks = self.num_host_blocks(windows, block_bytes)
+        return [KVGroup(group.window, self._useful(group), num_host_blocks) for group in groups]
+
+    def num_host_blocks(self, windows: Sequence[int | None], block_bytes: Sequence[int]) -> int:
+        """Blocks that the host keeps; arguments as those of `kv_groups`.
+
+        Raises:
+            ConfigError: the model has layers with a window, whose blocks do not go to the host.
+        """
+        if self.swap_space_bytes and any(window is not None for window in windows):
+            raise ConfigError(
+                f"swap_space_bytes is {self.swap_space_bytes}, which is not supported for models "
+                "with a sliding window; leave it out (--swap-space)"
+            )
+        return self.swap_space_bytes // block_bytes[0]
 
     def _useful(self, group: KVGroup) -> int:
         """No more blocks than kv_tokens, or than max_num_seqs sequences of full length can hold."""

@@ -19,8 +19,8 @@ from batchwright.errors import BatchwrightError, ConfigError, RequestError
 from batchwright.exec.build import build_executor, use_threads
 from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
 from batchwright.exec.executor import Executor
-from batchwright.exec.machine_cost import machine_cost
-from batchwright.exec.memory import available_memory_bytes
+from batchwright.exec.machine_cost import machine_cost, with_useful_swap
+from batchwright.exec.memory import available_memory_bytes, check_room_on_host
 from batchwright.kv.groups import KVGroup
 from batchwright.models.loader import build_empty, load_model, read_config
 from batchwright.models.shape import read_shape, shape_of
@@ -228,6 +228,9 @@ def build_engine(
         free_memory_bytes=free_bytes() if on_gpu else available_memory_bytes(),
         num_gpus=num_gpus(),
     )
+    if resolved.swap_space_bytes:
+        resolved = with_useful_swap(resolved, read_shape(checkpoint.config))
+        check_room_on_host(resolved.swap_space_bytes * resolved.tensor_parallel_size)
     use_threads(resolved.num_threads)
     followers = None
     if resolved.tensor_parallel_size > 1:

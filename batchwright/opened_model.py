@@ -14,6 +14,7 @@ from batchwright import techniques
 from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.errors import ConfigError
 from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
+from batchwright.exec.machine_cost import with_useful_swap
 from batchwright.exec.memory import available_memory_bytes
 from batchwright.kernels.int8_linear.numba import activation_bits
 from batchwright.kv.groups import KVGroup
@@ -103,6 +104,7 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
         free_memory_bytes=free_memory_bytes,
         num_gpus=num_gpus(),
     )
+    config = with_useful_swap(config, shape)
     kv_dtype: torch.dtype = getattr(torch, config.dtype)
     if config.device == "cpu":
         backend = techniques.find("attention.backends", config.attention).Backend()

@@ -76,7 +76,9 @@ class EngineSizes:
         groups = []
         for group in self.groups:
             alone = blocks_per_sequence(group.window, longest, self.block_size, num_tokens)
-            groups.append(KVGroup(group.window, max(round(share * group.num_blocks), alone)))
+            num_blocks = max(round(share * group.num_blocks), alone)
+            num_host_blocks = round(share * group.num_host_blocks)
+            groups.append(KVGroup(group.window, num_blocks, num_host_blocks))
         return replace(
             self,
             groups=groups,

@@ -93,6 +93,14 @@ KVTokens = Annotated[
     int | None,
     typer.Option(parser=parse_count, metavar="N", help="Most tokens of keys and values kept."),
 ]
+SwapSpace = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_count,
+        metavar="BYTES",
+        help="The host's memory for keys and values that a GPU has no room for: 64G; docs/gpu.md.",
+    ),
+]
 Order = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="In which order rows start (auto); docs/orders.md."),

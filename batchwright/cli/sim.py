@@ -76,6 +76,7 @@ def sim(
     max_num_seqs: options.MaxNumSeqs = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     kv_tokens: options.KVTokens = None,
+    swap_space: options.SwapSpace = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
     seed: Annotated[int, typer.Option(min=0, help="Of a synthetic workload.")] = 0,
     column: options.Column = None,
@@ -103,6 +104,7 @@ def sim(
         raise typer.BadParameter("give a file, or a synthetic workload (--workload or lengths)")
     limits = EngineLimits(
         kv_tokens=kv_tokens,
+        swap_space_bytes=swap_space or 0,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         prefix_sharing=not no_prefix_sharing,
@@ -229,8 +231,10 @@ def _machine(
 
     if device != THIS_MACHINE:
         return device_machine(device, shape, job, limits, num_devices=num_devices, overlap=overlap)
-    if num_devices > 1 or overlap:
-        raise typer.BadParameter("--devices and --overlap are for devices by data sheet")
+    if num_devices > 1 or overlap or limits.swap_space_bytes:
+        raise typer.BadParameter(
+            "--devices, --overlap and --swap-space are for devices by data sheet"
+        )
     assert opened is not None
     longest = int((job.columns.num_prompt + job.columns.most_output).max(initial=1))
     return this_machine(opened, longest)

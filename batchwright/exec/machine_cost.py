@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -91,7 +92,15 @@ def _gpu_cost(shape: ModelShape, config: ResolvedConfig) -> CostModel:
         logger.info("no profile of %s: orders are tried as on an %s", name, profile.name)
     itemsize = getattr(torch, config.dtype).itemsize
     hardware = device_hardware(profile, shape, itemsize, num_devices=config.tensor_parallel_size)
-    return CostModel(shape, hardware, itemsize, itemsize, 16)
+    return CostModel(shape, hardware, itemsize, itemsize, 16, config.block_size)
+
+
+def with_useful_swap(config: ResolvedConfig, shape: ModelShape) -> ResolvedConfig:
+    """The settings without room on the host if blocks are sooner computed again than copied."""
+    if not config.swap_space_bytes or _gpu_cost(shape, config).swap_pays:
+        return config
+    logger.info("keys and values are sooner computed again than copied to the host: none are")
+    return dataclasses.replace(config, swap_space_bytes=0)
 
 
 def calibration_s(shape: ModelShape, num_threads: int) -> float:

@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from batchwright.errors import ConfigError
+
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|(can't|cannot|could not|failed to) allocate|bad_alloc|ALLOC_FAILED", re.I
 )
@@ -19,6 +21,20 @@ def available_memory_bytes() -> int:
     if limit is not None and used is not None:
         available = min(available, max(limit - used, 0))
     return available
+
+
+def check_room_on_host(num_bytes: int) -> None:
+    """Refuse to keep more keys and values on the host than it has memory.
+
+    Raises:
+        ConfigError: it has less.
+    """
+    available = available_memory_bytes()
+    if num_bytes > available:
+        raise ConfigError(
+            f"the swap space is {num_bytes} bytes in all, but the host has {available} free; lower "
+            "it (--swap-space) or leave it out"
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

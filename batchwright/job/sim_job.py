@@ -56,9 +56,11 @@ class EngineLimits:
 
     Attributes:
         kv_tokens: most tokens of keys and values.
+        swap_space_bytes: of the host's memory, for those that the device has no room for.
     """
 
     kv_tokens: int | None = None
+    swap_space_bytes: int = 0
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     prefix_sharing: bool = True
@@ -95,6 +97,11 @@ def device_machine(
     if limits.kv_tokens is not None:
         most = limits.kv_tokens // BLOCK_SIZE
         groups = [KVGroup(group.window, min(group.num_blocks, most)) for group in groups]
+    cost = CostModel(shape, hardware, HALF, HALF)
+    if limits.swap_space_bytes and len(groups) == 1 and groups[0].window is None and cost.swap_pays:
+        block_bytes = shape.attention[0].kv_elements * BLOCK_SIZE * HALF
+        num_host_blocks = limits.swap_space_bytes // block_bytes
+        groups = [replace(group, num_host_blocks=num_host_blocks) for group in groups]
     _check_room(groups, longest, num_tokens)
     engine = EngineSizes(
         groups=groups,
@@ -105,7 +112,6 @@ def device_machine(
         prefix_sharing=limits.prefix_sharing,
         horizon=HORIZON_ROWS,
     )
-    cost = CostModel(shape, hardware, HALF, HALF)
     return Machine(name=hardware.name, engine=engine, cost=cost)
 
 

@@ -28,7 +28,7 @@ class HostMemory:
 
     def __init__(self, num_blocks: int, num_device_blocks: int) -> None:
         self._pool = BlockPool(num_blocks)
-        self._unwritten = np.zeros(num_device_blocks, np.bool_)
+        self._is_coming = np.zeros(num_device_blocks, np.bool_)
         self._saves: list[Int32Array] = []
         self._loads: list[Int32Array] = []
         self._left: list[Int32Array] = []  # free from the next Step on, when they have been read
@@ -47,18 +47,14 @@ class HostMemory:
         """Blocks that can be saved now."""
         return self._pool.num_free
 
-    def will_be_written(self, block_ids: Int32Array) -> None:
-        """The next Step is what fills these blocks of the device: until then they hold nothing."""
-        if self:
-            self._unwritten[block_ids] = True
-
-    def can_save(self, block_ids: Int32Array) -> np.ndarray:
-        """[num blocks] bool: whether a block of the device holds by now what it stands for."""
-        return ~self._unwritten[block_ids]
+    def is_coming(self, block_ids: Int32Array) -> np.ndarray:
+        """[num blocks] bool: whether a block of the device is loaded by the next Step only, so that
+        it cannot be saved by it."""
+        return self._is_coming[block_ids]
 
     def save(self, block_ids: Int32Array) -> Int32Array:
         """Copy blocks of the device, as many as are free at most; returns the host's."""
-        assert self.can_save(block_ids).all(), "a block would be saved before it is written"
+        assert not self.is_coming(block_ids).any(), "a block would be saved before it is loaded"
         host_ids = self._pool.allocate(len(block_ids))
         self._saves.append(np.stack((block_ids, host_ids), axis=1))
         self.num_saved += len(block_ids)
@@ -67,7 +63,7 @@ class HostMemory:
     def load(self, host_ids: Int32Array, block_ids: Int32Array) -> None:
         """Copy blocks back to others of the device; the host's become free."""
         self._loads.append(np.stack((host_ids, block_ids), axis=1))
-        self.will_be_written(block_ids)
+        self._is_coming[block_ids] = True
         self._left.append(host_ids)
         self.num_loaded += len(block_ids)
 
@@ -85,7 +81,7 @@ class HostMemory:
         saves = np.concatenate(self._saves) if self._saves else NO_PAIRS
         loads = np.concatenate(self._loads) if self._loads else NO_PAIRS
         self._saves, self._loads = [], []
-        self._unwritten[:] = False
+        self._is_coming[:] = False
         if self._left:
             self._pool.release(np.concatenate(self._left))
             self._left = []
@@ -95,7 +91,7 @@ class HostMemory:
         """Nothing is kept, and no copy is made."""
         self._pool = BlockPool(self._pool.num_blocks)
         self._saves, self._loads, self._left = [], [], []
-        self._unwritten[:] = False
+        self._is_coming[:] = False
 
     def check_integrity(self, held: Int32Array) -> None:
         """Compare with what holders say they keep: host block ids, one entry each."""

@@ -108,14 +108,8 @@ class PrefixCache:
         self._host.load(host_ids, blocks)
         self._keep(0, nodes, blocks)
 
-    def insert(
-        self, slot: int, nodes: Int32Array, first: int, end: int, *, is_written: bool = False
-    ) -> None:
-        """Blocks [first, end) of the slot's prompt are scheduled: keep those with future users.
-
-        Args:
-            is_written: by Steps that are made already.
-        """
+    def insert(self, slot: int, nodes: Int32Array, first: int, end: int) -> None:
+        """Blocks [first, end) of the slot's prompt are scheduled: keep those with future users."""
         self._fit_capacity()
         indices = np.arange(first, end)[self._tree.num_waiting[nodes[first:end]] > 0]
         for group, table in enumerate(self._tables):
@@ -124,8 +118,6 @@ class PrefixCache:
             self._keep(group, nodes[held], table.table[slot, held])
             if self._host:
                 self._forget(nodes[held])
-                if not is_written:
-                    self._host.will_be_written(table.table[slot, held])
 
     def _keep(self, group: int, nodes: Int32Array, blocks: Int32Array) -> None:
         """Hold blocks of a group as those of nodes."""
@@ -196,10 +188,13 @@ class PrefixCache:
             self._forget(self._latest_first(self._on_host())[:lack])
 
     def _save(self, nodes: Int32Array) -> None:
-        """Keep on the host what it has room for of nodes that are about to be given up."""
+        """Keep on the host what it has room for of nodes that are about to be given up.
+
+        Their blocks are written: what a Step writes is held by its row at least until it is made.
+        """
         if not self._host:
             return
-        nodes = nodes[self._host.can_save(self._blocks[0, nodes])]
+        nodes = nodes[~self._host.is_coming(self._blocks[0, nodes])]
         lack = len(nodes) - self._host.num_free
         if lack > 0:  # some of these or of those that are there are used last of all
             on_host = self._on_host()

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from batchwright.kv.groups import BLOCK_SIZE
 from batchwright.plan.shape import AttentionShape, ModelShape
 from batchwright.request import Int32Array
 from batchwright.step import NO_WRITE, EqualSteps, Step
@@ -71,6 +72,7 @@ class Hardware:
         attention_flops_per_s: attention of many query tokens to the same keys.
         kv_bytes_per_s: keys and values read by attention of single tokens.
         memory_bytes_per_s: plain reading.
+        host_bytes_per_s: copies between a device and its host; 0: there are none.
         token_s: norms, rotations, activations and the like, of one token in all layers.
         step_s: fixed time of a step.
         draw_s: drawing one token from its logits.
@@ -89,6 +91,7 @@ class Hardware:
     attention_flops_per_s: float
     kv_bytes_per_s: float
     memory_bytes_per_s: float
+    host_bytes_per_s: float = 0.0
     token_s: float = 0.0
     step_s: float = 0.0
     draw_s: float = 0.0
@@ -145,6 +148,7 @@ class CostModel:
         weight_bytes, kv_bytes: of one element of the weights, and of keys and values.
         rows_per_load: tokens that use keys while these are loaded once, of rows that share them
             (Hydragen, arXiv:2402.05099); 1: attention loads every row's keys for itself.
+        block_size: tokens of the blocks in which keys and values are copied to the host.
     """
 
     shape: ModelShape
@@ -152,6 +156,7 @@ class CostModel:
     weight_bytes: float = 4
     kv_bytes: int = 4
     rows_per_load: int = 1
+    block_size: int = BLOCK_SIZE
 
     def seconds(self, step: Step, shared: Sequence[SharedReads] = ()) -> float:
         """Time of a Step; what `SimExecutor` asks. For `shared` see `parts`."""
@@ -219,6 +224,7 @@ class CostModel:
             head=head,
             attention=sum(attention),
             other=hardware.step_s
+            + step.num_swapped * self.block_copy_s
             + hardware.token_s * step.num_tokens
             + hardware.draw_s * len(step.sample_tokens),
             hidden=0.0
@@ -229,6 +235,25 @@ class CostModel:
                 )
             ),
         )
+
+    @property
+    def block_copy_s(self) -> float:
+        """Time of copying a block's keys and values to the host, or back; as if nothing were
+        computed meanwhile."""
+        if not self.hardware.host_bytes_per_s:
+            return 0.0
+        elements = sum(one.kv_elements for one in self.shape.attention)
+        return self.block_size * elements * self.kv_bytes / self.hardware.host_bytes_per_s
+
+    @property
+    def swap_pays(self) -> bool:
+        """Whether a block is sooner copied to the host and back than computed again.
+
+        In large steps, and without its tokens' attention, which takes more the later they are: so
+        recomputing is taken to be a little cheaper than it is.
+        """
+        again_s = self.work_s(self.block_size, [0] * len(self.shape.attention), 0, 0)
+        return self.hardware.host_bytes_per_s > 0 and 2 * self.block_copy_s < again_s
 
     def work_s(
         self, num_tokens: int, num_keys: Sequence[int], num_logits: int, num_draws: int

@@ -27,6 +27,9 @@ STEP_S = 1e-3
 """Launches, scheduling and drawing that a step does not hide. Assumed: only launches were measured,
 0.35 ms for 300 small kernels in one graph on an H200."""
 
+BUS_SHARE = 0.8
+"""Of the bus's bandwidth, that copies from and to pinned memory reach. Assumed."""
+
 TILE_ROWS = 128
 """Rows of one tile of a product."""
 
@@ -42,6 +45,7 @@ class DeviceProfile:
         bf16_flops_per_s: of 2-byte numbers; smaller weights are multiplied as these.
         fp32_flops_per_s: of 4-byte numbers.
         memory_bytes_per_s, memory_bytes: of the device's own memory.
+        bus_bytes_per_s: of the bus to the host, in one direction: PCIe 4.0 or 5.0 with 16 lanes.
         product_share, attention_share: of the peak FLOP/s, in products and in attention of prompts.
         memory_share, kv_share: of the bandwidth, in products of few rows and in attention of single
             tokens.
@@ -52,6 +56,7 @@ class DeviceProfile:
     fp32_flops_per_s: float
     memory_bytes_per_s: float
     memory_bytes: float
+    bus_bytes_per_s: float = 64e9
     product_share: float = PRODUCT_SHARE
     attention_share: float = PRODUCT_SHARE
     memory_share: float = MEMORY_SHARE
@@ -69,6 +74,7 @@ DEVICES = {
             fp32_flops_per_s=19.5e12,
             memory_bytes_per_s=2.039e12,
             memory_bytes=80e9,
+            bus_bytes_per_s=32e9,
         ),
         DeviceProfile(
             name="H100",
@@ -99,6 +105,7 @@ DEVICES = {
             fp32_flops_per_s=91.6e12,
             memory_bytes_per_s=0.864e12,
             memory_bytes=48e9,
+            bus_bytes_per_s=32e9,
         ),
     )
 }
@@ -152,6 +159,7 @@ def device_hardware(
         attention_flops_per_s=num_devices * peak * profile.attention_share,
         kv_bytes_per_s=num_devices * profile.memory_bytes_per_s * profile.kv_share,
         memory_bytes_per_s=num_devices * profile.memory_bytes_per_s,
+        host_bytes_per_s=num_devices * profile.bus_bytes_per_s * BUS_SHARE,
         step_s=profile.step_s,
         tile_rows=profile.tile_rows,
         overlap=overlap,

@@ -228,7 +228,7 @@ class Admission:
             slots = slots[:0]
         progress.advance(slots, grants)
         if was_parked:
-            books.parking.load(slot, num_matched)
+            books.parking.load(slot)
         else:
             books.parking.forget(sequence)
         if layout is not None and covered < layout.num_imported:

@@ -122,12 +122,8 @@ class Books:
         for table in self.tables:
             table.release(*slots)
 
-    def keep_prefix(self, slot: int, start: int, end: int, *, is_written: bool = False) -> None:
-        """Tokens [start, end) of a slot are scheduled: share the prompt blocks they complete.
-
-        Args:
-            is_written: by Steps that are made already.
-        """
+    def keep_prefix(self, slot: int, start: int, end: int) -> None:
+        """Tokens [start, end) of a slot are scheduled: share the prompt blocks they complete."""
         sequence = self.occupant(slot)
         if sequence.segment is not None:
             if end == sequence.compute_end:
@@ -136,7 +132,7 @@ class Books:
         nodes = sequence.nodes
         first, last = start // self.block_size, min(end // self.block_size, len(nodes))
         if first < last:
-            self.cache.insert(slot, nodes, first, last, is_written=is_written)
+            self.cache.insert(slot, nodes, first, last)
 
     def move_to_waiting(self, slot: int, *, keep_prefix: bool) -> Sequence:
         """A running sequence loses its slot and waits again; returns it. An encoder of a segment
@@ -151,7 +147,7 @@ class Books:
             self.segments.wait(layout)
         self.tree.wait_again(sequence.nodes)
         if keep_prefix:
-            self.keep_prefix(slot, 0, int(self.slots.num_computed[slot]), is_written=True)
+            self.keep_prefix(slot, 0, int(self.slots.num_computed[slot]))
         self.leave(slot)
         if sequence.segment is not None:
             self.segments.abandon(sequence.segment)
@@ -204,6 +200,4 @@ class Books:
             if group == 0:
                 held.append(self.segments.held())
             table.pool.check_integrity(np.concatenate(held))
-        self.host.check_integrity(
-            np.concatenate((self.cache.held_on_host(), self.parking.held()))
-        )
+        self.host.check_integrity(np.concatenate((self.cache.held_on_host(), self.parking.held())))

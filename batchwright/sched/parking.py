@@ -20,7 +20,7 @@ from batchwright.sequence import Sequence
 
 
 class _Parked(NamedTuple):
-    """Blocks [first, first + len(host_ids)) of a sequence, whose first tokens are computed."""
+    """Blocks [first, first + len(host_ids)) of a sequence, those after its prompt's."""
 
     first: int
     host_ids: Int32Array
@@ -46,7 +46,7 @@ class Parking:
     def park(self, slot: int) -> None:
         """A slot is about to lose its sequence: keep what its prompt's blocks do not hold.
 
-        Less than a block's worth of tokens is sooner computed again.
+        Less than a block's worth of tokens, as inside a prompt, is sooner computed again.
         """
         sequence = self._slots.sequences[slot]
         assert sequence is not None
@@ -69,15 +69,11 @@ class Parking:
         parked = self._parked.get(sequence)
         return parked.num_computed if parked is not None and num_matched >= parked.first else 0
 
-    def load(self, slot: int, num_matched: int) -> None:
-        """A parked sequence has a slot, with blocks for all its tokens: fill those that are not
-        of its matched prompt."""
+    def load(self, slot: int) -> None:
+        """A parked sequence has a slot, with blocks for all its tokens: fill those it has kept."""
         sequence = self._slots.sequences[slot]
         assert sequence is not None
-        parked = self._parked.pop(sequence)
-        num_there = max(num_matched - parked.first, 0)
-        self._host.forget(parked.host_ids[:num_there])
-        host_ids, first = parked.host_ids[num_there:], parked.first + num_there
+        first, host_ids, _ = self._parked.pop(sequence)
         blocks = self._table.table[slot, first : first + len(host_ids)]
         self._host.load(host_ids, blocks.copy())
 

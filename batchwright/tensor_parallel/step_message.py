@@ -14,7 +14,8 @@ from batchwright.step import Step, TableUpdate
 
 _NONE = -1
 _GROUP_ARRAYS = 5
-_OTHER_ARRAYS = 9
+_OTHER_ARRAYS = 11
+_DRAWN_ARRAYS = 3
 _EMPTY = np.empty(0, np.int32)
 
 
@@ -29,6 +30,8 @@ def encode_step(step: Step) -> bytes:
     arrays += [
         np.array([step.step_id], np.int32),
         step.kv_copies,
+        step.saved_blocks,
+        step.loaded_blocks,
         step.slots,
         step.cu_seqlens_q,
         step.token_ids,
@@ -57,9 +60,13 @@ def decode_step(message: bytes) -> Step:
         for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)
     ]
     groups = [_GROUP_ARRAYS * group for group in range(num_groups)]
-    step_id, kv_copies, slots, cu_seqlens_q, token_ids, positions, position_ids, *drawn = arrays[
-        _GROUP_ARRAYS * num_groups :
+    step_id, *pairs, slots, cu_seqlens_q, token_ids, positions, position_ids = arrays[
+        _GROUP_ARRAYS * num_groups : -_DRAWN_ARRAYS
     ]
+    kv_copies, saved_blocks, loaded_blocks = (
+        None if array is None else array.reshape(-1, 2) for array in pairs
+    )
+    drawn = arrays[-_DRAWN_ARRAYS:]
     return Step(
         step_id=int(_there(step_id)[0]),
         finished_slots=_EMPTY,
@@ -68,7 +75,9 @@ def decode_step(message: bytes) -> Step:
             TableUpdate(*(_there(array) for array in arrays[first : first + 3])) for first in groups
         ),
         block_copies=tuple(_there(arrays[first + 3]).reshape(-1, 2) for first in groups),
-        kv_copies=None if kv_copies is None else kv_copies.reshape(-1, 2),
+        kv_copies=kv_copies,
+        saved_blocks=saved_blocks,
+        loaded_blocks=loaded_blocks,
         slots=_there(slots),
         cu_seqlens_q=_there(cu_seqlens_q),
         token_ids=_there(token_ids),

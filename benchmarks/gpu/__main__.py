@@ -5,7 +5,8 @@
 Sections, each a table and DIR/SECTION.json: `check` (every kernel against its twin, fp32, fp16 and
 bf16), `rates` (what a cost model must know of the card), `attention`, `rowwise`, `sampling` and
 `moe` (shares of bandwidth and matrix rate), and, only when named, `tune` (other tile shapes),
-`parity` (SmolLM2's tokens against transformers') and `engine` (whole jobs on random weights).
+`parity` (SmolLM2's tokens against transformers'), `engine` (whole jobs on random weights) and
+`swap` (keys and values that go to the host).
 `check` takes at most half of the budget; what it did not reach counts as failed. After a failed
 check the exit status is 1 and the JSON of the others says so: such speeds are for finding the
 fault, they are no results. Needs torch, triton, numpy and numba; `parity` also safetensors,
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 SECTIONS = ("check", "rates", "attention", "rowwise", "sampling", "moe")
-ALL_SECTIONS = (*SECTIONS, "tune", "parity", "engine")
+ALL_SECTIONS = (*SECTIONS, "tune", "parity", "engine", "swap")
 
 
 def main() -> int:

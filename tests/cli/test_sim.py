@@ -86,6 +86,10 @@ def test_a_file_on_a_device_and_on_this_machine(
         ([*SMALL, "--shape", "GPT-9"], "must be one of Llama-3-8B"),
         ([*SMALL, "--order", "best"], "best"),
         ([*SMALL, "--kv-tokens", "64"], "room for 64"),
+        (
+            ["--device", "this", "--model", "smollm2", *SMALL[2:], "--swap-space", "1G"],
+            "data sheet",
+        ),
         (["--workload", "chess", "--shape", "Llama-3-8B"], "chat, documents"),
         (["--shape", "Llama-3-70B", "--workload", "chat"], "use more devices"),
     ],

@@ -46,15 +46,19 @@ def device_engine(
     graphs=True,
     num_programs=(8, 4),
     made: Callable[[DeviceExecutor], None] = lambda executor: None,
+    regroup: Callable[[list[KVGroup]], list[KVGroup]] = lambda groups: groups,
     **settings,
 ) -> Engine:
-    """An engine like build_engine's, with a DeviceExecutor on the CPU."""
+    """An engine like build_engine's, with a DeviceExecutor on the CPU.
+
+    `regroup` changes the KV groups: a host has room on a CPU too.
+    """
     settings = {"device": "cpu", "num_threads": 1, "look_ahead": 1, **settings}
 
     def build(model, config, *, vocab_size, ranks):
         windows, group_of_layer = windows_of_layers([s.window for s in model.attention_specs])
         sizes = bytes_of_blocks(model.attention_specs, group_of_layer, config, torch.float32)
-        groups = config.kv_groups(windows, sizes)
+        groups = regroup(config.kv_groups(windows, sizes))
         executor = DeviceExecutor(
             model,
             groups,

@@ -77,6 +77,24 @@ def test_seconds_of_a_step() -> None:
     assert CostModel(SHAPE, HARDWARE).seconds(step) == pytest.approx(parts.total)
 
 
+def test_blocks_that_are_copied_to_the_host_take_their_time() -> None:
+    """A block of 32 tokens has 32 x 6 elements of 2 bytes: 0.3 seconds at 1,280 bytes/s."""
+    hardware = replace(HARDWARE, host_bytes_per_s=1280.0)
+    model = CostModel(SHAPE, hardware, kv_bytes=2)
+    step = make_step([(0, 3)], [])
+    swaps = replace(step, saved_blocks=np.zeros((2, 2)), loaded_blocks=np.zeros((1, 2)))
+    assert model.block_copy_s == pytest.approx(0.3)
+    assert model.seconds(swaps) == pytest.approx(model.seconds(step) + 3 * 0.3)
+    assert CostModel(SHAPE, HARDWARE).seconds(swaps) == model.seconds(step)
+
+
+@pytest.mark.parametrize(("bytes_per_s", "pays"), [(0.0, False), (49.0, False), (51.0, True)])
+def test_swapping_pays_where_two_copies_are_faster_than_computing(bytes_per_s, pays) -> None:
+    """32 tokens of 96 FLOPs at 100 FLOP/s take 30.7 s, two copies of 768 bytes 1,536 / rate."""
+    hardware = replace(HARDWARE, host_bytes_per_s=bytes_per_s)
+    assert CostModel(SHAPE, hardware).swap_pays == pays
+
+
 def test_a_single_token_waits_for_its_keys_and_many_do_not() -> None:
     """24 bytes a key at 12 bytes/s: 2 s a key, against 24 FLOPs a pair at 50 FLOP/s: 0.48 s."""
     hardware = replace(HARDWARE, kv_bytes_per_s=12.0)

@@ -122,10 +122,11 @@ def crowded_job(
     return harness
 
 
+@pytest.mark.parametrize("num_host_blocks", [None, 3, 100])
 @pytest.mark.parametrize("seed", range(30))
-def test_nothing_is_preempted_when_lengths_are_known(seed: int) -> None:
-    """Forks, chunked prompts, windows, late results and shared blocks included."""
-    harness = crowded_job(seed, is_misjudged=False)
+def test_nothing_is_preempted_when_lengths_are_known(seed, num_host_blocks) -> None:
+    """Forks, chunked prompts, windows, late results, shared blocks and a host included."""
+    harness = crowded_job(seed, is_misjudged=False, num_host_blocks=num_host_blocks)
     harness.run()
     assert harness.scheduler.stats.num_preemptions == 0
     assert harness.scheduler.stats.num_recomputed_tokens == 0

@@ -156,9 +156,11 @@ def test_what_is_forgotten_before_it_is_saved_is_not_copied() -> None:
     assert host.num_saved == 2
 
 
-def test_what_a_step_is_about_to_write_cannot_be_saved_yet() -> None:
+def test_what_a_step_is_about_to_load_cannot_be_saved_by_it() -> None:
     host = HostMemory(2, 10)
-    host.will_be_written(ids(3))
-    assert host.can_save(ids(2, 3)).tolist() == [True, False]
+    host.load(host.save(ids(5)), ids(3))
+    assert host.is_coming(ids(2, 3)).tolist() == [False, True]
+    with pytest.raises(AssertionError):
+        host.save(ids(3))
     host.take_changes()
-    assert host.can_save(ids(2, 3)).all()
+    host.save(ids(3))

@@ -58,6 +58,8 @@ def equal(a, b) -> bool:
         {},
         {"kv_copies": numbers(4, 2), "position_ids": numbers(7) + 20},
         {"kv_copies": numbers(0, 2)},
+        {"saved_blocks": numbers(3, 2), "loaded_blocks": numbers(1, 2) + 9},
+        {"loaded_blocks": numbers(0, 2)},
         {"score_tokens": numbers(0), "sample_tokens": numbers(0), "sample_slots": numbers(0)},
     ],
 )

@@ -45,7 +45,9 @@ def build_device_executor(
                 module.stack()
     graphs: Graphs = CudaGraphs() if on_gpu else Rerun()
     measures = measure and on_gpu
-    first = [KVGroup(window, 2) for window in windows]
+    # The host's blocks are there from the start, for their buffers take memory of the device.
+    num_host_blocks = config.num_host_blocks(windows, sizes)
+    first = [KVGroup(window, 2, num_host_blocks) for window in windows]
     groups = first if measures else config.kv_groups(windows, sizes)
     executor = DeviceExecutor(
         model,

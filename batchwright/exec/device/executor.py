@@ -27,6 +27,7 @@ from batchwright.attention.device import (
 )
 from batchwright.attention.spec import AttentionSpec
 from batchwright.exec.device.graphs import Compute, Graphs
+from batchwright.exec.device.host_blocks import HostBlocks
 from batchwright.exec.device.layout import Array, Layout
 from batchwright.exec.device.sampler import DeviceSampler, HostSampler, Sampler, greedy
 from batchwright.exec.device.shapes import (
@@ -51,6 +52,9 @@ from batchwright.tensor_parallel.ranks import Ranks
 
 UPLOAD_BYTES = 4 << 20
 """Of a step's inputs; 2,048 tokens of prompts take about 300 KiB. Larger ones get memory then."""
+
+
+NO_BLOCKS = torch.empty(0, dtype=torch.int64)
 
 
 class GraphKey(NamedTuple):
@@ -177,6 +181,7 @@ class DeviceExecutor:
         self._sizes = graph_tokens(max_graph_tokens) if graphs is not None else []
         self._captured: dict[GraphKey, Compute | None] = {}
         self._layouts: dict[GraphKey, tuple[Layout, list[WorkSizes]]] = {}
+        self._host: HostBlocks | None = None
         self.num_replayed = 0
         """Steps that were computed as a graph."""
         self.allocate(groups)
@@ -211,6 +216,8 @@ class DeviceExecutor:
         for group, index in zip(self._group_of_layer, index_in_group, strict=True):
             keys, values = self._kv[group][index]
             self._layer_kv.append((keys, values))
+        if groups[0].num_host_blocks and self._host is None:
+            self._host = HostBlocks(self._kv[0], groups[0].num_host_blocks)
 
     @torch.inference_mode()
     def execute(self, step: Step) -> Pending:
@@ -342,6 +349,8 @@ class DeviceExecutor:
         """Block tables, copies of keys and values, and what new sequences want drawn."""
         if self._draws:
             self._sampler.apply(views)
+        if step.num_swapped:
+            self._save(step, views)
         for group, (table, kv) in enumerate(zip(self._tables, self._kv, strict=True)):
             if f"table_ids.{group}" in views:
                 ids, places = views[f"table_ids.{group}"], views[f"table_places.{group}"]
@@ -349,11 +358,25 @@ class DeviceExecutor:
             if f"copied_blocks.{group}" in views:
                 source, destination = views[f"copied_blocks.{group}"]
                 kv.index_copy_(2, destination, kv.index_select(2, source))
+            if "loaded_blocks" in views:
+                self._load(step, views)
             if "copied_tokens" in views:
                 source, destination = views["copied_tokens"]
                 block, to_block = source // self._block_size, destination // self._block_size
                 offset, to_offset = source % self._block_size, destination % self._block_size
                 kv[:, :, to_block, :, to_offset] = kv[:, :, block, :, offset]
+
+    def _save(self, step: Step, views: dict[str, torch.Tensor]) -> None:
+        """Copy blocks to the host, perhaps none."""
+        assert self._host is not None and step.saved_blocks is not None
+        self._host.save(
+            self._kv[0], views.get("saved_blocks", NO_BLOCKS), step.saved_blocks[:, 1].tolist()
+        )
+
+    def _load(self, step: Step, views: dict[str, torch.Tensor]) -> None:
+        """Copy blocks back from the host."""
+        assert self._host is not None and step.loaded_blocks is not None
+        self._host.load(self._kv[0], step.loaded_blocks[:, 0].tolist(), views["loaded_blocks"])
 
     # Computing -------------------------------------------------------------------------------
 
@@ -527,6 +550,10 @@ def _changes(step: Step, block_tables: Sequence[Int32Array]) -> dict[str, Array]
             changes[f"table_ids.{group}"] = table[update.slots, update.indices]
         if len(copies):
             changes[f"copied_blocks.{group}"] = copies.T.astype(np.int64)
+    if step.saved_blocks is not None and len(step.saved_blocks):
+        changes["saved_blocks"] = step.saved_blocks[:, 0].astype(np.int64)
+    if step.loaded_blocks is not None and len(step.loaded_blocks):
+        changes["loaded_blocks"] = step.loaded_blocks[:, 1].astype(np.int64)
     if step.kv_copies is not None:
         changes["copied_tokens"] = step.kv_copies.T.astype(np.int64)
     if len(step.sample_slots):
