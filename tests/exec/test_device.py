@@ -310,7 +310,7 @@ def test_copies_of_tokens_and_blocks(tmp_path):
     executor._kv[0].copy_(before)
     blocks = torch.tensor([[0, 1], [1, 2]]).T
     tokens = torch.tensor([[3 * 32 + 5, 1], [7, 40]]).T
-    step = type("S", (), {})()
+    step = type("S", (), {"num_swapped": 0})()
     executor._apply(step, {"copied_blocks.0": blocks})
     expected = before.clone()
     expected[:, :, 1], expected[:, :, 2] = before[:, :, 0], before[:, :, 1]
