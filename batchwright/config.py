@@ -19,6 +19,8 @@ DEFAULT_MAX_MODEL_LEN = 8192
 KV_SHARE_OF_FREE_MEMORY = 0.5
 DEVICES = ("auto", "cpu", "cuda")
 AUTO_ORDER = "auto"
+KV_BACKENDS = {"bfloat16": "numba_bf16", "int8": "numba_int8"}
+"""Attention backends that keep keys and values in fewer bits, by kv_cache_dtype."""
 
 _COUNTS = (
     "max_model_len",
@@ -52,8 +54,9 @@ class EngineConfig:
             process with tensor parallelism; None: they are computed again when they are needed.
             Used where copying is sooner done (docs/gpu.md).
         block_size: tokens per KV block, a multiple of 32.
-        kv_cache_dtype: "bfloat16": keys and values take half the memory on a CPU, lossy
-            (docs/int8.md); "auto": float32 on a CPU, the model's dtype on a GPU.
+        kv_cache_dtype: "bfloat16" or "int8": keys and values take half the memory on a CPU, or a
+            little more than a quarter, lossy (docs/int8.md); "auto": float32 on a CPU, the model's
+            dtype on a GPU.
         prefix_sharing: prompts with a common beginning compute and store it once.
         order: in which order rows start, a file of `batchwright/plan/orders`, or "auto", which
             measures the machine and tries them on a sample of the rows, if there is enough to do.
@@ -162,7 +165,7 @@ class EngineConfig:
             prefix_sharing=self.prefix_sharing,
             order=self.order,
             length_predictor=self.length_predictor,
-            attention="numba_bf16" if self.kv_cache_dtype == "bfloat16" else self.attention,
+            attention=KV_BACKENDS.get(self.kv_cache_dtype, self.attention),
             seed=self.seed,
             num_threads=min(self.num_threads or max(num_cores // size, 1), num_cores),
             look_ahead=look_ahead,
@@ -221,9 +224,9 @@ class EngineConfig:
                 f"quantize is {self.quantize}, which is for the CPU, and device is cuda; leave one "
                 "of them out"
             )
-        if self.kv_cache_dtype not in ("auto", "bfloat16"):
+        if self.kv_cache_dtype not in ("auto", *KV_BACKENDS):
             problems.append(
-                f"kv_cache_dtype is {self.kv_cache_dtype!r:.60}, must be auto or bfloat16"
+                f"kv_cache_dtype is {self.kv_cache_dtype!r:.60}, must be auto, bfloat16 or int8"
             )
         elif self.kv_cache_dtype != "auto" and self.attention != "numba":
             problems.append(

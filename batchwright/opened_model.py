@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from batchwright import techniques
-from batchwright.config import EngineConfig, ResolvedConfig
+from batchwright.attention.backend import AttentionBackend
+from batchwright.config import KV_BACKENDS, EngineConfig, ResolvedConfig
 from batchwright.errors import ConfigError
 from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
 from batchwright.exec.machine_cost import with_useful_swap
@@ -41,7 +42,7 @@ class OpenedModel:
         config: the engine's settings, settled.
         model_config: as `models.loader.read_config` returns it.
         groups: KV groups with the pool sizes that the engine will have.
-        kv_dtype: of keys and values.
+        kv_element_bytes: that a component of a key or value takes.
         free_memory_bytes: when it was opened.
     """
 
@@ -52,7 +53,7 @@ class OpenedModel:
     model_config: dict[str, Any]
     shape: ModelShape
     groups: list[KVGroup]
-    kv_dtype: torch.dtype
+    kv_element_bytes: float
     free_memory_bytes: int
 
     @property
@@ -105,10 +106,13 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
         num_gpus=num_gpus(),
     )
     config = with_useful_swap(config, shape)
-    kv_dtype: torch.dtype = getattr(torch, config.dtype)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    kv_element_bytes = float(dtype.itemsize)
     if config.device == "cpu":
-        backend = techniques.find("attention.backends", config.attention).Backend()
-        kv_dtype = backend.kv_dtype(kv_dtype)
+        backend: AttentionBackend = techniques.find(
+            "attention.backends", config.attention
+        ).Backend()
+        kv_element_bytes = backend.element_bytes(dtype, shape.attention[0].head_dim)
     block_elements = [one.kv_elements // size * config.block_size for one in shape.attention]
     return OpenedModel(
         path=path,
@@ -119,9 +123,9 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
         shape=shape,
         groups=config.kv_groups(
             [one.window for one in shape.attention],
-            [elements * kv_dtype.itemsize for elements in block_elements],
+            [round(elements * kv_element_bytes) for elements in block_elements],
         ),
-        kv_dtype=kv_dtype,
+        kv_element_bytes=kv_element_bytes,
         free_memory_bytes=free_memory_bytes,
     )
 
@@ -173,7 +177,8 @@ def _division(config: ResolvedConfig) -> dict[str, Any]:
 
 def _kv_rounding(config: ResolvedConfig) -> dict[str, Any]:
     """Jobs without any have no such entry."""
-    return {"kv_cache_dtype": "bfloat16"} if config.attention == "numba_bf16" else {}
+    found = [dtype for dtype, backend in KV_BACKENDS.items() if backend == config.attention]
+    return {"kv_cache_dtype": found[0]} if found else {}
 
 
 def _quantisation(config: ResolvedConfig) -> dict[str, Any]:

@@ -62,14 +62,15 @@ class KVLayer(Protocol):
 class AttentionBackend(Protocol):
     """Rotates, writes KV and attends for one layer of a ragged step."""
 
-    def kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The type in which a model of `dtype` has its keys and values kept."""
+    def element_bytes(self, dtype: torch.dtype, head_dim: int) -> float:
+        """Bytes that a component of a key or value of a model of `dtype` takes, with its share of
+        what is kept once for all of a head's."""
         ...
 
     def allocate(
         self, spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> KVLayer:
-        """KV memory of one layer; pages are touched when first written."""
+        """KV memory of one layer of a model of `dtype`; pages are touched when first written."""
         ...
 
     def rows_per_load(self, num_q_heads: int, num_kv_heads: int) -> int:
@@ -104,9 +105,9 @@ class AttentionBackend(Protocol):
         ...
 
 
-def block_bytes(spec: AttentionSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block of one layer, keys and values."""
-    return 2 * spec.num_kv_heads * spec.head_dim * block_size * dtype.itemsize
+def block_bytes(spec: AttentionSpec, block_size: int, element_bytes: float) -> int:
+    """Bytes of one block of one layer, keys and values, whose components take `element_bytes`."""
+    return round(2 * spec.num_kv_heads * spec.head_dim * block_size * element_bytes)
 
 
 def view_numpy(tensor: torch.Tensor) -> np.ndarray:

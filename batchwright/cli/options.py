@@ -37,6 +37,7 @@ class KVCacheDtypeName(StrEnum):
 
     auto = "auto"
     bfloat16 = "bfloat16"
+    int8 = "int8"
 
 
 InputPath = Annotated[
@@ -120,7 +121,7 @@ Quantize = Annotated[
 KVCacheDtype = Annotated[
     KVCacheDtypeName,
     typer.Option(
-        help="Keys and values on the CPU; bfloat16: half the memory, lossy; docs/int8.md."
+        help="Keys and values on the CPU in half the memory or a quarter, lossy; docs/int8.md."
     ),
 ]
 Seed = Annotated[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from batchwright import kernels, techniques
@@ -34,10 +36,11 @@ def build_executor(
     if config.device == "cuda":
         return build_device_executor(model, config, vocab_size=vocab_size, ranks=ranks)
     backend: AttentionBackend = techniques.find("attention.backends", config.attention).Backend()
-    kv_dtype = backend.kv_dtype(getattr(torch, config.dtype))
+    element_bytes = partial(backend.element_bytes, getattr(torch, config.dtype))
     specs = model.attention_specs
     windows, group_of_layer = windows_of_layers([spec.window for spec in specs])
-    groups = config.kv_groups(windows, bytes_of_blocks(specs, group_of_layer, config, kv_dtype))
+    sizes = bytes_of_blocks(specs, group_of_layer, config, element_bytes)
+    groups = config.kv_groups(windows, sizes)
     executor = LocalExecutor(
         model,
         backend,
@@ -47,7 +50,6 @@ def build_executor(
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         vocab_size=vocab_size,
-        kv_dtype=kv_dtype,
         ranks=ranks,
     )
     return executor, groups, config

@@ -101,7 +101,7 @@ def measure_steps(
         form: how fp32 weights of the layers are stored.
     """
     backend: AttentionBackend = techniques.find("attention.backends", attention).Backend()
-    kv_itemsize = backend.kv_dtype(dtype).itemsize
+    kv_itemsize = backend.element_bytes(dtype, shape.attention[0].head_dim)
     make = partial(_Slice, config, shape, backend, dtype, quantize, form)
     num_layers = max(NUM_LAYERS, int(WEIGHTS * shape.num_layers / _weights(shape)))
     num_layers = min(num_layers, shape.num_layers)
@@ -140,7 +140,7 @@ def _weights(shape: ModelShape) -> int:
     return sum(one.in_features * one.out_features * one.num_weights for one in shape.products)
 
 
-def _equation(step: Step, shape: ModelShape, kv_itemsize: int) -> list[float]:
+def _equation(step: Step, shape: ModelShape, kv_itemsize: float) -> list[float]:
     """How many steps, tokens, draws, bytes and FLOPs of attention a step is."""
     pairs, read = row_keys(step, shape.attention)
     if step.num_rows < step.num_tokens:
@@ -168,8 +168,8 @@ class _Slice:
         form: str,
         num_layers: int,
     ) -> None:
-        kv_dtype = backend.kv_dtype(dtype)
-        token_bytes = shape.kv_elements_per_token() * kv_dtype.itemsize
+        element_bytes = backend.element_bytes(dtype, shape.attention[0].head_dim)
+        token_bytes = shape.kv_elements_per_token() * element_bytes
         layers_bytes = token_bytes * num_layers / shape.num_layers
         blocks = int(KV_BYTES / (layers_bytes * BLOCK_SIZE * FAR_ROWS))
         self._blocks_per_row = min(max(blocks, 2), FAR // BLOCK_SIZE)
@@ -196,7 +196,6 @@ class _Slice:
             max_num_seqs=MANY,
             max_model_len=self.far,
             vocab_size=shape.vocab_size,
-            kv_dtype=kv_dtype,
         )
         for layer in self._executor._kv_layers:  # pages never written are not read from memory
             for values in (layer.keys, layer.values):  # type: ignore[attr-defined]

@@ -37,7 +37,6 @@ class LocalExecutor:
         max_num_seqs: slots.
         max_model_len: most tokens of a sequence.
         vocab_size: columns of the logits.
-        kv_dtype: type of keys and values.
         ranks: those that have the model together. Beside rank 0 they get Steps without what only
             drawing needs, and take the drawn tokens over; nobody reads their results.
     """
@@ -53,7 +52,6 @@ class LocalExecutor:
         max_num_seqs: int,
         max_model_len: int,
         vocab_size: int,
-        kv_dtype: torch.dtype,
         ranks: Ranks | None = None,
     ) -> None:
         self._model = model
@@ -63,7 +61,7 @@ class LocalExecutor:
         self._group_of_layer = group_of_layer
         self._block_size = block_size
         self._kv_layers = [
-            backend.allocate(spec, groups[group].num_blocks, block_size, kv_dtype)
+            backend.allocate(spec, groups[group].num_blocks, block_size, model.dtype)
             for spec, group in zip(model.attention_specs, group_of_layer, strict=True)
         ]
         max_blocks = -(-max_model_len // block_size)

@@ -72,7 +72,7 @@ def machine_cost(
         shape,
         hardware,
         _bytes_per_weight(dtype, config, forms),
-        backend.kv_dtype(dtype).itemsize,
+        backend.element_bytes(dtype, heads.head_dim),
         backend.rows_per_load(heads.num_q_heads, heads.num_kv_heads),
     )
 

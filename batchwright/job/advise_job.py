@@ -197,7 +197,7 @@ class Advisor:
     def _new_simulation(self, replica_size: int) -> Trials:
         model, device = self.model, self.question.device
         if device is None:
-            return Trials(self.job, model.shape, model.config, self._cost, model.kv_dtype.itemsize)
+            return Trials(self.job, model.shape, model.config, self._cost, model.kv_element_bytes)
         shape = self.question.model_shape or model.shape
         element_bytes = self._element_bytes
         hardware = device_hardware(device, shape, element_bytes, num_devices=replica_size)

@@ -326,8 +326,8 @@ def _memory(
     model: OpenedModel, engine: EngineSizes, columns: RowColumns, lengths: OutputLengths
 ) -> Memory:
     pairs = zip(model.shape.attention, model.groups, strict=True)
-    kv_token_bytes = model.kv_dtype.itemsize * engine.block_size
-    kv_bytes = sum(one.kv_elements * group.num_blocks * kv_token_bytes for one, group in pairs)
+    block_bytes = model.kv_element_bytes * engine.block_size
+    kv_bytes = round(sum(one.kv_elements * group.num_blocks * block_bytes for one, group in pairs))
     likely = columns.num_prompt + lengths.likely
     mean = int(likely.mean()) if len(columns) else 0
     return Memory(

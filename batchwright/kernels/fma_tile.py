@@ -46,7 +46,7 @@ def fma_tile(
 ) -> Any:
     """c[:rows, :8*vectors] (+)= a[:rows, :length] @ b[:length, :8*vectors], all fp32.
 
-    b may be uint16, the bits of bf16 numbers, which become fp32 as they are loaded.
+    b may be uint16, the bits of bf16 numbers, or int8; both become fp32 as they are loaded.
 
     `rows`, `vectors` and `accumulate` are compile-time constants. Offsets and strides count
     elements; a stride is the distance between rows, and elements of a row are contiguous.
@@ -67,6 +67,8 @@ def fma_tile(
             row = builder.gep(b_at, [builder.mul(k, args[8])])
             if signature.args[6].dtype == types.uint16:
                 return load_bf16(builder, row, lanes)
+            if signature.args[6].dtype == types.int8:
+                return load_int8(builder, row, lanes)
             return _load(builder, row, ir.VectorType(_F32, lanes))
 
         build_tile(
@@ -142,6 +144,15 @@ def load_bf16(builder: Any, address: Any, lanes: int) -> Any:
     bits.align = 2
     high = builder.shl(builder.zext(bits, wide), ir.Constant(wide, [_I32(16)] * lanes))
     return builder.bitcast(high, ir.VectorType(_F32, lanes))
+
+
+def load_int8(builder: Any, address: Any, lanes: int) -> Any:
+    """Numbers of 8 bits at an address, exactly as fp32."""
+    narrow = ir.VectorType(ir.IntType(8), lanes)
+    numbers = builder.load(builder.bitcast(address, narrow.as_pointer()))
+    numbers.align = 1
+    wide = builder.sext(numbers, ir.VectorType(_I32, lanes))
+    return builder.sitofp(wide, ir.VectorType(_F32, lanes))
 
 
 def _load(builder: Any, address: Any, wide: Any) -> Any:

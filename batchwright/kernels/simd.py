@@ -169,12 +169,14 @@ def prefetch(typingctx: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic
 def stored(typingctx: Any, array: Any, value: Any) -> Any:
-    """An fp32 number as an element of an array: itself, or in one of uint16 the bits of the nearest
-    bf16, ties to even."""
+    """An fp32 number as an element of an array: itself, in one of uint16 the bits of the nearest
+    bf16, or in one of int8 a whole number, which it must be."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if signature.return_type == types.float32:
             return args[1]
+        if signature.return_type == types.int8:
+            return builder.fptosi(args[1], ir.IntType(8))
         bits = builder.bitcast(args[1], _I32)
         odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
         rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))

@@ -154,7 +154,7 @@ class CostModel:
     shape: ModelShape
     hardware: Hardware
     weight_bytes: float = 4
-    kv_bytes: int = 4
+    kv_bytes: float = 4
     rows_per_load: int = 1
     block_size: int = BLOCK_SIZE
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
+from batchwright.attention.backend import AttentionBatch, GroupBatch, block_bytes
+from batchwright.attention.spec import AttentionSpec
 from batchwright.config import EngineConfig
 from batchwright.errors import ConfigError
 from batchwright.opened_model import open_model
+from batchwright.techniques import find
 from tests.engine.harness import mixed_job, run
 from tests.engine.test_parity import check_against_reference
 from tests.models.reference import make_checkpoint
@@ -31,36 +37,98 @@ def test_bf16_chooses_what_transformers_in_bf16_finds_nearly_best(tmp_path):
     check_against_reference("llama", outcome, model, tie=0.5)
 
 
-def test_keys_and_values_in_bf16_change_no_token_by_the_batch(tmp_path):
-    make_checkpoint("llama", tmp_path)
-    together = run(tmp_path, mixed_job(), kv_cache_dtype="bfloat16")
-    in_parts = run(
-        tmp_path,
-        mixed_job(),
-        kv_cache_dtype="bfloat16",
-        max_num_seqs=3,
-        max_num_batched_tokens=17,
-        prefix_sharing=False,
-    )
-    assert together.tokens() == in_parts.tokens()
-    plain = run(tmp_path, mixed_job()).tokens()
-    same = sum(a == b for a, b in zip(together.tokens(), plain, strict=True))
-    assert same >= len(plain) / 2, "rounded to 8 bits, most greedy rows of a tiny model stay"
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "int8"])
+def test_keys_and_values_in_fewer_bits_change_nothing_by_the_batch(name, kv_cache_dtype, tmp_path):
+    """Bits of log-probabilities, in other batches, in little memory, and without sharing."""
+    make_checkpoint(name, tmp_path)
+    together = run(tmp_path, scored_job(), kv_cache_dtype=kv_cache_dtype)
+    for settings in (
+        {"max_num_seqs": 3, "max_num_batched_tokens": 17, "prefix_sharing": False},
+        {"max_num_seqs": 5, "max_num_batched_tokens": 64, "kv_tokens": 640},
+    ):
+        other = run(tmp_path, scored_job(), kv_cache_dtype=kv_cache_dtype, **settings)
+        assert other.tokens() == together.tokens()
+        assert logprobs_of(other) == logprobs_of(together)
+    plain = run(tmp_path, scored_job())
+    assert logprobs_of(plain) != logprobs_of(together), "they are rounded"
+    first = {id: rows[0][0] for id, rows in logprobs_of(plain).items()}
+    errors = [abs(rows[0][0] - first[id]) for id, rows in logprobs_of(together).items()]
+    assert 0 < np.mean(errors) < 0.1, "of the first token of each row"
 
 
-def test_bf16_halves_what_a_token_takes():
+def scored_job():
+    return [
+        dataclasses.replace(request, params=dataclasses.replace(request.params, logprobs=0))
+        for request in mixed_job()
+    ]
+
+
+def logprobs_of(outcome) -> dict[str, list[list[float]]]:
+    return {
+        id: [[token.logprob for token in output.logprobs] for output in result.outputs]
+        for id, result in outcome.results.items()
+    }
+
+
+@pytest.mark.parametrize(("dtype", "element_bytes"), [("bfloat16", 2.0), ("int8", 1 + 4 / 64)])
+def test_what_a_token_takes(dtype, element_bytes):
     settings = {"kv_cache_bytes": 2**28, "max_model_len": 256}
     plain = open_model("smollm2", settings)
-    half = open_model("smollm2", settings | {"kv_cache_dtype": "bfloat16"})
-    assert (half.kv_dtype, plain.kv_dtype) == (torch.bfloat16, torch.float32)
-    assert half.groups[0].num_blocks == 2 * plain.groups[0].num_blocks
-    assert half.identity() == plain.identity() | {"kv_cache_dtype": "bfloat16"}
+    narrow = open_model("smollm2", settings | {"kv_cache_dtype": dtype})
+    assert (narrow.kv_element_bytes, plain.kv_element_bytes) == (element_bytes, 4.0)
+    block_elements = 30 * 2 * 3 * 64 * 32
+    assert narrow.groups[0].num_blocks == 2**28 // (block_elements * element_bytes)
+    backend = find("attention.backends", narrow.config.attention).Backend()
+    spec = AttentionSpec(layer=0, num_q_heads=9, num_kv_heads=3, head_dim=64, scale=1.0)
+    layer = backend.allocate(spec, 2, 32, torch.float32)
+    num_bytes = layer.keys.nbytes + layer.values.nbytes
+    assert num_bytes == 2 * block_bytes(spec, 32, element_bytes)
+    assert narrow.identity() == plain.identity() | {"kv_cache_dtype": dtype}
+
+
+@pytest.mark.parametrize("name", ["numba", "numba_bf16", "numba_int8"])
+def test_copied_tokens_and_blocks_are_the_same(name):
+    """Numbers and scales: what is attended to through the copy is what is through the first."""
+    spec = AttentionSpec(layer=0, num_q_heads=2, num_kv_heads=2, head_dim=16, scale=1.0)
+    backend = find("attention.backends", name).Backend()
+    torch.manual_seed(0)
+    kv = backend.allocate(spec, 6, 32, torch.float32)
+
+    def attend(table, position, write):
+        q, k, v = (torch.randn(1, 2, 16) * write for _ in range(3))
+        batch = AttentionBatch(
+            slots=np.zeros(1, np.int32),
+            cu_seqlens_q=np.array([0, 1], np.int32),
+            positions=np.array([position], np.int32),
+            position_ids=np.array([position], np.int32),
+            groups=(
+                GroupBatch(
+                    block_table=np.array([table], np.int32),
+                    slot_mapping=np.array(
+                        [table[position // 32] * 32 + position % 32 if write else -1], np.int32
+                    ),
+                ),
+            ),
+            block_size=32,
+        )
+        q = torch.linspace(-1, 1, 32).reshape(1, 2, 16) if not write else q
+        return backend.run(spec, 0, q.clone(), k, v, kv, backend.plan(batch))
+
+    for position in range(40):
+        attend([1, 2], position, write=10.0 ** (position % 5 - 2))
+    expected = attend([1, 2], 39, write=0)
+    kv.copy_blocks(np.array([[1, 4]], np.int32))
+    kv.copy_tokens(np.array([[2 * 32 + i, 5 * 32 + i] for i in range(8)], np.int32))
+    for one, other in zip(attend([4, 5], 39, write=0), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kv_cache_dtype": "int8"}, "must be auto or bfloat16"),
+        ({"kv_cache_dtype": "int4"}, "must be auto, bfloat16 or int8"),
+        ({"kv_cache_dtype": "int8", "attention": "torch_ref"}, "leave one of them out"),
         ({"kv_cache_dtype": "bfloat16", "attention": "torch_ref"}, "leave one of them out"),
     ],
 )
@@ -78,5 +146,5 @@ def test_a_card_keeps_its_own_format():
 
 def test_an_unknown_backend_is_a_clear_error(tmp_path):
     make_checkpoint("llama", tmp_path)
-    with pytest.raises(ConfigError, match="there are numba, numba_bf16, torch_ref"):
+    with pytest.raises(ConfigError, match="there are numba, numba_bf16, numba_int8, torch_ref"):
         run(tmp_path, [], attention="fast")

@@ -108,7 +108,7 @@ def test_no_order_changes_a_bit(order, tmp_path):
 def bytes_of_a_block(path) -> int:
     """KV bytes of one block in all layers."""
     model = load_model(open_checkpoint(path), dtype=torch.float32, max_positions=256)
-    return sum(block_bytes(spec, 32, torch.float32) for spec in model.attention_specs)
+    return sum(block_bytes(spec, 32, 4) for spec in model.attention_specs)
 
 
 def test_a_shared_prefix_is_computed_once(tmp_path):

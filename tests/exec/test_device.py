@@ -57,7 +57,7 @@ def device_engine(
 
     def build(model, config, *, vocab_size, ranks):
         windows, group_of_layer = windows_of_layers([s.window for s in model.attention_specs])
-        sizes = bytes_of_blocks(model.attention_specs, group_of_layer, config, torch.float32)
+        sizes = bytes_of_blocks(model.attention_specs, group_of_layer, config, lambda head_dim: 4)
         groups = regroup(config.kv_groups(windows, sizes))
         executor = DeviceExecutor(
             model,

@@ -16,7 +16,7 @@ import torch
 
 from batchwright.attention.backend import AttentionBatch, view_numpy
 from batchwright.attention.spec import AttentionSpec
-from batchwright.kernels.paged_attention.layout import cache_shapes
+from batchwright.kernels.paged_attention.layout import cache_shapes, scales_of
 from batchwright.kernels.paged_attention.numba import paged_attention
 from batchwright.kernels.paged_attention.plan import (
     AttentionPlan,
@@ -46,6 +46,9 @@ class NumbaKV:
         (source, to), (offset, to_offset) = divmod(pairs.T, self.keys.shape[3])
         self.keys[to, :, :, to_offset] = self.keys[source, :, :, offset]
         self.values[to, :, to_offset] = self.values[source, :, offset]
+        if self.keys.dtype == np.int8:
+            scales = scales_of(self.keys)
+            scales[to, :, :, to_offset] = scales[source, :, :, offset]
 
 
 @dataclass(slots=True, eq=False)
@@ -87,13 +90,19 @@ class Backend:
 
     stored_dtype: type[np.generic] = np.float32
 
-    def kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32
+    def element_bytes(self, dtype: torch.dtype, head_dim: int) -> float:
+        return 4.0
 
     def allocate(
         self, spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> NumbaKV:
-        shapes = cache_shapes(num_blocks, spec.num_kv_heads, spec.head_dim, block_size)
+        shapes = cache_shapes(
+            num_blocks,
+            spec.num_kv_heads,
+            spec.head_dim,
+            block_size,
+            has_scales=self.stored_dtype is np.int8,
+        )
         return NumbaKV(*(_zeros(shape, self.stored_dtype) for shape in shapes))
 
     def rows_per_load(self, num_q_heads: int, num_kv_heads: int) -> int:

@@ -18,5 +18,5 @@ class Backend(numba.Backend):
 
     stored_dtype = np.uint16
 
-    def kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.bfloat16
+    def element_bytes(self, dtype: torch.dtype, head_dim: int) -> float:
+        return 2.0

@@ -38,8 +38,8 @@ class TorchKV:
 class Backend:
     """The reference backend; see `attention/backend.py` for the contract."""
 
-    def kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype
+    def element_bytes(self, dtype: torch.dtype, head_dim: int) -> float:
+        return float(dtype.itemsize)
 
     def allocate(
         self, spec: AttentionSpec, num_blocks: int, block_size: int, dtype: torch.dtype

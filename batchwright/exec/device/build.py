@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,7 +38,8 @@ def build_device_executor(
     on_gpu = next(model.parameters()).is_cuda
     specs = model.attention_specs
     windows, group_of_layer = windows_of_layers([spec.window for spec in specs])
-    sizes = bytes_of_blocks(specs, group_of_layer, config, getattr(torch, config.dtype))
+    itemsize = getattr(torch, config.dtype).itemsize
+    sizes = bytes_of_blocks(specs, group_of_layer, config, lambda head_dim: itemsize)
     if on_gpu:
         for module in model.modules():
             if isinstance(module, SparseMoE):
@@ -80,10 +81,14 @@ def bytes_of_blocks(
     specs: Sequence[AttentionSpec],
     group_of_layer: Sequence[int],
     config: ResolvedConfig,
-    dtype: torch.dtype,
+    element_bytes: Callable[[int], float],
 ) -> list[int]:
-    """Bytes of one block in all layers of each KV group, with keys and values of `dtype`."""
+    """Bytes of one block in all layers of each KV group.
+
+    Args:
+        element_bytes: of a component of keys and values, by head_dim.
+    """
     totals = [0] * (max(group_of_layer) + 1)
     for spec, group in zip(specs, group_of_layer, strict=True):
-        totals[group] += block_bytes(spec, config.block_size, dtype)
+        totals[group] += block_bytes(spec, config.block_size, element_bytes(spec.head_dim))
     return totals

@@ -23,7 +23,7 @@ from batchwright.kernels.simd import LANES, div, horizontal_sum, load, mul, pref
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 F32 = np.float32
-CACHE_LINE = 16  # elements
+CACHE_LINE = 64  # bytes
 MANY_REGISTERS = get_host_cpu_features().get("avx512vl", False)
 """32 vector registers, so tiles of eight rows; with the 16 of AVX2 two or three rows are best."""
 
@@ -116,7 +116,9 @@ def _attend_keys(
 
     Keys outside [full_start, full_end) are seen by some entries only: each reads its own.
     """
-    num_kv_heads, head_dim, block_size = k_cache.shape[1], k_cache.shape[2], k_cache.shape[3]
+    num_kv_heads, key_rows, block_size = k_cache.shape[1], k_cache.shape[2], k_cache.shape[3]
+    head_dim = len(state.q) // len(state.row_max)
+    has_scales = k_cache.itemsize == 1
     padded_dim = v_cache.shape[3]
     slot = np.int64(plan.slots[start])
     first_row, end_row = (start - first_entry) * group, (end - first_entry) * group
@@ -126,12 +128,15 @@ def _attend_keys(
         sub_first, sub_end = max(tile, first // SUB * SUB), min(tile + TILE, last)
         for key in range(sub_first, sub_end, SUB):
             block = np.int64(block_table[slot, key // block_size])
-            k_at = (block * num_kv_heads + head) * head_dim * block_size + key % block_size
+            keys_at = (block * num_kv_heads + head) * key_rows * block_size
             if key + SUB < last:
                 block = np.int64(block_table[slot, (key + SUB) // block_size])
-                at = (block * num_kv_heads + head) * head_dim * block_size
+                at = (block * num_kv_heads + head) * key_rows * block_size
                 _prefetch(k_cache, at + (key + SUB) % block_size, head_dim, SUB, block_size)
-            _scores(state, first_row, end_row, key - tile, k_cache, k_at)
+            _scores(state, first_row, end_row, key - tile, k_cache, keys_at + key % block_size)
+            if has_scales:
+                at = keys_at + head_dim * block_size + 4 * (key % block_size)
+                _scale(state, first_row, end_row, key - tile, k_cache, at)
         weigh_tile(
             state, first_row, end_row, tile, plan.key_start, plan.key_end, first_entry, group,
             soft_cap,
@@ -139,6 +144,9 @@ def _attend_keys(
         for key in range(sub_first, sub_end, SUB):
             block = np.int64(block_table[slot, key // block_size])
             v_at = ((block * num_kv_heads + head) * block_size + key % block_size) * padded_dim
+            if has_scales:
+                at = ((block * num_kv_heads + head) * key_rows + head_dim + 4) * block_size
+                _scale(state, first_row, end_row, key - tile, k_cache, at + 4 * (key % block_size))
             if key + SUB < last:
                 block = np.int64(block_table[slot, (key + SUB) // block_size])
                 at = (block * num_kv_heads + head) * block_size + (key + SUB) % block_size
@@ -158,7 +166,7 @@ def _attend_keys(
 def _prefetch(cache: Any, at: int, num_rows: int, width: int, stride: int) -> None:
     """Ask for the next keys or values, which lie somewhere else: the processor cannot guess it."""
     for row in range(num_rows):
-        for i in range(0, width, CACHE_LINE):
+        for i in range(0, width, CACHE_LINE // cache.itemsize):
             prefetch(cache, at + row * stride + i)
 
 
@@ -180,7 +188,8 @@ def _scores(
     state: RowState, first_row: int, end_row: int, p_at: int, k_cache: Any, k_at: int
 ) -> None:
     """p[rows, p_at : p_at + 32] = q[rows] @ (32 keys from k_at)."""
-    q, p, dim, stride = state.q, state.p, k_cache.shape[2], k_cache.shape[3]
+    q, p, stride = state.q, state.p, k_cache.shape[3]
+    dim = len(q) // len(state.row_max)
     row = first_row
     while row < end_row:
         q_at, to = row * dim, row * TILE + p_at
@@ -200,6 +209,16 @@ def _scores(
         else:
             fma_tile(2, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
             row += 2
+
+
+@njit(error_model="numpy")
+def _scale(state: RowState, first_row: int, end_row: int, p_at: int, k_cache: Any, at: int) -> None:
+    """p[rows, p_at : p_at + 32] *= 32 scales, which lie at the byte `at`; rounded on its own."""
+    p = state.p
+    for i in range(0, SUB, LANES):
+        scales = load(k_cache, at + 4 * i)
+        for place in range(first_row * TILE + p_at + i, end_row * TILE, TILE):
+            store(p, place, mul(load(p, place), scales))
 
 
 @njit(error_model="numpy")

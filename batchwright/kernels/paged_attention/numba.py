@@ -18,6 +18,7 @@ from numba import njit, types
 from batchwright.errors import ShapeError
 from batchwright.kernels import get_num_threads
 from batchwright.kernels.paged_attention.item import attend_item
+from batchwright.kernels.paged_attention.layout import SCALE_ROWS
 from batchwright.kernels.paged_attention.online_softmax import RowState
 from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
 from batchwright.kernels.parallel import compile_task, next_task, run_tasks
@@ -47,7 +48,8 @@ def paged_attention(
     Args:
         q: [num_tokens, num_q_heads, head_dim] fp32 numpy array, rotated; tokens and heads may be
             strided (a view of a merged array), the last dimension is contiguous.
-        k_cache, v_cache: numpy arrays as layout.py says, both fp32 or both the bits of bf16.
+        k_cache, v_cache: numpy arrays as layout.py says, both fp32, both the bits of bf16 or both
+            int8.
         block_table: [max_slots, max_blocks] int32; only blocks that hold needed keys are read.
         plan: of this step and this layer's KV group (same group size and number of heads).
         scale: multiplies q . k.
@@ -62,9 +64,9 @@ def paged_attention(
     Exactness level *bits*, whatever the batch and the number of threads.
     """
     num_tokens, num_q_heads, head_dim = q.shape
-    _, num_kv_heads, k_dim, block_size = k_cache.shape
+    _, num_kv_heads, key_rows, block_size = k_cache.shape
     if (
-        k_dim != head_dim
+        key_rows != head_dim + (SCALE_ROWS if k_cache.itemsize == 1 else 0)
         or v_cache.shape[1:3] != (num_kv_heads, block_size)
         or out.shape != q.shape
         or lse.shape != (num_tokens, num_q_heads)
@@ -138,7 +140,11 @@ def _work_bf16(i, n, q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, l
     _attend(q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter)
 
 
-_WORK = {"float32": _work_fp32, "uint16": _work_bf16}
+def _work_int8(i, n, q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter):  # type: ignore[no-untyped-def]
+    _attend(q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter)
+
+
+_WORK = {"float32": _work_fp32, "uint16": _work_bf16, "int8": _work_int8}
 
 
 @njit(error_model="numpy")

@@ -14,12 +14,14 @@ from numba import njit, prange, types
 
 from batchwright.errors import ShapeError
 from batchwright.kernels import get_num_threads
+from batchwright.kernels.paged_attention.layout import SCALE_ROWS
 from batchwright.kernels.simd import (
     LANES,
     add,
     load,
     load_first,
     mul,
+    splat,
     store,
     store_first,
     stored,
@@ -51,8 +53,9 @@ def rotary_kv_write(
         q: [num_tokens, num_q_heads, head_dim] fp32 numpy array, changed in place.
         k, v: [num_tokens, num_kv_heads, head_dim] fp32. q, k and v may be views of one merged
             array: heads may be strided, the last dimension is contiguous.
-        k_cache, v_cache: as paged_attention/layout.py says; numbers become bf16 where these are,
-            rounded to the nearest.
+        k_cache, v_cache: as paged_attention/layout.py says. Where these are bf16 numbers are
+            rounded to the nearest; where they are int8 a key or value of one head becomes the
+            nearest multiples of its largest absolute component / 127, ties to even.
         positions: [num_tokens] int32, lines of the tables.
         slot_mapping: [num_tokens] int32: block_id * block_size + offset, or -1: do not write.
         cos, sin: [max_positions, rotary_dim / 2] fp32, rotary_dim <= head_dim; None: no rotation.
@@ -68,7 +71,8 @@ def rotary_kv_write(
     if (
         v.shape != k.shape
         or q.shape[::2] != k.shape[::2]
-        or k_cache.shape[1:3] != k.shape[1:]
+        or k_cache.shape[1] != num_kv_heads
+        or k_cache.shape[2] != head_dim + (SCALE_ROWS if k_cache.itemsize == 1 else 0)
         or v_cache.shape[1] != num_kv_heads
         or v_cache.shape[2] != k_cache.shape[3]
         or cos.shape != sin.shape
@@ -153,7 +157,7 @@ def _rows(
     """Tokens [start, end)."""
     _rotate_queries(q, positions, cos, sin, interleaved, start, end)
     _write_keys(k, k_cache, positions, slot_mapping, cos, sin, interleaved, start, end)
-    _write_values(v, v_cache, slot_mapping, start, end)
+    _write_values(v, k_cache, v_cache, slot_mapping, start, end)
 
 
 @njit
@@ -194,20 +198,50 @@ def _write_keys(
                 at = positions[token] * cos.shape[1]
                 _rotate(rotated, 0, rotated, 0, cos, sin, at, interleaved)
             block, offset = slot // block_size, slot % block_size
+            if k_cache.itemsize == 1:
+                _quantise(rotated, k_cache, block, head, head_dim, offset)
             for d in range(head_dim):
                 k_cache[block, head, d, offset] = stored(k_cache, rotated[d])
 
 
 @njit
-def _write_values(v: Any, v_cache: Any, slot_mapping: Any, start: int, end: int) -> None:
-    block_size = v_cache.shape[2]
+def _write_values(
+    v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, start: int, end: int
+) -> None:
+    block_size, head_dim = v_cache.shape[2], v.shape[2]
+    numbers = np.empty(head_dim, np.float32)
     for token in range(start, end):
         slot = slot_mapping[token]
         if slot >= 0:
             block, offset = slot // block_size, slot % block_size
             for head in range(v.shape[1]):
-                for d in range(v.shape[2]):
-                    v_cache[block, head, offset, d] = stored(v_cache, v[token, head, d])
+                for d in range(head_dim):
+                    numbers[d] = v[token, head, d]
+                if v_cache.itemsize == 1:
+                    _quantise(numbers, k_cache, block, head, head_dim + 4, offset)
+                for d in range(head_dim):
+                    v_cache[block, head, offset, d] = stored(v_cache, numbers[d])
+
+
+@njit
+def _quantise(x: Any, k_cache: Any, block: int, head: int, row: int, offset: int) -> None:
+    """Make x whole numbers from -127 to 127, and write what one of them stands for.
+
+    Where a component is not finite that is not either, so that whoever reads it finds out.
+
+    Args:
+        row: of k_cache, at which scales begin.
+    """
+    largest = np.float32(0.0)
+    for d in range(len(x)):
+        size = abs(x[d])
+        if size > largest or size != size:  # NaN stays
+            largest = size
+    inverse = np.float32(127.0) / largest if 0 < largest < np.inf else np.float32(0.0)
+    for d in range(len(x)):
+        x[d] = np.rint(x[d] * inverse) if inverse else np.float32(0.0)
+    at = ((block * k_cache.shape[1] + head) * k_cache.shape[2] + row) * k_cache.shape[3]
+    store_first(k_cache, at + 4 * offset, 1, splat(largest / np.float32(127.0)))
 
 
 @njit(forceinline=True)
