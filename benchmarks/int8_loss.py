@@ -1,8 +1,8 @@
-"""What do `--quantize int8` and `--kv-cache-dtype bfloat16` lose?
+"""What do `--quantize int8` and `--kv-cache-dtype` lose?
 
 Loss on SmolLM2, each variant against fp32: int8 as the engine makes it, with the 8-bit activations
 of processors that have VNNI and with the 7-bit ones of those that have only AVX2, and both with the
-output head left in fp32; and fp32 with keys and values in bf16.
+output head left in fp32; and fp32 with keys and values in bf16 and in int8.
 
 - Perplexity of the Python reference (`pydoc_data.topics`, part of every Python) and of this
   repository's own docs/*.md, in windows of 512 tokens.
@@ -14,7 +14,7 @@ output head left in fp32; and fp32 with keys and values in bf16.
 
 Needs what the tests need (`make setup`).
 
-    python -m benchmarks.int8_loss --windows 48
+    python -m benchmarks.int8_loss --windows 48 [--only "keys and values"]
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ class Variant(NamedTuple):
 VARIANTS = {
     "fp32": Variant(None),
     "keys and values in bf16": Variant(None, kv_cache_dtype="bfloat16"),
+    "keys and values in int8": Variant(None, kv_cache_dtype="int8"),
+    "int8, keys, values in int8": Variant(dot_tile.VNNI_512, kv_cache_dtype="int8"),
     "int8, 8-bit activations": Variant(dot_tile.VNNI_512),
     "int8, 7-bit activations": Variant(dot_tile.PAIRS_256),
     "int8, 8-bit, head in fp32": Variant(dot_tile.VNNI_512, exact_head=True),
@@ -177,14 +179,14 @@ def texts() -> dict[str, Callable[[], str]]:
     }
 
 
-def measure(count: int) -> list[dict[str, Any]]:
-    """A line for each variant, printed as it comes."""
+def measure(count: int, names: list[str]) -> list[dict[str, Any]]:
+    """A line for each variant, printed as it comes; the first is what others are compared with."""
     lines: list[dict[str, Any]] = []
     prompts: list[list[int]] = []
     plain: list[list[int]] = []
     labels: list[bool] = []
-    for name, variant in VARIANTS.items():
-        llm = load(variant)
+    for name in names:
+        llm = load(VARIANTS[name])
         line: dict[str, Any] = {"variant": name}
         for text_name, text in texts().items():
             line[f"{text_name}_perplexity"], line[f"{text_name}_tokens"] = perplexity(
@@ -192,7 +194,7 @@ def measure(count: int) -> list[dict[str, Any]]:
             )
         own_prompts, outputs = greedy(llm)
         line["accuracy"], answers = classify(llm)
-        if variant.way is None:
+        if not lines:
             prompts, plain, labels = own_prompts, outputs, answers
         same = [_common(a, b) for a, b in zip(plain, outputs, strict=True)]
         line["rows_same"] = sum(n == NUM_OUTPUT for n in same)
@@ -221,8 +223,10 @@ def main() -> None:
     """Measure, print the table and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=int, default=48, help="of 512 tokens, of each text")
+    parser.add_argument("--only", default="", help="variants whose names have this, and fp32")
     arguments = parser.parse_args()
-    lines = measure(arguments.windows)
+    names = [name for name in VARIANTS if name == "fp32" or arguments.only in name]
+    lines = measure(arguments.windows, names)
     print(
         json.dumps(
             {
