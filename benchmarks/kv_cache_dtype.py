@@ -23,6 +23,7 @@ import torch
 from batchwright.attention.backend import AttentionBatch, GroupBatch
 from batchwright.attention.spec import AttentionSpec
 from batchwright.exec.build import use_threads
+from batchwright.kernels.paged_attention.layout import scales_of
 from batchwright.techniques import find
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
 
@@ -71,8 +72,7 @@ class Format:
             for _ in range(LAYERS)
         ]
         for layer in self._layers:
-            layer.keys.view(np.uint8)[...] = 1  # small numbers in every format
-            layer.values.view(np.uint8)[...] = 1
+            _fill(layer)
         self.seconds()
 
     def seconds(self) -> float:
@@ -82,6 +82,18 @@ class Format:
         for layer in self._layers:
             self._backend.run(SPEC, 0, *self._work.qkv, layer, plan)
         return (time.perf_counter() - start) / LAYERS
+
+
+def _fill(layer: Any) -> None:
+    """Ordinary numbers everywhere: those too small to be normal would be slow."""
+    for kept in (layer.keys, layer.values):
+        numbers = np.linspace(-1, 1, kept.shape[3], dtype=np.float32)
+        if kept.dtype == np.uint16:
+            kept[...] = numbers.view(np.uint32) >> 16
+        else:
+            kept[...] = numbers if kept.dtype == np.float32 else (127 * numbers).astype(np.int8)
+    if layer.keys.dtype == np.int8:
+        scales_of(layer.keys)[...] = 1 / 127
 
 
 def compare(work: Work, repeat: int) -> dict[str, dict[str, float]]:
