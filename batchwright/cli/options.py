@@ -93,6 +93,14 @@ KVTokens = Annotated[
     int | None,
     typer.Option(parser=parse_count, metavar="N", help="Most tokens of keys and values kept."),
 ]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_count,
+        metavar="N",
+        help="Tokens of a block of keys and values (32), a multiple of 32.",
+    ),
+]
 Order = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="In which order rows start (auto); docs/orders.md."),

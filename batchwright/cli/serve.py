@@ -41,6 +41,7 @@ def serve(
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     kv_cache_memory: options.KVCacheMemory = None,
     kv_tokens: options.KVTokens = None,
+    block_size: options.BlockSize = None,
     order: options.Order = None,
     lengths: options.Lengths = None,
     device: options.Device = options.DeviceName.auto,
@@ -76,6 +77,7 @@ def serve(
         "max_num_batched_tokens": max_num_batched_tokens,
         "kv_cache_bytes": kv_cache_memory,
         "kv_tokens": kv_tokens,
+        "block_size": block_size,
         "order": order or "fcfs",  # single calls wait for nothing
         "length_predictor": lengths,
         "num_threads": threads,

@@ -17,6 +17,7 @@ FLAGS = {
     "max_num_seqs": "--max-num-seqs",
     "max_num_batched_tokens": "--max-num-batched-tokens",
     "num_threads": "--threads",
+    "block_size": "--block-size",
 }
 
 
@@ -42,7 +43,11 @@ def reasons(advice: Advice, confirmation: Confirmation | None, not_run: str) -> 
     Args:
         not_run: why there were no real runs, where there were none.
     """
-    return [*_choice(advice, confirmation, not_run), *_single_changes(advice)]
+    return [
+        *_choice(advice, confirmation, not_run),
+        *_single_changes(advice),
+        *_other_blocks(advice),
+    ]
 
 
 def _choice(advice: Advice, confirmation: Confirmation | None, not_run: str) -> Iterator[str]:
@@ -99,6 +104,36 @@ def _single_changes(advice: Advice) -> Iterator[str]:
         alone = trials.get(dataclasses.replace(own.knobs, **{name: value}))
         if alone is not None:
             yield f"{FLAGS[name]} {value} alone: {_less(alone.seconds / own.seconds)}, predicted."
+
+
+def _other_blocks(advice: Advice) -> Iterator[str]:
+    """What blocks of other sizes would change."""
+    pick = advice.pick
+    same = dataclasses.asdict(pick.knobs) | {"block_size": 0}
+    others = [
+        f"{trial.knobs.block_size}: {_less(trial.seconds / pick.seconds)}"
+        for trial in sorted(advice.trials, key=lambda trial: trial.knobs.block_size)
+        if trial is not pick and dataclasses.asdict(trial.knobs) | {"block_size": 0} == same
+    ]
+    if others:
+        yield f"Blocks of other sizes, --block-size {', '.join(others)}, predicted."
+
+
+def worth_showing(advice: Advice, number: int) -> list[Trial]:
+    """The fastest trials, and that of the settings one has. Other block sizes that gain nothing
+    are left out: they would be most of the list."""
+    own = advice.own
+    seconds = {trial.knobs: trial.seconds for trial in advice.trials}
+
+    def says_something(trial: Trial) -> bool:
+        usual = dataclasses.replace(trial.knobs, block_size=own.knobs.block_size)
+        return trial.knobs == usual or trial.seconds < seconds.get(usual, math.inf)
+
+    told = [
+        trial for trial in advice.trials if trial in (own, advice.pick) or says_something(trial)
+    ]
+    shown = sorted(told, key=lambda trial: trial.seconds)[:number]
+    return shown if own in shown else [*shown, own]
 
 
 def _less(ratio: float) -> str:
