@@ -60,12 +60,13 @@ def _choice(advice: Advice, confirmation: Confirmation | None, not_run: str) -> 
     if pick is own:
         yield (
             f"{number}; none is predicted to be {amounts.percent(LEAST_GAIN)} faster than the "
-            f"settings you have ({_span(own.seconds)})."
+            f"settings you have (order {own.knobs.order}, {_span(own.seconds)})."
         )
         return
     yield (
         f"{number}; {options(pick.knobs, own.knobs)} is predicted to take "
-        f"{_span(pick.seconds)}, the settings you have {_span(own.seconds)} "
+        f"{_span(pick.seconds)}, the settings you have, order {own.knobs.order}, "
+        f"{_span(own.seconds)} "
         f"({_less(pick.seconds / own.seconds)})."
     )
     if confirmation is None:
