@@ -1,14 +1,17 @@
 """Do the settings that `advise` predicts to be best beat the default in real runs of the whole job?
 
-Two jobs on SmolLM2, small enough for two cores:
+Three jobs on SmolLM2, small enough for two cores:
 
 - tree: prompts that share four beginnings, mixed, in KV memory that holds two of them;
-- tail: many short rows, then a few long ones, at most eight at once.
+- tail: many short rows, then a few long ones, at most eight at once;
+- read: long prompts and short answers, then short prompts and long answers.
 
-The advice is found by simulation; then the whole job runs with the settings one has and with those
-advised, in turns, as `batchwright run` would run it. Time is given by the clock and in CPU seconds,
-which say more on a machine that does other things too; there `--threads 1` also keeps threads from
-waiting for one another.
+The advice is found by simulation; then the whole job runs with the settings one has, whose order is
+`auto`, with those advised, and with the settings one has but rows as they come (`fcfs`), in turns,
+as `batchwright run` would run it. Advice beats the settings one has by the rule of `batchwright
+advise` (`Confirmation.beats`). Time is given by the clock and in CPU seconds, which say more on a
+machine that does other things too; there `--threads 1` also keeps threads from waiting for one
+another.
 
     python -m benchmarks.advise_real --rounds 3 --out benchmarks/results/DATE-advise-real.json
 """
@@ -30,7 +33,7 @@ from batchwright.job.advice import Question
 from batchwright.job.advise_job import Advisor
 from batchwright.job.confirm import SampleRunner
 from batchwright.job.formats.row_objects import read_objects
-from batchwright.plan.advise.knobs import Knobs
+from batchwright.plan.advise.knobs import LEAST_GAIN, Knobs
 from batchwright.report.advice_words import options
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
 
@@ -57,7 +60,16 @@ def tail() -> tuple[Rows, dict[str, Any]]:
     return _named(rows), {"max_num_seqs": 8}
 
 
-JOBS = {"tree": tree, "tail": tail}
+def read() -> tuple[Rows, dict[str, Any]]:
+    """24 rows of about 190 tokens that are answered with 4, then 8 short ones answered with 60."""
+    chance = random.Random(3)
+    rows = [{"prompt": " ".join(chance.sample(SNIPPETS, 10)), "max_tokens": 4} for _ in range(24)]
+    rows += [{"prompt": chance.choice(SNIPPETS), "max_tokens": 60} for _ in range(8)]
+    return _named(rows), {}
+
+
+JOBS = {"tree": tree, "tail": tail, "read": read}
+OWN, ADVISED, AS_THEY_COME = "own", "advised", "own, fcfs"
 
 
 def _named(rows: Rows) -> Rows:
@@ -93,37 +105,49 @@ def measure(name: str, rounds: int, threads: int | None) -> dict[str, Any]:
 
     lines: list[dict[str, Any]] = []
     given = list(read_objects(rows, column=None, template=None, endpoint=None))
-    contestants = {"own": own.knobs, "advised": pick.knobs}
+    contestants = {
+        OWN: own.knobs,
+        ADVISED: pick.knobs,
+        AS_THEY_COME: dataclasses.replace(own.knobs, order="fcfs"),
+    }
+    if pick is own:
+        del contestants[ADVISED]
     with SampleRunner(given, load, use_threads) as runner:
         for knobs in contestants.values():
             runner.prepare(knobs)
         for number in range(rounds):
-            names = sorted(contestants, reverse=number % 2 == 0)
+            names = list(contestants)[:: 1 if number % 2 == 0 else -1]
             for who in names:
                 start_s = time.process_time()
                 seconds = runner.seconds(contestants[who])
                 cpu_s = time.process_time() - start_s
                 lines.append({"who": who, "round": number, "seconds": seconds, "cpu_s": cpu_s})
-                print(f"  {who:8} {seconds:7.1f} s  {cpu_s:7.1f} s of CPU", flush=True)
+                print(f"  {who:10} {seconds:7.1f} s  {cpu_s:7.1f} s of CPU", flush=True)
     result: dict[str, Any] = {
         "job": name,
         "rows": len(rows),
         "settings": settings,
         "options": text,
+        "predicted_s": {"own": own.seconds, "advised": pick.seconds},
         "predicted_ratio": pick.seconds / own.seconds,
         "runs": lines,
     }
-    for unit in ("seconds", "cpu_s"):
-        ratios = [
-            line[unit] / other[unit]
-            for line in lines
-            for other in lines
-            if (line["who"], other["who"]) == ("advised", "own") and line["round"] == other["round"]
-        ]
-        result[f"{unit}_ratio"] = statistics.median(ratios)
-        result[f"{unit}_ratios"] = ratios
-        print(f"  {unit}: {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
+    for who in [name for name in contestants if name != OWN]:
+        result[who] = _against_own(lines, who)
+        print(f"  {who}: {result[who]}")
     return result
+
+
+def _against_own(lines: list[dict[str, Any]], who: str) -> dict[str, Any]:
+    """Ratios of the times of a contestant to those of one's own settings, round by round."""
+    found: dict[str, Any] = {}
+    for unit in ("seconds", "cpu_s"):
+        by_round = {(line["who"], line["round"]): line[unit] for line in lines}
+        ratios = [by_round[who, r] / by_round[OWN, r] for r in sorted({x["round"] for x in lines})]
+        found[unit] = {"median": statistics.median(ratios), "ratios": ratios}
+    ratios = found["seconds"]["ratios"]
+    found["beats"] = max(ratios) < 1 and statistics.median(ratios) <= 1 - LEAST_GAIN
+    return found
 
 
 def main() -> None:

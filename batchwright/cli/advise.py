@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from batchwright.job.preflight import JobArguments
     from batchwright.job.run_job import JobModel
     from batchwright.plan.advise.knobs import Knobs
+    from batchwright.prompt_cache.compose import PromptSchemas
 
 SOME_ROWS_BAD = 1
 CONFIRM_S = 60.0
@@ -41,6 +42,7 @@ def advise(
     column: options.Column = None,
     template: options.Template = None,
     endpoint: options.Endpoint = None,
+    prompt_schema: options.PromptSchema = None,
     limit: options.Limit = None,
     sample: options.Sample = None,
     shard: options.Shard = None,
@@ -87,11 +89,18 @@ def advise(
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     kv_cache_memory: options.KVCacheMemory = None,
     kv_tokens: options.KVTokens = None,
+    block_size: options.BlockSize = None,
     order: options.Order = None,
+    lengths: options.Lengths = None,
     dtype: options.Dtype = options.DtypeName.auto,
     quantize: options.Quantize = None,
+    kv_cache_dtype: options.KVCacheDtype = options.KVCacheDtypeName.auto,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    tensor_parallel_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --device: one engine on N devices."),
+    ] = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object; a page only with -o.")
@@ -99,10 +108,10 @@ def advise(
 ) -> None:
     """Find settings for a job by simulation, confirm them in short real runs, and say why.
 
-    The order of rows, --max-num-seqs, --max-num-batched-tokens and --threads are searched; those
-    that are given are kept. It also says where throughput flattens, how much memory that needs, and
-    what would fit in the rest; for a load of requests, how long they wait; for a target, how many
-    devices meet it. docs/advise.md explains each line.
+    The order of rows, --max-num-seqs, --max-num-batched-tokens, --threads and --block-size are
+    searched; those that are given are kept. It also says where throughput flattens, how much memory
+    that needs, and what would fit in the rest; for a load of requests, how long they wait; for a
+    target, how many devices meet it. docs/advise.md explains each line.
 
     Exit status: 0 all rows are sound, 1 some will fail, 2 no advice can be given.
     """
@@ -114,6 +123,7 @@ def advise(
         column=column,
         template=template,
         endpoint=endpoint,
+        prompt_schema=prompt_schema,
         limit=limit,
         sample=sample,
         shard=None if shard is None else parse_shard(shard),
@@ -124,18 +134,23 @@ def advise(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_bytes=kv_cache_memory,
         kv_tokens=kv_tokens,
+        block_size=block_size,
         order=order,
+        length_predictor=lengths,
         num_threads=threads,
         quantize=quantize and quantize.value,
     )
-    fixed = {*given, *(["dtype"] if dtype is not options.DtypeName.auto else [])}
+    choices = {"dtype": dtype.value, "kv_cache_dtype": kv_cache_dtype.value}
+    fixed = {*given, *(name for name, value in choices.items() if value != "auto")}
     settings = {
         **given,
-        "dtype": dtype.value,
+        **choices,
         "seed": seed,
         "prefix_sharing": not no_prefix_sharing,
     }
-    question = _question(fixed, latency_slo, arrivals, deadline, tokens_per_s, device, shape)
+    question = _question(
+        fixed, latency_slo, arrivals, deadline, tokens_per_s, device, shape, tensor_parallel_size
+    )
     page = output or (None if as_json else _page_path(str(arguments.source)))
     raise typer.Exit(
         _advise(arguments, model, settings, question, confirm_seconds, page, as_json=as_json)
@@ -150,16 +165,28 @@ def _question(
     tokens_per_s: int | None,
     device: str | None,
     shape: str | None,
+    replica_size: int | None,
 ) -> Question:
     from batchwright.errors import ConfigError
     from batchwright.job.advice import Question
+    from batchwright.plan.advise.devices import REPLICA_SIZES
     from batchwright.plan.hardware import find_device
     from batchwright.plan.model_shapes import find_model_shape
 
     if arrivals is not None and not (arrivals > 0 and math.isfinite(arrivals)):
         raise ConfigError(f"--arrivals is {arrivals}, must be above 0 requests per second")
-    if device is not None and "quantize" in fixed:
-        raise ConfigError("--quantize int8 is for this machine's CPU; leave it out with --device")
+    for name in ("quantize", "kv_cache_dtype", "num_threads"):
+        if device is not None and name in fixed:
+            flag = "--threads" if name == "num_threads" else f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is for this machine's CPU; leave it out with --device")
+    if replica_size is not None and device is None:
+        raise ConfigError(
+            "--tensor-parallel-size is for --device; advice on this machine is for one process "
+            "(batchwright plan --tensor-parallel-size predicts others)"
+        )
+    if replica_size not in (None, *REPLICA_SIZES):
+        sizes = ", ".join(map(str, REPLICA_SIZES))
+        raise ConfigError(f"--tensor-parallel-size is {replica_size}, must be one of {sizes}")
     if shape is not None and device is None:
         raise ConfigError("--shape is for --device; here the model has its own sizes")
     return Question(
@@ -169,6 +196,7 @@ def _question(
         target_tokens_per_s=tokens_per_s,
         device=None if device is None else find_device(device),
         model_shape=None if shape is None else find_model_shape(shape),
+        replica_size=replica_size,
         fixed=frozenset(fixed),
     )
 
@@ -192,7 +220,9 @@ def _advise(
     from batchwright.cli.run import set_up_logging
     from batchwright.config import EngineConfig
     from batchwright.job.model_names import ModelNames
-    from batchwright.job.preflight import open_rows
+    from batchwright.job.preflight import check_outputs, open_rows
+    from batchwright.prompt_cache.compose import PromptSchemas
+    from batchwright.prompt_cache.schema import read_schemas
     from batchwright.report.figures import need_matplotlib
     from batchwright.weights.locate import locate_model
 
@@ -200,18 +230,23 @@ def _advise(
     set_up_logging(log)
     EngineConfig(**settings).check()
     arguments.check()
-    if page is not None:
-        need_matplotlib()  # now rather than when all is done
+    if page is not None:  # now rather than when all is done
+        need_matplotlib()
+        check_outputs(arguments.source, page, page)
+    texts = read_schemas(arguments.prompt_schema or [])
     rows, _ = open_rows(arguments)
     locate_model(model)  # before torch is imported
     opened = open_model(model, settings)
+    schemas = PromptSchemas(texts, opened.tokenizer) if texts else None
     from batchwright.job.advise_job import Advisor
 
     names = ModelNames(model)
     log.print("Reading rows and simulating settings", highlight=False)
-    with Advisor(names.watch(rows), opened, question, check=names.check) as advisor:
+    with Advisor(
+        names.watch(rows), opened, question, check=names.check, schemas=schemas
+    ) as advisor:
         advice = advisor.advise()
-        found = _confirm(advisor, advice, arguments, model, settings, confirm_s)
+        found = _confirm(advisor, advice, arguments, model, settings, confirm_s, schemas)
     confirmation, not_run = (None, found) if isinstance(found, str) else (found, "")
     source = str(arguments.source)
     show = advice_as_json if as_json else advice_as_text
@@ -232,6 +267,7 @@ def _confirm(
     model: str,
     settings: dict[str, Any],
     budget_s: float,
+    schemas: PromptSchemas | None,
 ) -> Confirmation | str:
     """Real runs of those that look better; or why there are none."""
     from batchwright.cli.run import load
@@ -268,6 +304,7 @@ def _confirm(
         load_with,
         use_threads,
         budget_s,
+        schemas,
     )
 
 

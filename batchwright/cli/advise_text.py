@@ -13,6 +13,7 @@ from batchwright.job.advice import Advice
 from batchwright.job.confirm import Confirmation
 from batchwright.plan.advise.knobs import Knobs
 from batchwright.report import advice_words as words
+from batchwright.report import amounts
 
 FORMAT_VERSION = 1
 WIDTH = 10
@@ -44,12 +45,9 @@ def _lines(name: str, texts: Sequence[str]) -> list[str]:
 
 
 def _trials(advice: Advice) -> Iterator[str]:
-    own = advice.own
-    shown = sorted(advice.trials, key=lambda trial: trial.seconds)[:SHOWN_TRIALS]
-    if own not in shown:
-        shown.append(own)
-    for trial in shown:
-        yield f"{trial.seconds:>10,.1f} s  {words.knobs_words(trial, own.knobs)}"
+    for trial in words.worth_showing(advice, SHOWN_TRIALS):
+        name = words.knobs_words(trial, advice.own.knobs)
+        yield f"{amounts.seconds(trial.seconds):>10}  {name}"
 
 
 def advice_as_json(

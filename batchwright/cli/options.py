@@ -102,6 +102,14 @@ SwapSpace = Annotated[
         help="The host's memory for keys and values that a GPU has no room for: 64G; docs/gpu.md.",
     ),
 ]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_count,
+        metavar="N",
+        help="Tokens of a block of keys and values (32), a multiple of 32.",
+    ),
+]
 Order = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="In which order rows start (auto); docs/orders.md."),

@@ -36,12 +36,14 @@ def serve(
             parser=parse_count, metavar="BYTES", help="Largest file taken; by default 512M."
         ),
     ] = None,
+    prompt_schema: options.PromptSchema = None,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     kv_cache_memory: options.KVCacheMemory = None,
     kv_tokens: options.KVTokens = None,
     swap_space: options.SwapSpace = None,
+    block_size: options.BlockSize = None,
     order: options.Order = None,
     lengths: options.Lengths = None,
     device: options.Device = options.DeviceName.auto,
@@ -78,6 +80,7 @@ def serve(
         "kv_cache_bytes": kv_cache_memory,
         "kv_tokens": kv_tokens,
         "swap_space_bytes": swap_space,
+        "block_size": block_size,
         "order": order or "fcfs",  # single calls wait for nothing
         "length_predictor": lengths,
         "num_threads": threads,
@@ -96,14 +99,15 @@ def serve(
         max_upload_bytes=max_upload or DEFAULT_MAX_UPLOAD,
     )
     settings.check()
-    raise typer.Exit(_serve(settings, engine))
+    raise typer.Exit(_serve(settings, engine, prompt_schema or []))
 
 
-def _serve(settings: ServerSettings, engine: dict[str, Any]) -> int:
+def _serve(settings: ServerSettings, engine: dict[str, Any], prompt_schema: list[str]) -> int:
     """Check, listen, load, serve; returns the exit status."""
     from rich.console import Console
 
     from batchwright.cli.run import load, set_up_logging
+    from batchwright.prompt_cache.schema import read_schemas
     from batchwright.server.parts import Parts, lock_data
     from batchwright.server.run import listen
     from batchwright.server.run import serve as run_server
@@ -116,10 +120,11 @@ def _serve(settings: ServerSettings, engine: dict[str, Any]) -> int:
         log.print(text, markup=False, highlight=False, soft_wrap=True)
 
     locate_model(settings.model_name)
+    schemas = read_schemas(prompt_schema)
     with listen(settings) as listener:
         lock = lock_data(settings.data)
         say(f"Loading {settings.model_name}")
-        parts = Parts(load(settings.model_name, engine), settings, lock)
+        parts = Parts(load(settings.model_name, engine), settings, lock, schemas=schemas)
         port = listener.getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         say(f"Serving {settings.model_name} on http://{host}:{port} (API: http://{host}:{port}/v1)")

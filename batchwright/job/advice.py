@@ -26,6 +26,7 @@ class Question:
         target_tokens_per_s: prompt and output tokens of the job per second.
         device: the job is to run on such devices instead of on this machine.
         model_shape: the model has these sizes instead of its own; needs a device.
+        replica_size: devices that one engine is divided over; None: as few as hold the weights.
         fixed: settings that are not to be searched.
     """
 
@@ -35,6 +36,7 @@ class Question:
     target_tokens_per_s: float | None = None
     device: DeviceProfile | None = None
     model_shape: ModelShape | None = None
+    replica_size: int | None = None
     fixed: frozenset[str] = frozenset()
 
 

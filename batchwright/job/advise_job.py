@@ -70,6 +70,7 @@ from batchwright.request import Task
 
 if TYPE_CHECKING:
     from batchwright.opened_model import OpenedModel
+    from batchwright.prompt_cache.compose import PromptSchemas
 
 BUDGETS = (128, 256, 512, 1024, 2048, 4096, 8192)
 """Token budgets of a Step that are tried."""
@@ -80,6 +81,9 @@ KV_MARGIN = 0.1
 WAIT_WORTH = 0.27
 """A second of waiting is worth this share of the tokens that one sequence generates in it. With it
 the example of arXiv:2407.05347 (44 tokens per second) has its reported optimum of 1,600 tokens."""
+
+BLOCK_SIZES = (32, 64, 128)
+"""Tokens of a block that are tried."""
 
 NUM_REQUESTS = 400
 """Requests of a simulated load."""
@@ -93,6 +97,7 @@ class Advisor:
 
     Args:
         check: a further check of each row, in input order; raises RequestError.
+        schemas: those that rows may name in prompt_cache; such rows are counted as whole prompts.
     Raises:
         InputError, ResourceError: the input cannot be read, or its tokens have no room.
         ConfigError: no row can run, or the weights do not fit on the device.
@@ -105,9 +110,10 @@ class Advisor:
         question: Question,
         *,
         check: Callable[[ParsedRow], None] = lambda row: None,
+        schemas: PromptSchemas | None = None,
     ) -> None:
         self.model, self.question = model, question
-        self.counts, self._rows = read_job_rows(rows, model, check=check)
+        self.counts, self._rows = read_job_rows(rows, model, check=check, schemas=schemas)
         self._costs: dict[int, CostModel] = {}
         self._on_devices: dict[int, Trials] = {}
         try:
@@ -177,7 +183,9 @@ class Advisor:
         self.close()
 
     def _fewest_devices(self) -> int:
-        """Devices that one engine needs at least, to hold the weights."""
+        """Devices that one engine needs at least, to hold the weights; or those that are given."""
+        if self.question.replica_size is not None:
+            return self.question.replica_size
         for size in REPLICA_SIZES[:-1]:
             try:
                 self._simulation(size)
@@ -241,6 +249,7 @@ class Advisor:
         }
         if self.question.device is None and own.num_threads > 1:
             choices["num_threads"] = (own.num_threads // 2, own.num_threads)
+        choices["block_size"] = BLOCK_SIZES  # last: what is gained by it is little
         return {name: found for name, found in choices.items() if name not in self.question.fixed}
 
     # Answers ----------------------------------------------------------------------------------
@@ -253,6 +262,9 @@ class Advisor:
         activations = activation_bytes(shape, budget, best.batch_size, cost.weight_bytes)
         block_size = simulation.config.block_size
         kv_tokens = math.ceil(best.kv_tokens * (1 + KV_MARGIN) / block_size) * block_size
+        engine = simulation.engine(own)
+        assert engine is not None, "these settings were simulated before"
+        kv_tokens = min(kv_tokens, max(one.num_blocks for one in engine.groups) * block_size)
         kv_bytes = math.ceil(kv_tokens * simulation.kv_token_bytes)
         weights = math.ceil(shape.num_params * cost.weight_bytes)
         if device is None:
@@ -308,7 +320,9 @@ class Advisor:
         sizes = [size for size in BATCH_SIZES if size <= knobs.max_num_seqs]
         fixed_s, size = min((fixed_batch_sojourn(service, tail, rate, b), b) for b in sizes)
         chosen = rows[np.arange(NUM_REQUESTS) % len(rows)]
-        engine = self.simulation.engine(knobs)
+        # A server starts rows as they come, unless it is told otherwise.
+        order = knobs.order if "order" in self.question.fixed else "fcfs"
+        engine = self.simulation.engine(dataclasses.replace(knobs, order=order))
         assert engine is not None, "these settings were simulated before"
         tokens, offsets = job.rows.store.tokens(), job.rows.store.offsets
         run = simulate_arrivals(
@@ -348,6 +362,8 @@ class Advisor:
     def _layout_s(self, layout: Layout, knobs: Knobs) -> float | None:
         if self.question.device is None and layout.replica_size > 1:
             return None  # a machine is not divided
+        if self.question.replica_size not in (None, layout.replica_size):
+            return None
         try:
             simulation = self._simulation(layout.replica_size)
         except ConfigError:  # the weights do not fit

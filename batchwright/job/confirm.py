@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from batchwright.job.runner import JobOptions
 from batchwright.job.trials import Trials
 from batchwright.plan.advise.knobs import LEAST_GAIN, Knobs
 from batchwright.plan.job_rows import Int64Array
+
+if TYPE_CHECKING:
+    from batchwright.prompt_cache.compose import PromptSchemas
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 7
 STRETCHES, STRETCH_ROWS = 4, 16
@@ -117,6 +121,7 @@ class SampleRunner:
     Args:
         load: a model with these settings; each is loaded once and kept.
         use_threads: called before each run with the threads of its settings.
+        schemas: those that rows may name in prompt_cache.
     """
 
     def __init__(
@@ -124,8 +129,10 @@ class SampleRunner:
         rows: Sequence[InputRow | RowError],
         load: Callable[[Knobs], JobModel],
         use_threads: Callable[[int], None],
+        schemas: PromptSchemas | None = None,
     ) -> None:
         self._rows, self._load, self._use_threads = rows, load, use_threads
+        self._schemas = schemas
         self._models: dict[Knobs, JobModel] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="batchwright-")
         self._number = count()
@@ -148,7 +155,10 @@ class SampleRunner:
         options = JobOptions(model_name=model.name, created=int(time.time()), input_bytes=None)
         try:
             with JobDirectory(job_directory_for(str(output))) as directory:
-                return run_job(iter(rows), paths, directory, model, options).run_s
+                summary = run_job(
+                    iter(rows), paths, directory, model, options, schemas=self._schemas
+                )
+                return summary.run_s
         finally:
             model.engine.abandon()  # or the next run would be answered from the results of this one
 
@@ -171,13 +181,14 @@ def confirm(
     load: Callable[[Knobs], JobModel],
     use_threads: Callable[[int], None],
     budget_s: float,
+    schemas: PromptSchemas | None = None,
 ) -> Confirmation:
     """Run a sample of the job with the settings one has and with those of the contenders.
 
     Args:
         simulation: of the job; its own settings are run first.
         rows: all of the input, from its beginning; `num_rows` of them.
-        load, use_threads: see `SampleRunner`.
+        load, use_threads, schemas: see `SampleRunner`.
         budget_s: about what the runs may take, loading aside.
     """
     own = simulation.own
@@ -189,7 +200,7 @@ def confirm(
     computed = simulation.job.computed
     computed = computed[np.isin(simulation.job.columns.place[computed], places)]
     predicted = [simulation.trial_of(one, computed) for one in knobs]
-    with SampleRunner(take_places(rows, places), load, use_threads) as runner:
+    with SampleRunner(take_places(rows, places), load, use_threads, schemas) as runner:
         for one in knobs:
             runner.prepare(one)
         rounds = run_in_turns([partial(runner.seconds, one) for one in knobs], budget_s)

@@ -208,12 +208,17 @@ def read_job_rows(
     model: OpenedModel,
     *,
     check: Callable[[ParsedRow], None] = lambda row: None,
+    schemas: PromptSchemas | None = None,
 ) -> tuple[RowCounts, JobRows]:
-    """All rows of a job; whose token store is to be closed by who calls this."""
+    """All rows of a job; whose token store is to be closed by who calls this.
+
+    Args:
+        schemas: see `plan_job`.
+    """
     job_rows = JobRows()
     try:
         engine = engine_sizes(model, fcfs)
-        return _read(rows, job_rows, model, engine, None, check, None, {}), job_rows
+        return _read(rows, job_rows, model, engine, schemas, check, None, {}), job_rows
     except BaseException:
         job_rows.store.close()
         raise

@@ -161,7 +161,7 @@ def _with_modules(
     if schemas is None:
         raise RequestError(
             "prompt_cache needs a schema, and there is none; give its file with --prompt-schema "
-            "to batchwright run, or remove prompt_cache",
+            "to batchwright run or serve, or remove prompt_cache",
             code="unknown_prompt_schema",
             param="prompt_cache",
         )

@@ -17,7 +17,7 @@ from batchwright.order_trial import chosen_order
 from batchwright.plan.advise.batch_size import BATCH_SIZES, ProfilePoint
 from batchwright.plan.advise.knobs import Knobs, Trial
 from batchwright.plan.cost import CostModel, SharedReads
-from batchwright.plan.estimate import Int64Array, Savings, count_work
+from batchwright.plan.estimate import Int64Array, Savings, count_work, find_savings
 from batchwright.plan.job_rows import JobRows, RowColumns
 from batchwright.plan.shape import ModelShape
 from batchwright.predict import predict
@@ -71,6 +71,7 @@ class KnownJob:
     """Rows with output lengths.
 
     Attributes:
+        savings: in blocks of the size that one has.
         output: [num_rows] output tokens of each sequence.
     """
 
@@ -124,6 +125,7 @@ class Trials:
         self.kv_token_bytes = shape.kv_elements_per_token() * kv_element_bytes
         self._kv_element_bytes = kv_element_bytes
         self._seen: dict[tuple[Knobs, int], Trial | None] = {}
+        self._savings = {config.block_size: job.savings}
 
     @property
     def own(self) -> Knobs:
@@ -134,6 +136,7 @@ class Trials:
             max_num_batched_tokens=config.max_num_batched_tokens,
             order=config.order,
             num_threads=config.num_threads,
+            block_size=config.block_size,
         )
 
     def trial(self, knobs: Knobs, num_parts: int = 1) -> Trial | None:
@@ -195,6 +198,18 @@ class Trials:
             length_predictor=config.length_predictor,
         )
 
+    def _savings_in(self, block_size: int) -> Savings:
+        """What the job saves in blocks of this size."""
+        if block_size not in self._savings:
+            self._savings[block_size] = find_savings(
+                self.job.rows,
+                self.job.columns,
+                block_size=block_size,
+                horizon=HORIZON_ROWS,
+                sharing=self.config.prefix_sharing,
+            )
+        return self._savings[block_size]
+
     def _run(self, knobs: Knobs, engine: EngineSizes, computed: Int64Array) -> Trial | None:
         job, cost = self.job, self.cost(knobs.num_threads)
         longest = job.columns.num_prompt[computed] + job.output[computed]
@@ -202,7 +217,8 @@ class Trials:
             return None
         metered = MeteredCost(cost)
         columns, output = job.columns.at(computed), job.output[computed]
-        savings = Savings(job.savings.folded[computed], job.savings.cached[computed], 0)
+        whole = self._savings_in(knobs.block_size)
+        savings = Savings(whole.folded[computed], whole.cached[computed], 0)
         work = count_work(columns, savings, output, self.shape)
         prediction = predict(
             job.rows,

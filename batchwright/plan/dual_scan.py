@@ -9,6 +9,10 @@ come and go.
 Memory says what is read in a Step, and not what is computed: a prompt that takes a whole Step
 leaves none for those after it, and nothing to hide their reading. So prompts are spread evenly over
 the Steps.
+
+Where slots run out before memory does, as much memory is in use as the rows in the slots hold. The
+sides keep their shares of that, each slot going to the side that lacks more of its share; and there
+are more Steps over which prompts are spread.
 """
 
 from __future__ import annotations
@@ -56,17 +60,19 @@ class DualScan:
 
     Attributes:
         prompt_tokens: of prompts, to be computed in a Step, that the whole job takes alike in all
-            Steps if memory is full all the time.
+            Steps if memory or slots are full all the time.
 
     Args:
         order: rows and their units, at least one row.
         kv_tokens: KV memory in tokens.
+        num_slots: rows that run at once, at most.
     """
 
-    def __init__(self, order: Order, kv_tokens: float) -> None:
+    def __init__(self, order: Order, kv_tokens: float, num_slots: float = math.inf) -> None:
         assert order.units is not None
         self._rows, self._units, self._kv_tokens = order.rows, order.units, kv_tokens
-        tiles = math.ceil(order.units.prompt_share * kv_tokens / TILE_TOKENS)
+        held = min(kv_tokens, num_slots * order.units.kv_per_slot)
+        tiles = math.ceil(order.units.prompt_share * held / TILE_TOKENS)
         self.prompt_tokens = TILE_TOKENS * max(tiles, 1)
         self._ends = np.cumsum(order.units.size)
         self._starts = self._ends - order.units.size

@@ -6,6 +6,7 @@ the same facts give the same order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -97,6 +98,7 @@ class Units(NamedTuple):
         mean_density: of the whole job.
         kv_tokens: [num_rows] float64, KV that each row of the order holds on average, in tokens.
         prompt_share: prompt tokens computed, per token of KV that is held for one Step.
+        kv_per_slot: KV tokens that a running row holds on average; rows that run longer count more.
     """
 
     size: Int64Array
@@ -104,6 +106,7 @@ class Units(NamedTuple):
     mean_density: float
     kv_tokens: Float64Array
     prompt_share: float = 0.0
+    kv_per_slot: float = math.inf
 
 
 class Order(NamedTuple):

@@ -11,6 +11,7 @@ otherwise: then no long row is left to run alone at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -70,6 +71,7 @@ class Plan:
         order: a function of `plan/orders`.
         block_size: tokens of a prompt block, of which `Sequence.nodes` has one number each.
         kv_tokens: KV memory in tokens, for orders that divide it.
+        num_slots: rows that run at once, at most.
         expected: output lengths, by default all that rows may have.
     """
 
@@ -79,11 +81,12 @@ class Plan:
         *,
         block_size: int = 1,
         kv_tokens: int = 0,
+        num_slots: float = math.inf,
         expected: ExpectedLengths | None = None,
     ) -> None:
         self._order = order
         self._block_size = block_size
-        self._kv_tokens = kv_tokens
+        self._kv_tokens, self._num_slots = kv_tokens, num_slots
         self._expected = expected or ExpectedLengths(Declared())
         self._num_ended = 0  # rows that had ended when the others were ordered
         self._most_running = 0
@@ -194,7 +197,7 @@ class Plan:
         continues = sequences.index(following[0]) if following else None
         order = self._order(job_facts(sequences, self._block_size, continues))
         if order.units is not None and len(sequences):
-            self._scan = DualScan(order, self._kv_tokens)
+            self._scan = DualScan(order, self._kv_tokens, self._num_slots)
         else:
             self._scan = InOrder(order.rows)
         self._next_use = np.empty(0, np.int64)

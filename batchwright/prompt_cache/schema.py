@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -100,7 +100,7 @@ def read_schemas(paths: list[str]) -> list[Schema]:
     return schemas
 
 
-def schema_settings(schemas: list[Schema]) -> dict[str, Any]:
+def schema_settings(schemas: Sequence[Schema]) -> dict[str, Any]:
     """What a job's manifest says of its schemas; nothing if there is none."""
     return {"prompt_schemas": {s.name: s.digest for s in schemas}} if schemas else {}
 

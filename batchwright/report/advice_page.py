@@ -10,6 +10,7 @@ from markupsafe import Markup
 from batchwright.job.advice import Advice, DeviceAdvice, QueueAdvice
 from batchwright.job.confirm import Confirmation
 from batchwright.report import advice_words as words
+from batchwright.report import amounts
 from batchwright.report.figures import COLOURS, draw_bars, draw_picture
 from batchwright.report.page import fill_page
 
@@ -48,7 +49,7 @@ def render_advice(
 
 
 def _figures(advice: Advice, confirmation: Confirmation | None) -> dict[str, str]:
-    shown = sorted(advice.trials, key=lambda trial: trial.seconds)[:SHOWN_TRIALS]
+    shown = words.worth_showing(advice, SHOWN_TRIALS)
     height = 0.6 + 0.27 * (len(shown) + 1)
     figures = {
         "batch": draw_picture("batch", 3.0, partial(_draw_batch, advice), "Throughput and latency"),
@@ -95,14 +96,11 @@ def _draw_batch(advice: Advice, figure: Figure) -> None:
 
 def _draw_trials(advice: Advice, figure: Figure) -> None:
     own = advice.own
-    shown = sorted(advice.trials, key=lambda trial: trial.seconds)[:SHOWN_TRIALS]
-    if own not in shown:
-        shown.append(own)
     bars = []
-    for trial in shown:
+    for trial in words.worth_showing(advice, SHOWN_TRIALS):
         colour = "saved" if trial is advice.pick else "other" if trial is own else "decode"
         bars.append((words.knobs_words(trial, own.knobs), trial.seconds, colour))
-    draw_bars(figure.subplots(), bars, lambda value: f"{value:,.1f} s")
+    draw_bars(figure.subplots(), bars, amounts.seconds)
 
 
 def _draw_measured(confirmation: Confirmation, figure: Figure) -> None:

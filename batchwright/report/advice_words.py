@@ -17,7 +17,12 @@ FLAGS = {
     "max_num_seqs": "--max-num-seqs",
     "max_num_batched_tokens": "--max-num-batched-tokens",
     "num_threads": "--threads",
+    "block_size": "--block-size",
 }
+
+
+MOST_CLIPPED = 0.5
+"""A limit that cuts off more of the outputs is no advice."""
 
 
 def chosen(advice: Advice, confirmation: Confirmation | None) -> Knobs:
@@ -42,7 +47,11 @@ def reasons(advice: Advice, confirmation: Confirmation | None, not_run: str) -> 
     Args:
         not_run: why there were no real runs, where there were none.
     """
-    return [*_choice(advice, confirmation, not_run), *_single_changes(advice)]
+    return [
+        *_choice(advice, confirmation, not_run),
+        *_single_changes(advice),
+        *_other_blocks(advice),
+    ]
 
 
 def _choice(advice: Advice, confirmation: Confirmation | None, not_run: str) -> Iterator[str]:
@@ -51,12 +60,13 @@ def _choice(advice: Advice, confirmation: Confirmation | None, not_run: str) -> 
     if pick is own:
         yield (
             f"{number}; none is predicted to be {amounts.percent(LEAST_GAIN)} faster than the "
-            f"settings you have ({_span(own.seconds)})."
+            f"settings you have (order {own.knobs.order}, {_span(own.seconds)})."
         )
         return
     yield (
         f"{number}; {options(pick.knobs, own.knobs)} is predicted to take "
-        f"{_span(pick.seconds)}, the settings you have {_span(own.seconds)} "
+        f"{_span(pick.seconds)}, the settings you have, order {own.knobs.order}, "
+        f"{_span(own.seconds)} "
         f"({_less(pick.seconds / own.seconds)})."
     )
     if confirmation is None:
@@ -101,7 +111,39 @@ def _single_changes(advice: Advice) -> Iterator[str]:
             yield f"{FLAGS[name]} {value} alone: {_less(alone.seconds / own.seconds)}, predicted."
 
 
+def _other_blocks(advice: Advice) -> Iterator[str]:
+    """What blocks of other sizes would change."""
+    pick = advice.pick
+    same = dataclasses.asdict(pick.knobs) | {"block_size": 0}
+    others = [
+        f"{trial.knobs.block_size}: {_less(trial.seconds / pick.seconds)}"
+        for trial in sorted(advice.trials, key=lambda trial: trial.knobs.block_size)
+        if trial is not pick and dataclasses.asdict(trial.knobs) | {"block_size": 0} == same
+    ]
+    if others:
+        yield f"Blocks of other sizes, --block-size {', '.join(others)}, predicted."
+
+
+def worth_showing(advice: Advice, number: int) -> list[Trial]:
+    """The fastest trials, and that of the settings one has. Other block sizes that gain nothing
+    are left out: they would be most of the list."""
+    own = advice.own
+    seconds = {trial.knobs: trial.seconds for trial in advice.trials}
+
+    def says_something(trial: Trial) -> bool:
+        usual = dataclasses.replace(trial.knobs, block_size=own.knobs.block_size)
+        return trial.knobs == usual or trial.seconds < seconds.get(usual, math.inf)
+
+    told = [
+        trial for trial in advice.trials if trial in (own, advice.pick) or says_something(trial)
+    ]
+    shown = sorted(told, key=lambda trial: trial.seconds)[:number]
+    return shown if own in shown else [*shown, own]
+
+
 def _less(ratio: float) -> str:
+    if abs(ratio - 1) < 0.0005:
+        return "the same"
     if ratio > 1:
         return f"{ratio - 1:.1%} more"
     return f"{1 - ratio:.1%} less"
@@ -111,10 +153,10 @@ def batch_words(advice: Advice) -> list[str]:
     """Where throughput flattens."""
     best, profile = advice.memory.best, advice.profile
     alone, top = profile[0], max(profile, key=lambda point: point.tokens_per_s)
+    each = f", a token every {_ms(best.token_s)}" if best.token_s else ""
     words = [
         f"{best.batch_size} at once: {best.tokens_per_s / alone.tokens_per_s:.1f} times the "
-        f"throughput of one, {best.tokens_per_s / top.tokens_per_s:.0%} of the most, a token every "
-        f"{_ms(best.token_s)}"
+        f"throughput of one, {best.tokens_per_s / top.tokens_per_s:.0%} of the most{each}"
     ]
     if best.batch_size < profile[-1].batch_size:
         words.append("more is below a fifth of its share of one's throughput, or over the limit")
@@ -144,21 +186,30 @@ def memory_words(memory: MemoryAdvice) -> list[str]:
 def queue_words(queue: QueueAdvice) -> list[str]:
     """What becomes of a load."""
     words = [
-        f"{queue.arrivals_per_s:g} requests per second: answered after "
+        f"{queue.arrivals_per_s:g} request{'s' if queue.arrivals_per_s != 1 else ''} per second: "
+        f"answered after "
         f"{_time(queue.simulated_s)} on average, 95% within {_time(queue.simulated_p95_s)}; busy "
         f"{queue.busy_fraction:.0%} of the time (simulated)"
     ]
     if math.isinf(queue.elastic_s):
         words.append("no way of batching keeps up with that for ever: the queue grows")
+    fixed = f"the best fixed size is {queue.fixed_size}, about {_time(queue.fixed_s)}"
+    if math.isinf(queue.fixed_s):
+        fixed = "no fixed size that was looked at keeps up"
     words.append(
         f"batches of all that wait: at most {_time(queue.dynamic_s)} if padded, "
-        f"{_time(queue.elastic_s)} if rows leave when done; the best fixed size is "
-        f"{queue.fixed_size}, about {_time(queue.fixed_s)}"
+        f"{_time(queue.elastic_s)} if rows leave when done; {fixed}"
     )
     if queue.limit is None:
         words.append("one request at a time cannot keep up, whatever limit its tokens have")
         return words
     limit, full_s = queue.limit, queue.limits[-1].wait_s
+    if limit.clipped_fraction > MOST_CLIPPED:
+        words.append(
+            f"one request at a time keeps up only with max_tokens as low as {limit.max_tokens}, "
+            f"which cuts off {limit.clipped_fraction:.0%} of the outputs"
+        )
+        return words
     without = "queue grows for ever" if math.isinf(full_s) else f"wait is {_time(full_s)}"
     words.append(
         f"one at a time: max_tokens {limit.max_tokens} cuts off {limit.clipped_fraction:.0%} and "

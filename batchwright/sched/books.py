@@ -60,7 +60,13 @@ class Books:
         self.block_size = block_size
         self.slots = Slots(max_num_seqs, max_model_len)
         kv_tokens = max(group.num_blocks for group in groups) * block_size
-        plan = Plan(order, block_size=block_size, kv_tokens=kv_tokens, expected=expected)
+        plan = Plan(
+            order,
+            block_size=block_size,
+            kv_tokens=kv_tokens,
+            num_slots=max_num_seqs,
+            expected=expected,
+        )
         self.waiting = Waiting(plan)
         self.tables = [
             BlockTable(

@@ -19,6 +19,7 @@ from batchwright.job.prepare import prepare_rows
 from batchwright.job.rows import InputRow
 from batchwright.job.run_job import JobModel
 from batchwright.job.validate import parse_row
+from batchwright.prompt_cache.compose import PromptSchemas
 from batchwright.request import FinishReason, Request, Result
 from batchwright.server.api_error import ApiError, busy, from_request_error
 from batchwright.server.shared_engine import (
@@ -49,16 +50,24 @@ class Calls:
         engine: computes.
         model_name: the model's name, which bodies have to give if they give one.
         max_preparing: calls whose templates and tokens are being made at once.
+        schemas: that calls may name in prompt_cache.
     """
 
     def __init__(
-        self, model: JobModel, engine: SharedEngine, *, model_name: str, max_preparing: int
+        self,
+        model: JobModel,
+        engine: SharedEngine,
+        *,
+        model_name: str,
+        max_preparing: int,
+        schemas: PromptSchemas | None = None,
     ) -> None:
         self._model = model
         self._engine = engine
         self._model_name = model_name
         self._pool = ThreadPoolExecutor(PREPARING_THREADS, "prepare")
         self._max_preparing = max_preparing
+        self._schemas = schemas
         self._num_preparing = 0
         self._token_bytes = lru_cache(maxsize=65536)(lambda id: model.token_bytes(id))
 
@@ -130,7 +139,8 @@ class Calls:
     def _prepare(self, endpoint: str, body: dict[str, Any]) -> tuple[Request, AnswerForm]:
         """In a thread of the pool: the request of a call, and the form of its answer."""
         row = parse_row(InputRow(1, f"{CALL_PREFIX}{uuid4().hex}", endpoint, body))
-        (request,) = prepare_rows([row], self._model.tokenizer, self._model.grammars)
+        model = self._model
+        (request,) = prepare_rows([row], model.tokenizer, model.grammars, self._schemas)
         if isinstance(request, RequestError):
             raise request
         parts = tuple(replace(part, urgent=True) for part in request.parts)

@@ -21,6 +21,7 @@ from batchwright.job.stop import StopControl
 from batchwright.job.summary import JobSummary
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.shape import ModelShape
+from batchwright.prompt_cache.compose import PromptSchemas
 from batchwright.server.batch_record import Batch, BatchError, Counts, Status
 from batchwright.server.batches import Batches, Live
 from batchwright.server.check_batch import RowChecks, batch_rows
@@ -92,16 +93,25 @@ class EngineThread:
         batches: what is to be run.
         files: where their rows are and their results go.
         model_name: written into each body.
+        schemas: that rows may name in prompt_cache; `row_settings` says which, for the manifests.
     """
 
     def __init__(
-        self, model: SharedModel, batches: Batches, files: FileStore, *, model_name: str
+        self,
+        model: SharedModel,
+        batches: Batches,
+        files: FileStore,
+        *,
+        model_name: str,
+        schemas: PromptSchemas | None = None,
+        row_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = model
         self._engine = model.engine
         self._batches = batches
         self._files = files
         self._model_name = model_name
+        self._schemas, self._row_settings = schemas, row_settings
         self._num_stops = 0
         self._give_up_s = math.inf
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -210,6 +220,8 @@ class EngineThread:
                     self._model,
                     options,
                     check=checks.check,
+                    settings=self._row_settings,
+                    schemas=self._schemas,
                     stop=stop,
                     on_event=self._watch(batch),
                 )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from batchwright.errors import ConfigError, OutputError
 from batchwright.job.run_job import JobModel
+from batchwright.prompt_cache.compose import PromptSchemas
+from batchwright.prompt_cache.schema import Schema, schema_settings
 from batchwright.server.batches import Batches
 from batchwright.server.bodies import Bodies
 from batchwright.server.calls import Calls
@@ -29,10 +32,18 @@ class Parts:
     Args:
         model: whose engine nobody else uses.
         settings: checked.
+        schemas: that rows and calls may name in prompt_cache.
         lock: of the data directory, see `lock_data`; closed at the end.
     """
 
-    def __init__(self, model: JobModel, settings: ServerSettings, lock: int) -> None:
+    def __init__(
+        self,
+        model: JobModel,
+        settings: ServerSettings,
+        lock: int,
+        *,
+        schemas: Sequence[Schema] = (),
+    ) -> None:
         self.settings = settings
         self.started_at = int(time.time())
         self._lock = lock
@@ -46,9 +57,19 @@ class Parts:
             wake=self.shared_engine.arrived.set,
         )
         shared = SharedModel(model, self.shared_engine)
-        self.calls = Calls(shared, self.shared_engine, model_name=name, max_preparing=MAX_CALLS)
+        placed = PromptSchemas(schemas, model.tokenizer) if schemas else None
+        self.calls = Calls(
+            shared, self.shared_engine, model_name=name, max_preparing=MAX_CALLS, schemas=placed
+        )
         self.bodies = Bodies(max_bytes=MAX_BODIES_BYTES, timeout_s=BODY_TIMEOUT_S)
-        self.engine_thread = EngineThread(shared, self.batches, self.files, model_name=name)
+        self.engine_thread = EngineThread(
+            shared,
+            self.batches,
+            self.files,
+            model_name=name,
+            schemas=placed,
+            row_settings=schema_settings(schemas),
+        )
         self.is_stopping = False
 
     def start(self) -> None:

@@ -24,7 +24,7 @@ from batchwright.job.sim_job import EngineLimits, device_machine
 from batchwright.order_runs import unique_prompt_tokens
 from batchwright.plan.cost import CostModel
 from batchwright.plan.model_shapes import find_model_shape
-from batchwright.plan.order import find_order
+from batchwright.plan.order import OrderFunction, find_order
 from batchwright.predict import families
 from batchwright.simulate import Simulation
 from batchwright.step import EqualSteps, Step
@@ -70,9 +70,9 @@ def solve(density: float, sharing: float) -> Mix:
     return Mix(readers, round(sharing * tokens / readers * GROUP / (GROUP - 1)))
 
 
-def make_trace(mix: Mix, seed: int) -> Workload:
+def make_trace(mix: Mix, seed: int, num_writers: int = NUM_WRITERS) -> Workload:
     """The rows of a trace."""
-    num_rows = round(NUM_WRITERS / (1 - mix.readers))
+    num_rows = round(num_writers / (1 - mix.readers))
     groups = round(num_rows * mix.readers / GROUP)
     own = READ[0] - mix.prefix - MARK
     spread = Lengths(WRITE[1] // 4, WRITE[1] * 2, WRITE[1], 0.3)
@@ -137,11 +137,11 @@ class Outcome(NamedTuple):
     steps: int
 
 
-def run(trace: Workload, order: str) -> Outcome:
+def run(trace: Workload, order: OrderFunction, max_num_seqs: int = 2048) -> Outcome:
     """Simulate, all rows and their output lengths being known."""
-    limits = EngineLimits(max_num_seqs=2048, max_num_batched_tokens=2048)
+    limits = EngineLimits(max_num_seqs=max_num_seqs, max_num_batched_tokens=2048)
     machine = device_machine("A100-80G", SHAPE, trace, limits)
-    engine = replace(machine.engine, order=find_order(order), horizon=None)
+    engine = replace(machine.engine, order=order, horizon=None)
     costs = Costs(machine.cost)
     rows = families(trace.rows, trace.columns, trace.output, np.arange(len(trace.columns)))
     simulation = Simulation(rows, engine, costs)
@@ -178,7 +178,7 @@ def main() -> None:
     for index, (density, sharing) in enumerate(TRACES):
         trace = make_trace(solve(density, sharing), seed=index)
         cost = device_machine("A100-80G", SHAPE, trace, EngineLimits()).cost
-        outcomes.append({order: run(trace, order) for order in ORDERS})
+        outcomes.append({name: run(trace, find_order(name)) for name in ORDERS})
         optima.append(optimum(trace, cost))
         prompts.append(int(trace.columns.num_prompt.sum()))
         tokens.append(prompts[-1] + int(trace.output.sum()))

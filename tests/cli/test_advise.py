@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def test_json_is_the_argmax_and_the_same_each_time(command: Command) -> None:
         "max_num_batched_tokens": 512,
         "order": "auto",
         "num_threads": 1,
+        "block_size": 32,
     }
     assert pick["seconds"] == min(trial["seconds"] for trial in trials)
     assert pick["seconds"] < 0.95 * own["seconds"]
@@ -111,10 +113,66 @@ def test_json_is_the_argmax_and_the_same_each_time(command: Command) -> None:
 
 
 def test_all_settings_given_leave_nothing_to_search(command: Command) -> None:
-    found = command.json(*FIXED, "--order", "fcfs", "--max-num-batched-tokens", 64)
+    all_given = ["--order", "fcfs", "--max-num-batched-tokens", 64, "--block-size", 64]
+    found = command.json(*FIXED, *all_given)
+    assert found["own"]["knobs"]["block_size"] == 64
     assert len(found["trials"]) == 1
     assert found["options"] == ""
     assert "none is predicted to be" in found["reasons"][0]
+
+
+def test_what_other_block_sizes_cost(command: Command) -> None:
+    """A beginning of some 50 tokens is shared in blocks of 32, and not in larger ones."""
+    beginning = " ".join(f"word{i}" for i in range(16))
+    write_lines(
+        Path("in.jsonl"),
+        [
+            {"id": f"r{i}", "prompt": f"{beginning} {i}", "max_tokens": 2, "ignore_eos": True}
+            for i in range(20)
+        ],
+    )
+    found = command.json("--confirm-seconds", 0, *FIXED)
+    assert found["predicted"]["knobs"]["block_size"] == 32
+    told = next(reason for reason in found["reasons"] if "--block-size" in reason)
+    assert re.fullmatch(r"Blocks of other sizes, --block-size 64: \S+% more, 128: .*", told)
+    larger = command.json("--confirm-seconds", 0, *FIXED, "--block-size", 64)
+    assert larger["predicted"]["seconds"] > found["predicted"]["seconds"]
+    text = command("--confirm-seconds", 0, *FIXED)[1]
+    assert text.count("--block-size") == 1, "only there, not in the list of settings"
+
+
+def test_keys_and_values_in_bfloat16_take_half_the_memory(command: Command) -> None:
+    whole = command.json("--confirm-seconds", 0, *FIXED, "--order", "fcfs")
+    half = command.json(
+        "--confirm-seconds", 0, *FIXED, "--order", "fcfs", "--kv-cache-dtype", "bfloat16"
+    )
+    assert half["memory"]["kv_tokens"] == whole["memory"]["kv_tokens"]
+    assert half["memory"]["kv_bytes"] == whole["memory"]["kv_bytes"] / 2
+
+
+def test_no_more_memory_is_advised_than_there_is(command: Command) -> None:
+    found = command.json("--confirm-seconds", 0, *FIXED, "--kv-tokens", 96)
+    assert found["memory"]["kv_tokens"] == 96
+
+
+def test_a_server_starts_rows_as_they_come(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue is that of the order a server has, not of the best one for a job."""
+    from batchwright.job import advise_job
+
+    orders: list[Any] = []
+    simulate = advise_job.simulate_arrivals
+
+    def noting(prompts: Any, num_output: Any, arrival_s: Any, engine: Any, cost: Any) -> Any:
+        orders.append(engine.order.__name__)
+        return simulate(prompts, num_output, arrival_s, engine, cost)
+
+    monkeypatch.setattr(advise_job, "simulate_arrivals", noting)
+    found = command.json(*FIXED, "--arrivals", 2, "--confirm-seconds", 0)
+    assert found["settings"]["order"] not in ("auto", "fcfs")
+    command.json(*FIXED, "--arrivals", 2, "--confirm-seconds", 0, "--order", "groups")
+    assert orders == ["fcfs", "groups"]
 
 
 @pytest.mark.parametrize("faster", [True, False])
@@ -203,6 +261,29 @@ def test_an_engine_may_need_eight_devices(command: Command) -> None:
     assert found["hardware"] == "8 x L40S"
 
 
+def test_an_engine_on_so_many_devices(command: Command) -> None:
+    device = ["--device", "H100", "--shape", "llama-3-70b", "--order", "fcfs"]
+    found = command.json(*device, "--tensor-parallel-size", 4, "--deadline", "1h")
+    assert found["hardware"] == "4 x H100"
+    assert found["devices"]["found"]["layout"] == {"replica_size": 4, "num_replicas": 1}
+    assert {one["layout"]["replica_size"] for one in found["devices"]["tried"]} == {4}
+    status, _, err = command(*device, "--tensor-parallel-size", 1)
+    assert status == 2
+    assert "weights" in err
+
+
+def test_rows_that_name_modules(command: Command) -> None:
+    schema = {"name": "s", "content": [{"module": "m", "content": "Goods go back.\n"}]}
+    Path("s.json").write_text(json.dumps(schema))
+    row = {"id": "a", "prompt": "Why?", "max_tokens": 4, "prompt_cache": {"modules": ["m"]}}
+    write_lines(Path("in.jsonl"), [row])
+    status, _, err = command(*FIXED, "--confirm-seconds", 0)
+    assert status == 2 and "no row of the input can run" in err
+    found = command.json(*FIXED, "--confirm-seconds", 0, "--prompt-schema", "s.json")
+    assert found["bad_rows"] == 0
+    assert found["tokens"] > 6
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -210,10 +291,15 @@ def test_an_engine_may_need_eight_devices(command: Command) -> None:
         (["--device", "H100", "--shape", "x"], "model shape is 'x', must be one of"),
         (["--shape", "llama-3-8b"], "--shape is for --device"),
         (["--device", "L40S", "--quantize", "int8"], "leave it out with --device"),
+        (["--device", "L40S", "--kv-cache-dtype", "bfloat16"], "leave it out with --device"),
+        (["--device", "L40S", "--tensor-parallel-size", "3"], "must be one of 1, 2, 4, 8"),
+        (["--tensor-parallel-size", "2"], "advice on this machine is for one process"),
+        (["--block-size", "48"], "must be a multiple of 32"),
+        (["--lengths", "x"], "length_predictor is 'x', must be one of buckets"),
         (["--arrivals", "0"], "--arrivals is 0.0, must be above 0"),
         (["--arrivals", "nan"], "must be above 0"),
         (["--max-num-seqs", "0"], "max-num-seqs"),
-        (["-o", "no/such/folder.html", "--confirm-seconds", "0", *FIXED], "cannot write"),
+        (["-o", "no/such/folder.html", "--confirm-seconds", "0"], "there is no directory no/such"),
     ],
 )
 def test_clear_errors(command: Command, args: list[str], message: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from batchwright.attention.backends import numba as backend
 from batchwright.kernels.paged_attention.plan import AttentionPlan, loaded_keys, plan_attention
+from batchwright.techniques import names
 from tests.engine.harness import request, run
 from tests.models.reference import TINY, make_checkpoint
 
@@ -53,3 +54,33 @@ def test_sharing_nodes_changes_no_bit(name, tmp_path, monkeypatch):
     assert max(most_segments) == 1 and max(saved) == 0
     assert shared.tokens() == alone.tokens()
     assert shared.logits == alone.logits
+
+
+@pytest.fixture(scope="module")
+def as_they_come(tmp_path_factory):
+    """A checkpoint, and the rows' logits in it without any sharing."""
+    path = tmp_path_factory.mktemp("llama")
+    config, settings = TINY["llama"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TINY, "llama", (config, {**settings, "max_position_embeddings": 512}))
+        make_checkpoint("llama", path)
+    return path, run(path, tree_job(), prefix_sharing=False, order="fcfs")
+
+
+@pytest.mark.parametrize("kv_tokens", [None, 640])
+@pytest.mark.parametrize("order", ["auto", *names("plan.orders")])
+def test_no_order_and_no_way_of_sharing_changes_a_bit(order, kv_tokens, as_they_come, monkeypatch):
+    """Prefixes shared or not, their attention shared or not, memory for all rows or for two."""
+    path, expected = as_they_come
+    settings = {"order": order, "kv_tokens": kv_tokens}
+    outcomes = [run(path, tree_job(), **settings)]
+    outcomes.append(run(path, tree_job(), prefix_sharing=False, **settings))
+
+    def alone(*arguments, **options) -> AttentionPlan:
+        return plan_attention(*arguments, **(options | {"block_table": None}))
+
+    monkeypatch.setattr(backend, "plan_attention", alone)
+    outcomes.append(run(path, tree_job(), **settings))
+    for outcome in outcomes:
+        assert outcome.tokens() == expected.tokens()
+        assert outcome.logits == expected.logits

@@ -111,6 +111,23 @@ def test_memory_of_the_profile_suffices(size: int) -> None:
     assert less.tokens_per_s < 0.99 * point.tokens_per_s  # so the line above could have failed
 
 
+def test_larger_blocks_share_less_and_round_up_more() -> None:
+    """40 of 50 prompt tokens are shared: 32 of them in blocks of 32, none in blocks of 64."""
+    rows = JobRows()
+    for row in range(20):
+        tokens = np.array([7] * 40 + [row + 10] * 10, np.int32)
+        params = SamplingParams(max_tokens=5, ignore_eos=True)
+        rows.add(Request(id=str(row), prompt_token_ids=tokens, params=params), 55, row)
+    columns = rows.columns()
+    savings = find_savings(rows, columns, block_size=32, horizon=4096)
+    run = simulation(KnownJob(rows, columns, savings, columns.most_output), max_num_seqs=4)
+    found = {size: run.trial(dataclasses.replace(run.own, block_size=size)) for size in (32, 64)}
+    assert found[64].seconds > 1.2 * found[32].seconds
+    assert (found[32].kv_tokens, found[64].kv_tokens) == (32 + 4 * 32, 4 * 64)
+    assert run._savings_in(32).cached.sum() == 19 * 32
+    assert run._savings_in(64).cached.sum() == 0
+
+
 def test_parts_of_a_job() -> None:
     known = job()
     assert known.first_part(1).tolist() == list(range(40))

@@ -1,5 +1,7 @@
 """The memory split's closed form, and that blending reaches a known optimum."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,6 +81,30 @@ def test_prompts_are_spread_over_the_steps_for_which_memory_is_full() -> None:
     order = order._replace(units=order.units._replace(prompt_share=2000 / (2 * 100 * 10)))
     assert DualScan(order, kv_tokens=100.0).prompt_tokens == 128, "100, in whole tiles"
     assert DualScan(order, kv_tokens=200.0).prompt_tokens == 256
+
+
+def test_prompts_are_spread_over_the_steps_for_which_slots_are_full() -> None:
+    """20,000 prompt tokens; 100 rows hold 100 tokens for 10 steps each: 2 slots need 500 steps."""
+    order = order_of([50, 50], [2.0, 0.0], kv=100.0)
+    share = 20_000 / (100 * 100 * 10)
+    order = order._replace(units=order.units._replace(prompt_share=share, kv_per_slot=100.0))
+    assert DualScan(order, kv_tokens=1000.0).prompt_tokens == 256, "10 rows fit: 100 steps of 200"
+    assert DualScan(order, kv_tokens=1000.0, num_slots=2).prompt_tokens == 128, "500 steps of 40"
+    assert DualScan(order, kv_tokens=1000.0, num_slots=10).prompt_tokens == 256
+    assert DualScan(order, kv_tokens=100.0, num_slots=10).prompt_tokens == 128, "memory is short"
+
+
+def test_the_sides_keep_their_shares_where_slots_run_out_first() -> None:
+    """Shares of 3 to 1 in memory for 4,000 rows: so they are in eight slots, whichever is freed."""
+    scan = DualScan(order_of([500, 500], [2.0, 0.0], mean=1.5), kv_tokens=4000.0, num_slots=8)
+    running = [scan.pick(MemorySplit(0.0, 0.0)).is_left]
+    chance = random.Random(0)
+    for _ in range(200):
+        if len(running) == 8:
+            assert sum(running) == 6
+            running.pop(chance.randrange(8))
+        left = float(sum(running))
+        running.append(scan.pick(MemorySplit(left, len(running) - left)).is_left)
 
 
 @settings(max_examples=200)

@@ -220,3 +220,14 @@ def test_a_prefix_is_resident_from_its_first_user_to_its_last_and_no_longer() ->
         assert list(numbers) == list(range(numbers[0], numbers[-1] + 1))
     assert done.scheduler.stats.work.num_prompt_tokens == num_groups * (40 + 4 * 3)
     assert done.scheduler.books.tables[0].pool.num_free == 10_000
+
+
+def test_few_slots_spread_prompts_over_the_steps_that_there_are() -> None:
+    """Forty rows that read beside eight that write, in eight slots and memory for hundreds: about
+    110 prompt tokens a step, where memory that is full all the time would allow 7,000."""
+    reading = [row(i, [i + 1] * 300, 2) for i in range(40)]
+    writing = [row(40 + i, [100 + i] * 4, 100) for i in range(8)]
+    done = run(reading + writing, budget=2048, num_seqs=8, order="density")
+    sizes = [step.num_tokens for step in done.steps[1:61]]  # neither the first nor the last rows
+    assert max(sizes) <= 128 + 8
+    assert sum(size > 8 for size in sizes) > 0.7 * len(sizes)

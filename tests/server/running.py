@@ -7,12 +7,13 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import openai
 
+from batchwright.prompt_cache.schema import Schema
 from batchwright.server.parts import Parts, lock_data
 from batchwright.server.run import listen, make_server
 from batchwright.server.settings import ServerSettings
@@ -39,6 +40,7 @@ class RunningServer:
     Args:
         data: the data directory.
         engine, model: what answers.
+        schemas: see Parts.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class RunningServer:
         engine: FakeEngine | None = None,
         *,
         model: Any = None,
+        schemas: Sequence[Schema] = (),
         **settings: Any,
     ) -> None:
         self.is_open = True
@@ -54,7 +57,8 @@ class RunningServer:
         self.engine = engine or PacedEngine()
         self.settings = ServerSettings(port=0, data=data, **{"model_name": MODEL, **settings})
         lock = lock_data(data)
-        self.parts = Parts(model or FakeModel(self.engine), self.settings, lock)
+        model = model or FakeModel(self.engine)
+        self.parts = Parts(model, self.settings, lock, schemas=schemas)
         listener = listen(self.settings)
         self.port = listener.getsockname()[1]
         self._server = make_server(self.parts)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from batchwright.errors import ConfigError
+from batchwright.kv.groups import BLOCK_SIZE
 
 LEAST_GAIN = 0.01
 """Less than this share of the time is no reason to leave the settings one has."""
@@ -29,6 +30,7 @@ class Knobs:
     max_num_batched_tokens: int
     order: str
     num_threads: int
+    block_size: int = BLOCK_SIZE
 
     def num_changes(self, other: Knobs) -> int:
         """Settings that differ."""

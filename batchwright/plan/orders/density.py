@@ -17,6 +17,7 @@ ends are mixed.
 from __future__ import annotations
 
 import heapq
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -62,12 +63,14 @@ def density(job: JobFacts) -> Order:
         _sum_by(place, values, len(kinds)) for values in (unit.compute_s, unit.memory_s)
     )
     held = float((kv_tokens * job.num_output_tokens[rows]).sum())  # a token, for a Step
+    num_steps = float(job.num_output_tokens[rows].sum())  # of rows, each by itself
     units = Units(
         np.bincount(place, unit.size).astype(np.int64),
         density_of(compute_s, memory_s),
         float(work.density[ROOT]),
         kv_tokens,
         float(new_tokens.sum()) / max(held, 1.0),
+        held / num_steps if num_steps else math.inf,
     )
     return Order(rows, units)
 

@@ -161,3 +161,5 @@ def test_rows_of_like_density_are_one_unit_and_start_as_they_came() -> None:
     assert order.rows.tolist() == [12, 13, 14, 15, *range(12)]
     held = sum((1 + n / 2) * n for n in outputs[:12]) + 4 * 400.5
     assert order.units.prompt_share == pytest.approx((12 + 4 * 400) / held)
+    num_steps = sum(outputs[:12]) + 4
+    assert order.units.kv_per_slot == pytest.approx(held / num_steps)
