@@ -25,6 +25,7 @@ from batchwright.plan.order import OrderFunction
 from batchwright.plan.shape import ModelShape
 from batchwright.recovery import Isolation, describe
 from batchwright.request import Request, Result, Task
+from batchwright.run_through import run_through
 from batchwright.sampling.noise import noise_key
 from batchwright.sched.intake import SchedulerStats
 from batchwright.sched.scheduler import Scheduler
@@ -143,6 +144,9 @@ class Engine:
         """Requests added whose result has not been returned."""
         return len(self._open)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._open or request_id in self._parts
+
     def add(self, request: Request) -> None:
         """Take a request in; its result comes out of a later `step`.
 
@@ -154,7 +158,7 @@ class Engine:
                 does not compile).
         """
         self._mend()
-        if request.id in self._open or request.id in self._parts:
+        if request.id in self:
             raise RequestError(
                 f"id {request.id!r} is already running; ids must be unique",
                 code="duplicate_custom_id",
@@ -315,23 +319,9 @@ class Engine:
             raise ConfigError(
                 "this engine is still running other requests; finish or close their results first"
             )
-        source = iter(requests)
-        exhausted = False
         self._is_running = True
         try:
-            while True:
-                while not exhausted and self.num_unfinished < HORIZON:
-                    request = next(source, None)
-                    if request is None:
-                        exhausted = True
-                        break
-                    try:
-                        self.add(request)
-                    except RequestError as error:
-                        yield failed(request, error)
-                if not self.num_unfinished:
-                    return
-                yield from self.step()
+            yield from run_through(self, requests, HORIZON)
         finally:
             self._is_running = False
             self.abandon()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from batchwright import techniques
+from batchwright.attention.backend import AttentionBackend
 from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.errors import ConfigError
 from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
@@ -39,7 +40,7 @@ class OpenedModel:
         path: its directory or .gguf file.
         config: the engine's settings, settled.
         model_config: as `models.loader.read_config` returns it.
-        groups: KV groups with the pool sizes that the engine will have.
+        groups: KV groups with the pool sizes that the engine, or each replica, will have.
         kv_dtype: of keys and values.
         free_memory_bytes: when it was opened.
     """
@@ -103,11 +104,6 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
         free_memory_bytes=free_memory_bytes,
         num_gpus=num_gpus(),
     )
-    kv_dtype: torch.dtype = getattr(torch, config.dtype)
-    if config.device == "cpu":
-        backend = techniques.find("attention.backends", config.attention).Backend()
-        kv_dtype = backend.kv_dtype(kv_dtype)
-    block_elements = [one.kv_elements // size * config.block_size for one in shape.attention]
     return OpenedModel(
         path=path,
         tokenizer=tokenizer,
@@ -115,13 +111,31 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
         config=config,
         model_config=model_config,
         shape=shape,
-        groups=config.kv_groups(
-            [one.window for one in shape.attention],
-            [elements * kv_dtype.itemsize for elements in block_elements],
-        ),
-        kv_dtype=kv_dtype,
+        groups=kv_groups(config, shape),
+        kv_dtype=_kv_dtype(config),
         free_memory_bytes=free_memory_bytes,
     )
+
+
+def kv_groups(config: ResolvedConfig, shape: ModelShape) -> list[KVGroup]:
+    """KV groups with the pool sizes that an engine has, one of several replicas too.
+
+    Raises:
+        ConfigError: memory does not hold two blocks of every group.
+    """
+    itemsize, size = _kv_dtype(config).itemsize, config.tensor_parallel_size
+    return config.kv_groups(
+        [one.window for one in shape.attention],
+        [one.kv_elements // size * config.block_size * itemsize for one in shape.attention],
+    )
+
+
+def _kv_dtype(config: ResolvedConfig) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    if config.device != "cpu":
+        return dtype
+    backend: AttentionBackend = techniques.find("attention.backends", config.attention).Backend()
+    return backend.kv_dtype(dtype)
 
 
 def engine_settings(settings: dict[str, Any]) -> EngineConfig:
