@@ -50,12 +50,14 @@ URGENT_LEAD = 2**62
 class EngineLoad(NamedTuple):
     """How busy an engine is: sequences that run and that wait, and the share of blocks in use.
 
-    The share is that of the KV group that is fullest.
+    The share is that of the KV group that is fullest. `helper_bytes` is the most memory that
+    processes beside this one have had for themselves.
     """
 
     num_running_seqs: int
     num_waiting_seqs: int
     kv_used_fraction: float
+    helper_bytes: int = 0
 
 
 class Engine:

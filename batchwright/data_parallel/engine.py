@@ -153,17 +153,13 @@ class ReplicatedEngine:
             num_running_seqs=sum(report.num_running_seqs for report in reports),
             num_waiting_seqs=num_here + sum(report.num_waiting_seqs for report in reports),
             kv_used_fraction=max((report.kv_used_fraction for report in reports), default=0.0),
+            helper_bytes=sum(self._own_bytes.values()),
         )
 
     @property
     def compile_s(self) -> float:
         """Seconds that the replica which took longest has spent compiling kernels."""
         return max(self._compile_s.values(), default=0.0)
-
-    @property
-    def own_bytes(self) -> int:
-        """The most memory that replicas have had for themselves; shared weights are not in it."""
-        return sum(self._own_bytes.values())
 
     def waiting_ids(self) -> list[str]:
         """Requests that have not started, as far as is known."""
@@ -359,7 +355,6 @@ class ReplicatedEngine:
         if replica is None:
             return
         self._last_end = f"replica {number} {how}"
-        self._own_bytes.pop(number, None)
         self._queue.drop_replica(number)
         waiting = set(replica.waiting)
         for id, row in replica.rows.items():
