@@ -18,6 +18,7 @@ from batchwright.errors import ConfigError, ReplicaError
 from batchwright.llm import LLM
 from batchwright.opened_model import open_model
 from batchwright.request import Request, Result, SamplingParams
+from batchwright.server.shared_engine import SharedEngine
 from batchwright.structured.spec import regex
 from tests.engine.harness import mixed_job, request
 from tests.running_job import is_running, make_model
@@ -139,6 +140,26 @@ def test_replicas_are_pinned_and_share_the_weights(pair):
         assert os.sched_getaffinity(pid) == set(place.cores)
         assert "memfd:batchwright-weights" in Path(f"/proc/{pid}/maps").read_text()
     assert "memfd:batchwright-weights" not in Path("/proc/self/maps").read_text()
+
+
+def test_single_calls_join_the_rows_of_a_job(alone, pair):
+    shared = SharedEngine(pair.engine, max_calls=4)
+    rows = mixed_job(max_tokens=40)
+    for row in rows:
+        shared.add(row)
+    call = shared.submit(dataclasses.replace(request("call", [5, 6, 7], 4), urgent=True))
+    dropped = shared.submit(request("dropped", [8, 9], 100))
+    results = shared.step()
+    shared.withdraw(dropped)
+    while shared.num_unfinished:
+        results += shared.step()
+    assert same(results, list(alone.engine.run(rows)))
+    assert same([call.result.result(0)], list(alone.engine.run([request("call", [5, 6, 7], 4)])))
+    for row in rows:
+        shared.add(row)
+    shared.step()
+    shared.abandon()
+    assert pair.engine.num_unfinished == 0
 
 
 def test_results_closed_early_leave_a_usable_engine(alone, pair):
