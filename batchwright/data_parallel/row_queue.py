@@ -112,7 +112,7 @@ class RowQueue:
 
     def drop_replica(self, number: int) -> None:
         """A replica takes nothing any more; the others share its span."""
-        self._new += self._spans.pop(number)
+        del self._spans[number]
         self._is_due = True
 
     def take(self, number: int, loads: dict[int, float]) -> Row | None:

@@ -30,8 +30,8 @@ def test_lists_as_linux_writes_them(text, numbers):
 
 
 def test_nodes_are_read_and_cut_to_the_allowed_cores(tmp_path):
-    where = machine(tmp_path, {0: "0-3", 1: "4-7", 10: "8-9", 2: ""})
-    assert read_nodes(range(10), **where) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    where = machine(tmp_path, {0: "0-3", 1: "4-7", 10: "8-9", 2: "10", 3: ""})
+    assert read_nodes(range(11), **where) == [[0, 1, 2, 3], [4, 5, 6, 7], [10], [8, 9]]
     assert read_nodes({1, 2, 9}, **where) == [[1, 2], [9]]
     assert read_nodes({3, 99}, **where) == [[3], [99]]  # a core of no node that is told
 

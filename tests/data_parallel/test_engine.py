@@ -198,6 +198,20 @@ def test_a_row_that_ran_in_two_replicas_when_they_died_fails(caplog):
     engine.check_integrity()
 
 
+def test_a_row_that_only_waited_when_replicas_died_does_not_fail():
+    engine, replicas = engine_of(3)
+    add(engine, 1)
+    for number in range(2):
+        engine.step()
+        there = next(n for n in range(3) if n in engine._alive and "r0" in replicas.given(n))
+        replicas.report(there, waiting=("r0",))
+        replicas.inbox.put(there, Failed(None, "was ended by signal 9"))
+        assert engine.step() == [], number
+    (last,) = engine._alive
+    replicas.report(last, answer("r0"))
+    assert engine.step()[0].error is None
+
+
 def test_without_replicas_nothing_runs_and_finished_rows_are_told_first():
     engine, replicas = engine_of(2)
     add(engine, 4)

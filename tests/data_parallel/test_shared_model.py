@@ -24,7 +24,7 @@ def memory():
     os.close(file_descriptor)
 
 
-def loaded(path, name="qwen2", **options):
+def loaded(path, name="llama_biased", **options):
     make_checkpoint(name, path)
     return load_model(open_checkpoint(path), dtype=torch.float32, max_positions=256, **options)
 
