@@ -27,10 +27,11 @@ from batchwright.bench.workloads import WorkRequest, build_workloads, plain_enco
 from batchwright.data_parallel.row_queue import Row, RowQueue
 from batchwright.exec.machine_cost import machine_cost
 from batchwright.kv.groups import KVGroup
-from batchwright.opened_model import open_model
-from batchwright.plan.cost import CostModel
+from batchwright.opened_model import OpenedModel, open_model
+from batchwright.plan.cost import CostModel, Hardware, RateCurve
 from batchwright.plan.more_cores import BANDWIDTH, CoreLaw
 from batchwright.plan.orders.prefix_dfs import prefix_dfs
+from batchwright.plan.shape import ModelShape
 from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Request, SamplingParams
 from batchwright.sequence import Sequence as TokenSequence
@@ -57,25 +58,23 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=4)
     parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes/s of memory")
     parser.add_argument("--check", type=Path, nargs="*", default=[])
+    parser.add_argument("--measured", type=Path, help="--out of an earlier run: measure nothing")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model = open_model("smollm2", {"device": "cpu"})
-    costs = [
-        [
-            machine_cost(
-                model.checkpoint.config,
-                model.shape,
-                replace(model.config, num_threads=num_threads),
-                stored_forms(model.checkpoint),
-            )
-            for num_threads in (1, 2)
+    if options.measured:
+        costs = _read_costs(options.measured, model.shape)
+    else:
+        costs = [
+            [_measure(model, num_threads) for num_threads in (1, 2)] for _ in range(options.rounds)
         ]
-        for _ in range(options.rounds)
-    ]
     encode = plain_encoder(model.tokenizer.encode)
     curves = Curves(costs, options.bandwidth)
     result: dict[str, Any] = {"scale": options.scale, "bandwidth": options.bandwidth}
-    result["measured"] = [[asdict(cost.hardware) for cost in pair] for pair in costs]
+    result["measured"] = [
+        [{name: value for name, value in asdict(cost).items() if name != "shape"} for cost in pair]
+        for pair in costs
+    ]
     result["predicted_s"] = curves.predict(build_workloads(encode, scale=options.scale))
     result["checks"] = [
         curves.check(json.loads(path.read_text()), encode) for path in options.check
@@ -86,6 +85,25 @@ def main() -> None:
     print(json.dumps(result))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _measure(model: OpenedModel, num_threads: int) -> CostModel:
+    return machine_cost(
+        model.checkpoint.config,
+        model.shape,
+        replace(model.config, num_threads=num_threads),
+        stored_forms(model.checkpoint),
+    )
+
+
+def _read_costs(path: Path, shape: ModelShape) -> list[list[CostModel]]:
+    def read(values: dict[str, Any]) -> CostModel:
+        hardware = dict(values.pop("hardware"))
+        for curve in ("layers", "head"):
+            hardware[curve] = RateCurve(**{k: tuple(v) for k, v in hardware[curve].items()})
+        return CostModel(shape, Hardware(**hardware), **values)
+
+    return [[read(one) for one in pair] for pair in json.loads(path.read_text())["measured"]]
 
 
 class Curves:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.running_job import INTERRUPTED, PROMPTS, ROOT, Job, is_running, make_model
+from tests.running_job import INTERRUPTED, ROOT, Job, is_running, make_model
 
 pytestmark = pytest.mark.cpu
 
@@ -75,22 +75,22 @@ def test_a_job_of_all_kinds_of_rows_has_the_same_lines(model):
 
 
 def test_a_killed_replica_costs_no_row_and_is_told(model):
-    job = Job(model, *TWO)
+    job = Job(model, *TWO, rows=LONG)
     process, pids = job.started()
     os.kill(pids[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert "was ended by signal 9" in stderr and "1 of 2 replicas go on" in stderr
     texts = job.texts()
-    assert len(job.lines()) == len(texts) == len(PROMPTS)
+    assert len(job.lines()) == len(texts) == len(LONG)
     last = json.loads((Path(f"{job.output}.job") / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["rows_succeeded"] == len(PROMPTS) and last["generated_tokens"] >= 120 * 30
+    assert last["rows_succeeded"] == len(LONG) and last["generated_tokens"] >= 250 * 60
     job.run("--force", *ONE)
     assert job.texts() == texts
 
 
 def test_without_replicas_the_run_ends_and_goes_on_with_any_number(model):
-    job = Job(model, *TWO)
+    job = Job(model, *TWO, rows=LONG)
     process, pids = job.started()
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -98,10 +98,10 @@ def test_without_replicas_the_run_ends_and_goes_on_with_any_number(model):
     assert process.returncode == INTERRUPTED, stderr
     assert "none of 2 replicas" in stderr and "Traceback" not in stderr
     done = job.texts()
-    assert 0 < len(done) < len(PROMPTS)
+    assert 0 < len(done) < len(LONG)
     job.run(*ONE)
     texts = job.texts()
-    assert len(job.lines()) == len(texts) == len(PROMPTS) and done.items() <= texts.items()
+    assert len(job.lines()) == len(texts) == len(LONG) and done.items() <= texts.items()
 
 
 @pytest.mark.parametrize(
