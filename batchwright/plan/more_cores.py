@@ -65,12 +65,13 @@ class CoreLaw:
     def _curve(
         self, one: RateCurve, two: RateCurve, num_threads: int, bandwidth: float
     ) -> RateCurve:
+        all_rows = max(one.rows, two.rows, key=len)  # what takes long is not measured
         rates = []
-        for rows, first, second in zip(one.rows, one.flops_per_s, two.flops_per_s, strict=True):
+        for rows in all_rows:
+            seconds = amdahl(one.seconds(rows, 1.0), two.seconds(rows, 1.0), num_threads)
             # two FLOPs for each row and element of the weights
-            most = 2 * rows * bandwidth / self.weight_bytes
-            rates.append(min(1 / amdahl(1 / first, 1 / second, num_threads), most))
-        return RateCurve(one.rows, tuple(rates))
+            rates.append(min(rows / seconds, 2 * rows * bandwidth / self.weight_bytes))
+        return RateCurve(all_rows, tuple(rates))
 
 
 def amdahl(one_s: float, two_s: float, num_threads: int) -> float:

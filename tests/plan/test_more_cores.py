@@ -61,6 +61,13 @@ def test_it_goes_through_what_was_measured():
     assert two.step_s == ONE.step_s and two.busy == 1.0 and two.num_threads == 2
 
 
+def test_one_curve_may_have_more_points():
+    longer = RateCurve((1.0, 64.0, 128.0), (20e9, 160e9, 180e9))
+    curve = replace(LAW, two=replace(TWO, layers=longer)).hardware(2).layers
+    assert curve.rows == longer.rows
+    assert curve.flops_per_s == pytest.approx(longer.flops_per_s)
+
+
 def test_serial_parts_bound_what_threads_give():
     many = LAW.hardware(10**6)
     assert many.layers.flops_per_s[1] == pytest.approx(400e9, rel=1e-3)  # a quarter is serial
