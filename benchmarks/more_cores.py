@@ -1,6 +1,6 @@
 """What would more cores give, as threads of one process or as replicas?  A prediction.
 
-    python -m benchmarks.more_cores [--rounds 5] [--scale 4] [--check SCALING.json ...] [--out JSON]
+    python -m benchmarks.more_cores [--rounds 5] [--scale 1] [--check SCALING.json ...] [--out JSON]
 
 SmolLM2. The cost model of this machine is measured with one and with two threads, in turns;
 `batchwright/plan/more_cores.py` fits a law to both, and the workloads W1 to W4 are simulated with
@@ -55,7 +55,7 @@ def main() -> None:
     """Measure, fit, simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=4)
+    parser.add_argument("--scale", type=float, default=1)
     parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes/s of memory")
     parser.add_argument("--check", type=Path, nargs="*", default=[])
     parser.add_argument("--measured", type=Path, help="--out of an earlier run: measure nothing")
