@@ -31,6 +31,7 @@ _COUNTS = (
     "swap_space_bytes",
     "num_threads",
     "tensor_parallel_size",
+    "data_parallel_size",
 )
 _WHOLE_NUMBERS = (*_COUNTS, "block_size", "seed", "look_ahead")
 
@@ -46,9 +47,9 @@ class EngineConfig:
         quantize: "int8": products have int8 weights and activations, lossy (docs/int8.md), on a
             CPU alone; None: they have the model's dtype.
         max_model_len: most tokens of a sequence, prompt and output.
-        max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: tokens computed per step.
-        kv_cache_bytes: memory for keys and values, of each process with tensor parallelism.
+        max_num_seqs: sequences that run at once, in each replica.
+        max_num_batched_tokens: tokens computed per step, in each replica.
+        kv_cache_bytes: memory for keys and values, of each process if there are several.
         kv_tokens: tokens whose keys and values are kept at once, if less than memory allows.
         swap_space_bytes: memory of the host for keys and values that a GPU has no room for, of each
             process with tensor parallelism; None: they are computed again when they are needed.
@@ -65,9 +66,12 @@ class EngineConfig:
         attention: backend of a CPU, a file of `batchwright/attention/backends`.
         seed: keys the randomness of rows that have no seed of their own.
         num_threads: threads of matrix products and kernels, at most the cores there are; with
-            tensor parallelism, of each process, which get the cores in equal parts by default.
+            several processes, of each, which get the cores in equal parts by default.
         tensor_parallel_size: processes that have the model together, each a part of its heads and
             widths: one a GPU, or all on this machine's processor (docs/tensor_parallel.md).
+        data_parallel_size: replicas of the whole engine on this machine's processor, each a
+            process pinned to its part of the cores; they pull rows from one queue and share the
+            weights (docs/scaling.md).
         look_ahead: steps handed out before the oldest result is read, 0 or 1; by default 1 on a
             GPU, which then never waits for the host.
     """
@@ -91,6 +95,7 @@ class EngineConfig:
     num_threads: int | None = None
     look_ahead: int | None = None
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
 
     def resolve(
         self, *, context_length: int, free_memory_bytes: int, num_gpus: int = 0
@@ -107,6 +112,7 @@ class EngineConfig:
         """
         problems = self._problems()
         has_gpu, size = num_gpus > 0, self.tensor_parallel_size
+        num_processes = size * self.data_parallel_size
         if self.max_model_len is not None and self.max_model_len > context_length:
             problems.append(
                 f"max_model_len is {self.max_model_len}, the model's context is {context_length}; "
@@ -144,12 +150,17 @@ class EngineConfig:
                 f"{'card' if num_gpus == 1 else 'cards'}, and each process needs its own; lower it "
                 "(--tensor-parallel-size), or set device to cpu"
             )
+        if self.uses_gpu(has_gpu) and self.data_parallel_size > 1:
+            problems.append(
+                f"data_parallel_size is {self.data_parallel_size}, replicas are for the CPU; leave "
+                "it out, or set device to cpu (--device cpu)"
+            )
         if problems:
             raise ConfigError("; ".join(problems))
         num_cores = len(os.sched_getaffinity(0))
         on_gpu = self.uses_gpu(has_gpu)
         own_dtype = "bfloat16" if on_gpu else "float32"
-        kv_share = 1.0 if on_gpu else KV_SHARE_OF_FREE_MEMORY / size
+        kv_share = 1.0 if on_gpu else KV_SHARE_OF_FREE_MEMORY / num_processes
         look_ahead = int(on_gpu) if self.look_ahead is None else self.look_ahead
         return ResolvedConfig(
             device="cuda" if on_gpu else "cpu",
@@ -167,9 +178,10 @@ class EngineConfig:
             length_predictor=self.length_predictor,
             attention=KV_BACKENDS.get(self.kv_cache_dtype, self.attention),
             seed=self.seed,
-            num_threads=min(self.num_threads or max(num_cores // size, 1), num_cores),
+            num_threads=min(self.num_threads or max(num_cores // num_processes, 1), num_cores),
             look_ahead=look_ahead,
             tensor_parallel_size=size,
+            data_parallel_size=self.data_parallel_size,
         )
 
     def uses_gpu(self, has_gpu: bool) -> bool:
@@ -233,6 +245,11 @@ class EngineConfig:
                 f"kv_cache_dtype is {self.kv_cache_dtype} and attention {self.attention}; leave "
                 "one of them out"
             )
+        if self.data_parallel_size > 1 and self.tensor_parallel_size > 1:
+            problems.append(
+                f"data_parallel_size is {self.data_parallel_size} and tensor_parallel_size "
+                f"{self.tensor_parallel_size}; leave one of them out"
+            )
         if self.order not in (orders := [AUTO_ORDER, *names("plan.orders")]):
             problems.append(f"order is {self.order!r}, must be one of {', '.join(orders)}")
         if self.length_predictor not in (known := names("plan.lengths")):
@@ -274,6 +291,7 @@ class ResolvedConfig:
     num_threads: int
     look_ahead: int
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
 
     def kv_groups(self, windows: Sequence[int | None], block_bytes: Sequence[int]) -> list[KVGroup]:
         """Pool sizes of the KV groups within kv_cache_bytes and kv_tokens, never more than of use.

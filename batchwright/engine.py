@@ -25,6 +25,7 @@ from batchwright.plan.order import OrderFunction
 from batchwright.plan.shape import ModelShape
 from batchwright.recovery import Isolation, describe
 from batchwright.request import Request, Result, Task
+from batchwright.run_through import run_through
 from batchwright.sampling.noise import noise_key
 from batchwright.sched.intake import SchedulerStats
 from batchwright.sched.scheduler import Scheduler
@@ -49,12 +50,14 @@ URGENT_LEAD = 2**62
 class EngineLoad(NamedTuple):
     """How busy an engine is: sequences that run and that wait, and the share of blocks in use.
 
-    The share is that of the KV group that is fullest.
+    The share is that of the KV group that is fullest. `helper_bytes` is the most memory that
+    processes beside this one have had for themselves.
     """
 
     num_running_seqs: int
     num_waiting_seqs: int
     kv_used_fraction: float
+    helper_bytes: int = 0
 
 
 class Engine:
@@ -143,6 +146,9 @@ class Engine:
         """Requests added whose result has not been returned."""
         return len(self._open)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._open or request_id in self._parts
+
     def add(self, request: Request) -> None:
         """Take a request in; its result comes out of a later `step`.
 
@@ -154,7 +160,7 @@ class Engine:
                 does not compile).
         """
         self._mend()
-        if request.id in self._open or request.id in self._parts:
+        if request.id in self:
             raise RequestError(
                 f"id {request.id!r} is already running; ids must be unique",
                 code="duplicate_custom_id",
@@ -315,23 +321,9 @@ class Engine:
             raise ConfigError(
                 "this engine is still running other requests; finish or close their results first"
             )
-        source = iter(requests)
-        exhausted = False
         self._is_running = True
         try:
-            while True:
-                while not exhausted and self.num_unfinished < HORIZON:
-                    request = next(source, None)
-                    if request is None:
-                        exhausted = True
-                        break
-                    try:
-                        self.add(request)
-                    except RequestError as error:
-                        yield failed(request, error)
-                if not self.num_unfinished:
-                    return
-                yield from self.step()
+            yield from run_through(self, requests, HORIZON)
         finally:
             self._is_running = False
             self.abandon()

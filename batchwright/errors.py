@@ -10,7 +10,8 @@ BatchwrightError
 │   └── UnsupportedModelError  sound files of a kind this version cannot run
 ├── RequestError           one row is bad; that row fails and the others go on
 ├── ResourceError          the machine lacks memory, or room for a temporary file
-│   └── RankError              a process that has a part of the model has failed or is gone
+│   ├── RankError              a process that has a part of the model has failed or is gone
+│   └── ReplicaError           no process is left that could run rows
 └── ShapeError             arrays that must agree do not
 
 Messages say what was wrong, the value, the limit and the remedy. `assert` is kept for our own bugs.
@@ -57,6 +58,10 @@ class ResourceError(BatchwrightError):
 
 class RankError(ResourceError):
     """One of the processes that have a model together has failed. What is finished is kept."""
+
+
+class ReplicaError(ResourceError):
+    """All processes that have an engine each are gone. What is finished is kept."""
 
 
 class ShapeError(BatchwrightError):

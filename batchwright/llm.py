@@ -14,23 +14,23 @@ import torch
 
 from batchwright import kernels
 from batchwright.config import EngineConfig, ResolvedConfig
+from batchwright.data_parallel.engine import ReplicatedEngine
+from batchwright.data_parallel.start import start_replicas
 from batchwright.engine import Engine
+from batchwright.engine_around import engine_around
 from batchwright.errors import BatchwrightError, ConfigError, RequestError
 from batchwright.exec.build import build_executor, use_threads
 from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
 from batchwright.exec.executor import Executor
-from batchwright.exec.machine_cost import machine_cost, with_useful_swap
+from batchwright.exec.machine_cost import with_useful_swap
 from batchwright.exec.memory import available_memory_bytes, check_room_on_host
 from batchwright.kv.groups import KVGroup
 from batchwright.models.loader import build_empty, load_model, read_config
 from batchwright.models.shape import read_shape, shape_of
 from batchwright.opened_model import answer_identity, engine_settings
-from batchwright.order_trial import chosen_order
-from batchwright.plan.length_predictor import find_predictor
 from batchwright.plan.order import OrderFunction
 from batchwright.plan.shape import ModelShape
 from batchwright.request import Request, Result, SamplingParams, Task
-from batchwright.sched.scheduler import Scheduler
 from batchwright.structured.compile import GrammarCompiler
 from batchwright.tensor_parallel.executor import TensorParallelExecutor
 from batchwright.tensor_parallel.followers import Followers
@@ -45,7 +45,6 @@ from batchwright.validation.messages import (
 )
 from batchwright.validation.params import check_params
 from batchwright.weights.checkpoint import Checkpoint, open_checkpoint
-from batchwright.weights.forms import stored_forms
 from batchwright.weights.locate import locate_model
 
 logger = logging.getLogger(__name__)
@@ -202,10 +201,10 @@ class LLM:
         """In which order the engine starts rows."""
         return self.engine.order
 
-    @staticmethod
-    def compile_s() -> float:
-        """Seconds this process has spent compiling kernels."""
-        return kernels.compile_seconds()
+    def compile_s(self) -> float:
+        """Seconds spent compiling kernels; of replicas, by the one that took longest."""
+        replicas_s = self.engine.compile_s if isinstance(self.engine, ReplicatedEngine) else 0.0
+        return kernels.compile_seconds() + replicas_s
 
     def settings(self) -> dict[str, Any]:
         """The engine's settings as they were settled, for logs."""
@@ -219,8 +218,8 @@ class LLM:
 
 def build_engine(
     checkpoint: Checkpoint, tokenizer: Tokenizer, config: EngineConfig
-) -> tuple[Engine, ResolvedConfig]:
-    """Load a model and put an engine around it."""
+) -> tuple[Engine | ReplicatedEngine, ResolvedConfig]:
+    """Load a model and put an engine around it, or start replicas of one."""
     model_config = read_config(checkpoint.config)
     on_gpu = config.uses_gpu(has_gpu())
     resolved = config.resolve(
@@ -231,6 +230,8 @@ def build_engine(
     if resolved.swap_space_bytes:
         resolved = with_useful_swap(resolved, read_shape(checkpoint.config))
         check_room_on_host(resolved.swap_space_bytes * resolved.tensor_parallel_size)
+    if resolved.data_parallel_size > 1:
+        return start_replicas(checkpoint, tokenizer, resolved), resolved
     use_threads(resolved.num_threads)
     followers = None
     if resolved.tensor_parallel_size > 1:
@@ -256,33 +257,7 @@ def build_engine(
         ),
         "taken now" if on_gpu else "taken as needed",
     )
-    scheduler = Scheduler(
-        groups,
-        block_size=resolved.block_size,
-        max_num_seqs=resolved.max_num_seqs,
-        max_num_batched_tokens=resolved.max_num_batched_tokens,
-        max_model_len=resolved.max_model_len,
-        prefix_sharing=resolved.prefix_sharing,
-        order=chosen_order(
-            resolved,
-            groups,
-            shape,
-            lambda: machine_cost(checkpoint.config, shape, resolved, stored_forms(checkpoint)),
-        ),
-        lengths=find_predictor(resolved.length_predictor),
-    )
-    engine = Engine(
-        scheduler,
-        executor,
-        tokenizer,
-        max_model_len=resolved.max_model_len,
-        vocab_size=model_config["vocab_size"],
-        job_seed=resolved.seed,
-        look_ahead=resolved.look_ahead,
-        grammars=GrammarCompiler(tokenizer, model_config["vocab_size"]),
-        shape=shape,
-    )
-    return engine, resolved
+    return engine_around(executor, groups, resolved, shape, checkpoint, tokenizer), resolved
 
 
 def _load(

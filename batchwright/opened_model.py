@@ -41,7 +41,7 @@ class OpenedModel:
         path: its directory or .gguf file.
         config: the engine's settings, settled.
         model_config: as `models.loader.read_config` returns it.
-        groups: KV groups with the pool sizes that the engine will have.
+        groups: KV groups with the pool sizes that the engine, or each replica, will have.
         kv_element_bytes: that a component of a key or value takes.
         free_memory_bytes: when it was opened.
     """
@@ -106,14 +106,6 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
         num_gpus=num_gpus(),
     )
     config = with_useful_swap(config, shape)
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    kv_element_bytes = float(dtype.itemsize)
-    if config.device == "cpu":
-        backend: AttentionBackend = techniques.find(
-            "attention.backends", config.attention
-        ).Backend()
-        kv_element_bytes = backend.element_bytes(dtype, shape.attention[0].head_dim)
-    block_elements = [one.kv_elements // size * config.block_size for one in shape.attention]
     return OpenedModel(
         path=path,
         tokenizer=tokenizer,
@@ -121,13 +113,34 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
         config=config,
         model_config=model_config,
         shape=shape,
-        groups=config.kv_groups(
-            [one.window for one in shape.attention],
-            [round(elements * kv_element_bytes) for elements in block_elements],
-        ),
-        kv_element_bytes=kv_element_bytes,
+        groups=kv_groups(config, shape),
+        kv_element_bytes=_kv_element_bytes(config, shape),
         free_memory_bytes=free_memory_bytes,
     )
+
+
+def kv_groups(config: ResolvedConfig, shape: ModelShape) -> list[KVGroup]:
+    """KV groups with the pool sizes that an engine has, one of several replicas too.
+
+    Raises:
+        ConfigError: memory does not hold two blocks of every group.
+    """
+    element_bytes, size = _kv_element_bytes(config, shape), config.tensor_parallel_size
+    return config.kv_groups(
+        [one.window for one in shape.attention],
+        [
+            round(one.kv_elements // size * config.block_size * element_bytes)
+            for one in shape.attention
+        ],
+    )
+
+
+def _kv_element_bytes(config: ResolvedConfig, shape: ModelShape) -> float:
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    if config.device != "cpu":
+        return float(dtype.itemsize)
+    backend: AttentionBackend = techniques.find("attention.backends", config.attention).Backend()
+    return backend.element_bytes(dtype, shape.attention[0].head_dim)
 
 
 def engine_settings(settings: dict[str, Any]) -> EngineConfig:

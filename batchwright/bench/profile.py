@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from batchwright.engine import Engine
 from batchwright.llm import LLM
 from batchwright.models.layers import Linear
 from batchwright.models.shape import HEAD
@@ -28,6 +29,7 @@ class Profile:
     def __init__(self, llm: LLM) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         engine = llm.engine  # the one look inside
+        assert isinstance(engine, Engine), "replicas are in other processes"
         executor: Any = engine._executor
         head = executor._model.get_submodule(HEAD)
         for module in executor._model.modules():

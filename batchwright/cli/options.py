@@ -144,6 +144,14 @@ TensorParallelSize = Annotated[
         help="Divide the model over N GPUs, or N processes on the CPU; docs/tensor_parallel.md.",
     ),
 ]
+DataParallelSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Run N replicas on the CPU, each on its part of the cores; docs/scaling.md.",
+    ),
+]
 NoPrefixSharing = Annotated[
     bool, typer.Option("--no-prefix-sharing", help="Compute shared prefixes for each row.")
 ]

@@ -53,6 +53,7 @@ def plan(
     seed: options.Seed = 0,
     threads: options.Threads = None,
     tensor_parallel_size: options.TensorParallelSize = None,
+    data_parallel_size: options.DataParallelSize = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
     prices: options.Prices = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -93,6 +94,7 @@ def plan(
         length_predictor=lengths,
         num_threads=threads,
         tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
         seed=seed,
         prefix_sharing=not no_prefix_sharing,
     )

@@ -87,6 +87,7 @@ def run(
     seed: options.Seed = 0,
     threads: options.Threads = None,
     tensor_parallel_size: options.TensorParallelSize = None,
+    data_parallel_size: options.DataParallelSize = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, as batchwright plan.")
@@ -130,6 +131,7 @@ def run(
         length_predictor=lengths,
         num_threads=threads,
         tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
         seed=seed,
         prefix_sharing=not no_prefix_sharing,
     )

@@ -53,6 +53,7 @@ def serve(
     seed: options.Seed = 0,
     threads: options.Threads = None,
     tensor_parallel_size: options.TensorParallelSize = None,
+    data_parallel_size: options.DataParallelSize = None,
     no_prefix_sharing: options.NoPrefixSharing = False,
 ) -> None:
     """Serve OpenAI's Files and Batches API, single calls, and a page of what runs; docs/serve.md.
@@ -85,6 +86,7 @@ def serve(
         "length_predictor": lengths,
         "num_threads": threads,
         "tensor_parallel_size": tensor_parallel_size,
+        "data_parallel_size": data_parallel_size,
         "seed": seed,
         "prefix_sharing": not no_prefix_sharing,
     }

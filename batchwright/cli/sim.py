@@ -39,6 +39,14 @@ def sim(
         ),
     ] = "H100",
     devices: Annotated[int, typer.Option(min=1, help="Devices that share the model.")] = 1,
+    cores: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Of --device this, if it had N; docs/scaling.md."),
+    ] = None,
+    memory_bandwidth: Annotated[
+        int | None,
+        typer.Option(parser=parse_count, metavar="N", help="With --cores: bytes a second (200G)."),
+    ] = None,
     overlap: Annotated[
         float, typer.Option(min=0, max=1, help="Share of compute and reading keys that overlaps.")
     ] = 0.0,
@@ -114,7 +122,10 @@ def sim(
     if job is None:
         job = _read(str(input_path), opened, column, template, endpoint, limit)
     model_shape, shape_name = _shape(shape, model, opened, device)
-    machine = _machine(device, model_shape, opened, job, limits, devices, overlap)
+    if memory_bandwidth is not None and cores is None:
+        raise typer.BadParameter("--memory-bandwidth goes with --cores")
+    pretended = (cores, memory_bandwidth) if cores else None
+    machine = _machine(device, model_shape, opened, job, limits, devices, overlap, pretended)
     runs = simulate_orders(job, machine, order or [])
     facts = facts_of(job, machine, job=name, shape_name=shape_name)
     if as_json:
@@ -226,10 +237,13 @@ def _machine(
     limits: Any,
     num_devices: int,
     overlap: float,
+    cores: tuple[int, int | None] | None,
 ) -> Machine:
-    from batchwright.job.sim_job import device_machine, this_machine
+    from batchwright.job.sim_job import cost_with_cores, device_machine, this_machine
 
     if device != THIS_MACHINE:
+        if cores is not None:
+            raise typer.BadParameter("--cores is for --device this")
         return device_machine(device, shape, job, limits, num_devices=num_devices, overlap=overlap)
     if num_devices > 1 or overlap or limits.swap_space_bytes:
         raise typer.BadParameter(
@@ -237,4 +251,5 @@ def _machine(
         )
     assert opened is not None
     longest = int((job.columns.num_prompt + job.columns.most_output).max(initial=1))
-    return this_machine(opened, longest)
+    cost = None if cores is None else cost_with_cores(opened, *cores)
+    return this_machine(opened, longest, cost)

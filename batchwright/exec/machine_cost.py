@@ -51,9 +51,10 @@ def machine_cost(
     """
     if config.device == "cuda":
         return _gpu_cost(shape, config)
-    # Ranks are pretended to be threads; what they send to each other is not measured.
+    # Ranks and replicas are pretended to be threads; what they send to each other is not measured.
     num_cores = len(os.sched_getaffinity(0))
-    num_threads = min(config.num_threads * config.tensor_parallel_size, num_cores)
+    num_processes = config.tensor_parallel_size * config.data_parallel_size
+    num_threads = min(config.num_threads * num_processes, num_cores)
     use_threads(num_threads)
     dtype: torch.dtype = getattr(torch, config.dtype)
     hardware = calibrate.calibrate(

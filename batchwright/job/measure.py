@@ -19,12 +19,14 @@ def measure(
     num_running_seqs: int,
     num_waiting_seqs: int,
     kv_used_fraction: float,
+    helper_bytes: int,
 ) -> Sample:
     """A Sample without its times.
 
     Args:
         counts: what the engine did in this run.
         rows_waiting: rows in the engine that have not started.
+        helper_bytes: see `EngineLoad`.
     """
     return Sample(
         rows_read=summary.num_rows_read,
@@ -69,7 +71,7 @@ def measure(
         num_running_seqs=num_running_seqs,
         num_waiting_seqs=num_waiting_seqs,
         kv_used_fraction=kv_used_fraction,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_memory_bytes() + helper_bytes,
     )
 
 

@@ -18,6 +18,7 @@ from batchwright.job.plan_rows import RowCounts, read_rows
 from batchwright.job.rows import InputRow, RowError
 from batchwright.job.runner import HORIZON_ROWS
 from batchwright.job.validate import ParsedRow
+from batchwright.kv.groups import KVGroup
 from batchwright.limits import ModelLimits
 from batchwright.plan.cost import CostModel
 from batchwright.plan.estimate import (
@@ -232,15 +233,17 @@ def job_order(model: OpenedModel, cost: CostModel) -> OrderFunction:
 
 
 def engine_sizes(model: OpenedModel, order: OrderFunction) -> EngineSizes:
-    """The sizes of the engine that will run the model."""
+    """The sizes of the engine that will run the model. Replicas are pretended to be one engine that
+    is as many times as large."""
     from batchwright.simulate import EngineSizes
 
     config = model.config
+    size = config.data_parallel_size
     return EngineSizes(
-        groups=model.groups,
+        groups=[KVGroup(group.window, size * group.num_blocks) for group in model.groups],
         block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=size * config.max_num_seqs,
+        max_num_batched_tokens=size * config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
         prefix_sharing=config.prefix_sharing,
         horizon=HORIZON_ROWS,
@@ -283,7 +286,10 @@ def _read(
             check=check,
             finished=finished,
             lengths=lengths,
-            fits=lambda num_tokens: engine.most_at_once(num_tokens) > 0,
+            # a row is in one replica
+            fits=lambda num_tokens: (
+                engine.most_at_once(num_tokens) >= model.config.data_parallel_size
+            ),
         )
     finally:
         grammars.close()
@@ -330,16 +336,18 @@ def _load_s(model: OpenedModel) -> float:
 def _memory(
     model: OpenedModel, engine: EngineSizes, columns: RowColumns, lengths: OutputLengths
 ) -> Memory:
-    pairs = zip(model.shape.attention, model.groups, strict=True)
+    pairs = zip(model.shape.attention, engine.groups, strict=True)
     block_bytes = model.kv_element_bytes * engine.block_size
     kv_bytes = round(sum(one.kv_elements * group.num_blocks * block_bytes for one, group in pairs))
     likely = columns.num_prompt + lengths.likely
     mean = int(likely.mean()) if len(columns) else 0
+    size = model.config.data_parallel_size
+    num_processes = model.config.tensor_parallel_size * size + (size > 1)  # replicas have a parent
     return Memory(
         weight_bytes=model.weight_bytes,
         kv_bytes=kv_bytes,
-        kv_tokens=tuple(group.num_blocks * engine.block_size for group in model.groups),
+        kv_tokens=tuple(group.num_blocks * engine.block_size for group in engine.groups),
         rows_at_once=engine.rows_at_once(mean),
-        host_bytes=model.weight_bytes + kv_bytes + HOST_BYTES * model.config.tensor_parallel_size,
+        host_bytes=model.weight_bytes + kv_bytes + HOST_BYTES * num_processes,
         free_bytes=model.free_memory_bytes,
     )

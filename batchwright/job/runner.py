@@ -72,6 +72,9 @@ class EngineLoad(Protocol):
     def num_waiting_seqs(self) -> int: ...
     @property
     def kv_used_fraction(self) -> float: ...
+    @property
+    def helper_bytes(self) -> int:
+        """The most memory that processes beside this one have had for themselves."""
 
 
 @dataclass(slots=True)
@@ -391,6 +394,7 @@ class Job:
             num_running_seqs=load.num_running_seqs,
             num_waiting_seqs=load.num_waiting_seqs,
             kv_used_fraction=load.kv_used_fraction,
+            helper_bytes=load.helper_bytes,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from batchwright.plan.cost import CostModel
 from batchwright.plan.estimate import folded_rows, output_lengths
 from batchwright.plan.hardware import device_hardware, find_device, kv_memory_bytes
 from batchwright.plan.job_rows import JobRows
+from batchwright.plan.more_cores import BANDWIDTH, CoreLaw
 from batchwright.plan.order import OrderFunction, find_order
 from batchwright.plan.orders.fcfs import fcfs
 from batchwright.plan.shape import ModelShape
@@ -125,9 +127,11 @@ def _check_room(groups: Sequence[KVGroup], longest: int, max_chunk: int) -> None
             )
 
 
-def this_machine(model: OpenedModel, longest: int) -> Machine:
+def this_machine(model: OpenedModel, longest: int, cost: CostModel | None = None) -> Machine:
     """The machine at hand, measured now, with the model's own settings.
 
+    Args:
+        cost: of the model on another machine, instead.
     Raises:
         ConfigError: a row of `longest` tokens does not fit.
     """
@@ -136,8 +140,33 @@ def this_machine(model: OpenedModel, longest: int) -> Machine:
     engine = engine_sizes(model, fcfs)
     _check_room(engine.groups, longest, engine.max_num_batched_tokens)
     engine = replace(engine, max_model_len=max(engine.max_model_len, longest))
-    cost = cost_model(model)
+    cost = cost or cost_model(model)
     return Machine(name=cost.hardware.name, engine=engine, cost=cost)
+
+
+def cost_with_cores(
+    model: OpenedModel, num_cores: int, memory_bytes_per_s: float | None = None
+) -> CostModel:
+    """What the model would cost on this machine if it had more cores; see `plan/more_cores.py`.
+
+    Raises:
+        ConfigError: there is no second core to learn from.
+    """
+    from batchwright.job.plan_job import cost_model
+
+    if len(os.sched_getaffinity(0)) < 2 or model.config.device != "cpu":
+        raise ConfigError("--cores is learned from one and two cores of this machine's processor")
+    one, two = (
+        cost_model(replace(model, config=replace(model.config, num_threads=num_threads)))
+        for num_threads in (1, 2)
+    )
+    law = CoreLaw(
+        one=one.hardware,
+        two=two.hardware,
+        weight_bytes=one.weight_bytes,
+        memory_bytes_per_s=memory_bytes_per_s or BANDWIDTH,
+    )
+    return replace(one, hardware=law.hardware(num_cores))
 
 
 def read_workload(

@@ -4,7 +4,8 @@ A step's time is divided between prefill and decode by the FLOPs each of them ha
 tokens, their keys and scored logits on one side; fed-back output tokens, their keys and the logits
 that tokens are drawn from on the other. A step that has only one kind is that kind's whole, so the
 slowness of pure decoding is charged to decoding. (By tokens alone the output head, a fifth of a
-small model's work, would be charged to the prompts.)
+small model's work, would be charged to the prompts.) Calls in which no step came to its end, as
+replicas make them, are charged as the next that did: it was under way.
 
 The tail is the last stretch of a run in which too little is left to fill the machine. A step
 belongs to it if, after it, no row is left to be read or to start, and it computed fewer than half
@@ -38,6 +39,7 @@ class StepTimes:
         self.tail_since_s: float | None = None
         self.tail_prefill_s = self.tail_decode_s = 0.0
         self._max_rows = self._max_tokens = 0.0
+        self._waited_s = 0.0  # calls without a step since the last one, decoding so far
 
     @property
     def step_s(self) -> float:
@@ -62,8 +64,9 @@ class StepTimes:
         """
         self.compile_s += compile_s
         step_s = end_s - start_s - compile_s
-        prefill_s = step_s * self._prefill_share(counts)
+        prefill_s = (self._waited_s + step_s) * self._prefill_share(counts)
         decode_s = step_s - prefill_s
+        self._waited_s = 0.0 if counts.steps else self._waited_s + step_s
         self.prefill_s += prefill_s
         self.decode_s += decode_s
         is_full = self._fills_the_machine(counts)  # always asked: it sees the largest steps

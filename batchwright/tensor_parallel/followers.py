@@ -1,28 +1,22 @@
 """Followers: the processes of ranks 1, 2, ..., started and watched by rank 0.
 
-Each has a socket to rank 0, over which it gets what to load and then every Step, and says that it
-is ready or why it fails. torch.distributed's broadcast is not used for that: sizes need not be
-known, no timeout runs while a server has nothing to do, and the socket's end tells at once, in both
-directions, that the other process is gone, however it ended.
+Each has a socket to rank 0 (`child_process.py`), over which it gets what to load and then every
+Step, and says that it is ready or why it fails. torch.distributed's broadcast is not used for that:
+sizes need not be known, no timeout runs while a server has nothing to do, and the socket's end
+tells at once that the other process is gone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import weakref
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from batchwright.child_process import ChildProcess, end_children, start_child
 from batchwright.config import ResolvedConfig
 from batchwright.errors import RankError
 from batchwright.recovery import describe
@@ -46,14 +40,6 @@ PROGRAM = (
 )
 
 
-@dataclass(frozen=True)
-class _Follower:
-    rank: int
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    stderr: Path
-
-
 class _Reports:
     """What followers have said. A thread for each writes here; it ends with its follower."""
 
@@ -63,7 +49,7 @@ class _Reports:
         self.failures: list[tuple[bool, str]] = []  # (it died without a word, what is told)
         self.ranks: Ranks | None = None
 
-    def listen(self, follower: _Follower) -> None:
+    def listen(self, follower: ChildProcess) -> None:
         """Until the follower fails or ends."""
         was_told = True
         try:
@@ -73,9 +59,9 @@ class _Reports:
                     self.changed.notify_all()
             text = f"failed: {message.decode()}"
         except (EOFError, OSError):
-            was_told, text = False, _how_it_ended(follower)
+            was_told, text = False, follower.how_it_ended()
         with self.changed:
-            self.failures.append((not was_told, f"rank {follower.rank} {text}"))
+            self.failures.append((not was_told, f"rank {follower.number} {text}"))
             self.changed.notify_all()
         if self.ranks is not None:
             self.ranks.abort()
@@ -97,8 +83,8 @@ class Followers:
     def __init__(self, size: int, *, on_gpu: bool) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="batchwright-ranks-"))  # for this user alone
         self._reports = _Reports()
-        self._followers = [_start(rank, self._directory) for rank in range(1, size)]
-        self._end = weakref.finalize(self, _end, self._followers, self._directory)
+        self._followers = [start_child(rank, self._directory, PROGRAM) for rank in range(1, size)]
+        self._end = weakref.finalize(self, end_children, self._followers, self._directory)
         self._failure: str | None = None
         for follower in self._followers:
             threading.Thread(target=self._reports.listen, args=(follower,), daemon=True).start()
@@ -106,7 +92,7 @@ class Followers:
             self._wait_ready()
             store = self._directory / "store"
             for follower in self._followers:
-                self._order(follower, join=[str(store), follower.rank, size], on_gpu=on_gpu)
+                self._order(follower, join=[str(store), follower.number, size], on_gpu=on_gpu)
             self.ranks = self._reports.ranks = join(store, 0, size, on_gpu=on_gpu)
         except Exception as error:
             raise self.failure(error) from error
@@ -180,7 +166,7 @@ class Followers:
         self._failure = self._failure or "this model has been closed; load it again"
         self._end()
 
-    def _order(self, follower: _Follower, **what: Any) -> None:
+    def _order(self, follower: ChildProcess, **what: Any) -> None:
         follower.connection.send_bytes(ORDER + json.dumps(what).encode()[1:])
 
     def _wait_ready(self) -> None:
@@ -190,39 +176,3 @@ class Followers:
             if reports.failures:
                 raise RankError("a rank is gone")
             reports.num_ready = 0
-
-
-def _start(rank: int, directory: Path) -> _Follower:
-    ours, theirs = socket.socketpair()
-    stderr = directory / f"stderr-{rank}"
-    with theirs, stderr.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(theirs.fileno()), *sys.path],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-            start_new_session=True,  # Ctrl-C is for rank 0; its end closes the socket
-            env=os.environ.copy(),
-        )
-    return _Follower(rank, process, Connection(ours.detach()), stderr)
-
-
-def _how_it_ended(follower: _Follower) -> str:
-    status = follower.process.wait()
-    if status < 0:
-        return f"was ended by signal {-status} (without memory left, the system does that with 9)"
-    lines: list[str] = []
-    with contextlib.suppress(OSError):
-        lines = follower.stderr.read_text(errors="replace").strip().splitlines()
-    return f"ended with status {status}" + (f" ({lines[-1][:200]})" if lines else "")
-
-
-def _end(followers: list[_Follower], directory: Path) -> None:
-    for follower in followers:
-        follower.process.kill()
-    for follower in followers:
-        follower.process.wait()
-        with contextlib.suppress(OSError):
-            follower.connection.close()
-    shutil.rmtree(directory, ignore_errors=True)

@@ -55,7 +55,7 @@ def test_the_page_stands_alone(capsys, monkeypatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("device", ["L40S", "this"])
+@pytest.mark.parametrize("device", ["L40S", "this", "this --cores 8"])
 def test_a_file_on_a_device_and_on_this_machine(
     device: str, capsys, monkeypatch, tmp_path: Path
 ) -> None:
@@ -64,12 +64,14 @@ def test_a_file_on_a_device_and_on_this_machine(
     rows = [{"id": f"r{i}", "prompt": f"{'word ' * 8}{i % 7}", "max_tokens": 8} for i in range(20)]
     write_lines(tmp_path / "in.jsonl", rows)
     source = str(tmp_path / "in.jsonl")
-    arguments = ["--model", "smollm2", "--device", device, "--order", "fcfs", "--json"]
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    arguments = ["--model", "smollm2", "--order", "fcfs", "--json", "--device", *device.split()]
     status, out, err = sim(capsys, monkeypatch, source, *arguments)
     assert status == 0, err
     found = json.loads(out)
     assert found["rows"] == 20
-    assert found["machine"] == ("L40S" if device == "L40S" else "made-up processor")
+    made_up = {"this": "made-up processor", "this --cores 8": "made-up processor with 8 cores"}
+    assert found["machine"] == made_up.get(device, device)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,8 @@ def test_a_file_on_a_device_and_on_this_machine(
         (["--workload", "chat", "--output-tokens", "9"], "not both"),
         (["--prompt-tokens", "9"], "needs --prompt-tokens and --output-tokens"),
         ([*SMALL, "--device", "this"], "measured with --model"),
+        ([*SMALL, "--cores", "8"], "--cores is for --device this"),
+        ([*SMALL, "--memory-bandwidth", "9G"], "goes with --cores"),
         ([*SMALL, "--device", "TPU"], "must be one of A100-80G"),
         ([*SMALL, "--shape", "GPT-9"], "must be one of Llama-3-8B"),
         ([*SMALL, "--order", "best"], "best"),

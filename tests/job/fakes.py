@@ -114,6 +114,7 @@ class FakeEngine:
             num_running_seqs=len(self.running),
             num_waiting_seqs=len(self.waiting),
             kv_used_fraction=len(self.running) / self.max_running,
+            helper_bytes=0,
         )
 
     def note_earlier(self, request: Request, num_output: int) -> None:

@@ -54,6 +54,18 @@ def test_steps_of_one_kind_are_wholly_its_own() -> None:
     assert (steps.times.prefill_s, steps.times.decode_s) == (1.0, 2.0)
 
 
+def test_waiting_for_a_step_is_charged_as_the_step() -> None:
+    steps = Steps()
+    steps.run(EngineCounts())
+    steps.run(EngineCounts())
+    assert steps.times.step_s == 2.0
+    steps.run(prefill(512))
+    assert (steps.times.prefill_s, steps.times.decode_s) == (3.0, 0.0)
+    steps.run(EngineCounts())
+    steps.run(decode(4))
+    assert (steps.times.prefill_s, steps.times.decode_s) == (3.0, 2.0)
+
+
 def test_a_mixed_step_is_divided_by_flops() -> None:
     counts = EngineCounts(
         steps=1,

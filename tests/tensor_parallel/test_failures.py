@@ -20,15 +20,9 @@ from batchwright.tensor_parallel.followers import Followers
 from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import NoTokenizer, mixed_job
 from tests.models.reference import make_checkpoint
+from tests.running_job import is_running
 
 pytestmark = pytest.mark.cpu
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
 
 
 def divided_engine(path: Path) -> tuple[Engine, list[int]]:

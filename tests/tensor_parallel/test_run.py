@@ -2,96 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tokenizers
 
 from batchwright.errors import ConfigError
 from batchwright.llm import LLM
 from batchwright.opened_model import answer_identity, open_model
 from batchwright.request import SamplingParams
 from batchwright.text.tokenizer import load_tokenizer
-from tests.models.reference import make_checkpoint
-from tests.tensor_parallel.test_failures import is_running
+from tests.running_job import INTERRUPTED, PARAMS, PROMPTS, Job, is_running, make_model
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).parent.parent.parent
-INTERRUPTED = 75
-PARAMS = {"max_tokens": 120, "temperature": 0.0, "ignore_eos": True}
 # a process: ten blocks of 32 tokens, keys and values, 3 layers, 2 heads of 10 dimensions, fp32
 KV = {"kv_cache_bytes": 10 * 32 * 3 * 2 * 2 * 10 * 4}
-PROMPTS = [f"w{i % 80} w{i % 7} w{i}" for i in range(3, 33)]
 
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """A tiny checkpoint whose tokenizer knows the words w0, w1, ..."""
-    path = tmp_path / "model"
-    make_checkpoint("qwen3", path, intermediate_size=38)
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(path / "tokenizer.json"))
-    return path
-
-
-class Job:
-    """A command that can be started again and again."""
-
-    def __init__(self, model: Path) -> None:
-        self.output = model.parent / "out.jsonl"
-        rows = model.parent / "in.jsonl"
-        lines = [
-            {"id": str(index), "prompt": prompt, **PARAMS} for index, prompt in enumerate(PROMPTS)
-        ]
-        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self._command = [
-            *(sys.executable, "-m", "batchwright.cli.main", "run", str(rows)),
-            *("-o", str(self.output), "--model", str(model), "--device", "cpu"),
-            *("--threads", "1", "--max-num-seqs", "6", "--tensor-parallel-size", "2"),
-        ]
-
-    def start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self._command,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def started(self, num_more: int = 3) -> tuple[subprocess.Popen[str], list[int]]:
-        """The command, with some rows more than before, and its children."""
-        before = self.num_done()
-        process = self.start()
-        for _ in range(600):
-            if self.num_done() >= before + num_more or process.poll() is not None:
-                break
-            time.sleep(0.1)
-        assert process.poll() is None, process.stderr.read()
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-        return process, [int(pid) for pid in children.split()]
-
-    def num_done(self) -> int:
-        return self.output.read_text().count("\n") if self.output.exists() else 0
-
-    def texts(self) -> dict[str, str]:
-        lines = map(json.loads, self.output.read_text().splitlines())
-        return {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in lines}
+    return make_model(tmp_path / "model")
 
 
 def test_a_killed_rank_ends_the_job_and_the_same_command_ends_it_well(model):
-    job = Job(model)
+    job = Job(model, "--tensor-parallel-size", "2")
     process, (follower,) = job.started()
     os.kill(follower, signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
@@ -109,7 +47,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_ends_it_well(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_process_is_left(number, model):
-    process, followers = Job(model).started()
+    process, followers = Job(model, "--tensor-parallel-size", "2").started()
     os.killpg(process.pid, number)
     process.communicate(timeout=60)
     assert process.returncode == (-number if number == signal.SIGKILL else INTERRUPTED)
