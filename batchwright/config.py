@@ -20,7 +20,8 @@ KV_SHARE_OF_FREE_MEMORY = 0.5
 DEVICES = ("auto", "cpu", "cuda")
 AUTO_ORDER = "auto"
 KV_BACKENDS = {"bfloat16": "numba_bf16", "int8": "numba_int8"}
-"""Attention backends that keep keys and values in fewer bits, by kv_cache_dtype."""
+"""A CPU's attention backends that keep keys and values in fewer bits, by kv_cache_dtype."""
+KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8")
 
 _COUNTS = (
     "max_model_len",
@@ -55,8 +56,8 @@ class EngineConfig:
             process with tensor parallelism; None: they are computed again when they are needed.
             Used where copying is sooner done (docs/gpu.md).
         block_size: tokens per KV block, a multiple of 32.
-        kv_cache_dtype: "bfloat16" or "int8": keys and values take half the memory on a CPU, or a
-            little more than a quarter, lossy (docs/int8.md); "auto": float32 on a CPU, the model's
+        kv_cache_dtype: format of keys and values, lossy: "int8", on a CPU also "bfloat16"
+            (docs/int8.md), on a GPU "fp8" (docs/gpu.md); "auto": float32 on a CPU, the model's
             dtype on a GPU.
         prefix_sharing: prompts with a common beginning compute and store it once.
         order: in which order rows start, a file of `batchwright/plan/orders`, or "auto", which
@@ -133,11 +134,8 @@ class EngineConfig:
                 f"quantize is {self.quantize}, which is for the CPU, and there is a GPU; set "
                 "device to cpu (--device cpu) or leave quantize out"
             )
-        if self.kv_cache_dtype != "auto" and self.uses_gpu(has_gpu):
-            problems.append(
-                f"kv_cache_dtype is {self.kv_cache_dtype}, which is for the CPU; leave it out, or "
-                "set device to cpu (--device cpu)"
-            )
+        if problem := self._wrong_kv_cache_dtype(self.uses_gpu(has_gpu)):
+            problems.append(problem)
         if self.swap_space_bytes is not None and not self.uses_gpu(has_gpu):
             problems.append(
                 f"swap_space_bytes is {self.swap_space_bytes}, which is for a GPU: on the CPU keys "
@@ -176,6 +174,7 @@ class EngineConfig:
             prefix_sharing=self.prefix_sharing,
             order=self.order,
             length_predictor=self.length_predictor,
+            kv_cache_dtype=self.kv_cache_dtype,
             attention=KV_BACKENDS.get(self.kv_cache_dtype, self.attention),
             seed=self.seed,
             num_threads=min(self.num_threads or max(num_cores // num_processes, 1), num_cores),
@@ -196,6 +195,21 @@ class EngineConfig:
         """
         if problems := self._problems():
             raise ConfigError("; ".join(problems))
+
+    def _wrong_kv_cache_dtype(self, on_gpu: bool) -> str | None:
+        """What is wrong with the format of keys and values on this device."""
+        dtype = self.kv_cache_dtype
+        if not on_gpu:
+            if dtype != "fp8":
+                return None
+            return "kv_cache_dtype is fp8, which is for GPUs; use int8 on the CPU, or leave it out"
+        own_dtype = "bfloat16" if self.dtype == "auto" else self.dtype
+        if dtype != "bfloat16" or own_dtype == "bfloat16":
+            return None
+        return (
+            f"kv_cache_dtype is bfloat16 and dtype {own_dtype}; on a GPU keys and values are in "
+            "the model's dtype, int8 or fp8: leave one of them out"
+        )
 
     def _token_budget(self, on_gpu: bool) -> int:
         usual = GPU_MAX_NUM_BATCHED_TOKENS if on_gpu else DEFAULT_MAX_NUM_BATCHED_TOKENS
@@ -236,9 +250,10 @@ class EngineConfig:
                 f"quantize is {self.quantize}, which is for the CPU, and device is cuda; leave one "
                 "of them out"
             )
-        if self.kv_cache_dtype not in ("auto", *KV_BACKENDS):
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             problems.append(
-                f"kv_cache_dtype is {self.kv_cache_dtype!r:.60}, must be auto, bfloat16 or int8"
+                f"kv_cache_dtype is {self.kv_cache_dtype!r:.60}, must be one of "
+                f"{', '.join(KV_CACHE_DTYPES)}"
             )
         elif self.kv_cache_dtype != "auto" and self.attention != "numba":
             problems.append(
@@ -286,6 +301,7 @@ class ResolvedConfig:
     prefix_sharing: bool
     order: str
     length_predictor: str
+    kv_cache_dtype: str
     attention: str
     seed: int
     num_threads: int

@@ -12,8 +12,9 @@ import torch
 
 from batchwright import techniques
 from batchwright.attention.backend import AttentionBackend
-from batchwright.config import KV_BACKENDS, EngineConfig, ResolvedConfig
+from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.errors import ConfigError
+from batchwright.exec.device.kv_memory import element_bytes
 from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
 from batchwright.exec.machine_cost import with_useful_swap
 from batchwright.exec.memory import available_memory_bytes
@@ -138,7 +139,7 @@ def kv_groups(config: ResolvedConfig, shape: ModelShape) -> list[KVGroup]:
 def _kv_element_bytes(config: ResolvedConfig, shape: ModelShape) -> float:
     dtype: torch.dtype = getattr(torch, config.dtype)
     if config.device != "cpu":
-        return float(dtype.itemsize)
+        return element_bytes(config.kv_cache_dtype, dtype, shape.attention[0].head_dim)
     backend: AttentionBackend = techniques.find("attention.backends", config.attention).Backend()
     return backend.element_bytes(dtype, shape.attention[0].head_dim)
 
@@ -190,8 +191,10 @@ def _division(config: ResolvedConfig) -> dict[str, Any]:
 
 def _kv_rounding(config: ResolvedConfig) -> dict[str, Any]:
     """Jobs without any have no such entry."""
-    found = [dtype for dtype, backend in KV_BACKENDS.items() if backend == config.attention]
-    return {"kv_cache_dtype": found[0]} if found else {}
+    dtype = config.kv_cache_dtype
+    if dtype == "auto" or (config.device == "cuda" and dtype == config.dtype):
+        return {}
+    return {"kv_cache_dtype": dtype}
 
 
 def _quantisation(config: ResolvedConfig) -> dict[str, Any]:

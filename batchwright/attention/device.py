@@ -79,7 +79,7 @@ class DeviceAttention:
         specs: of all layers.
         group_of_layer: KV group of each.
         block_size: tokens per block.
-        dtype: of queries, keys and values.
+        dtype: of queries, and of keys and values as a layer gives them.
         device: where the kernels run.
         num_programs: see plan_work; None: as many as the card wants.
         share_prefixes: attention to keys that rows share is computed once for them.
@@ -218,7 +218,7 @@ class DeviceAttention:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        kv: tuple[torch.Tensor, torch.Tensor],
+        kv: tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None],
         *,
         work: Sequence[DeviceWork],
         block_tables: Sequence[torch.Tensor],
@@ -230,7 +230,8 @@ class DeviceAttention:
 
         Args:
             q, k, v: as `attention.spec.Attend` has them.
-            kv: keys and values of the layer, [num_blocks, num_kv_heads, block_size, head_dim] each.
+            kv: keys and values of the layer, [num_blocks, num_kv_heads, block_size, head_dim] each,
+                and scales of both if they are int8, fp32 without the last dimension.
             work: for each of `kinds`.
             block_tables, kv_slots: on the device, per KV group.
             position_ids: [num_tokens] int32, what to rotate by.
@@ -241,27 +242,27 @@ class DeviceAttention:
         table = None if spec.rotary is None else self._tables[id(spec.rotary)]
         cos, sin = (None, None) if table is None else (table.cos, table.sin)
         interleaved = table is not None and table.interleaved
-        keys, values = kv
+        keys, values, scales = kv
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         if not self.has_kernels:
             rotary_naive.rotary_kv_write(
                 q, k, v, keys.transpose(2, 3), values, position_ids, kv_slots[kind.group],
-                cos, sin, interleaved=interleaved,
+                cos, sin, interleaved=interleaved, scales=scales,
             )  # fmt: skip
             work_naive.paged_attention(
                 q, keys, values, block_tables[kind.group], work[which], scale=spec.scale,
-                window=spec.window, soft_cap=spec.soft_cap, out=out, lse=lse,
+                window=spec.window, soft_cap=spec.soft_cap, scales=scales, out=out, lse=lse,
             )  # fmt: skip
             return out.flatten(1)
         importlib.import_module("batchwright.kernels.rotary_kv_write.triton").rotary_kv_write(
             q, k, v, keys, values, position_ids, kv_slots[kind.group],
-            cos, sin, interleaved=interleaved,
+            cos, sin, interleaved=interleaved, scales=scales,
         )  # fmt: skip
         importlib.import_module("batchwright.kernels.paged_attention.triton").paged_attention(
             q, keys, values, block_tables[kind.group], work[which], tiling=self._tilings[which],
-            scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, out=out, lse=lse,
-            partials=partials[which],
+            scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, scales=scales, out=out,
+            lse=lse, partials=partials[which],
         )  # fmt: skip
         return out.flatten(1)
 

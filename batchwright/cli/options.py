@@ -38,6 +38,7 @@ class KVCacheDtypeName(StrEnum):
     auto = "auto"
     bfloat16 = "bfloat16"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 InputPath = Annotated[
@@ -129,7 +130,7 @@ Quantize = Annotated[
 KVCacheDtype = Annotated[
     KVCacheDtypeName,
     typer.Option(
-        help="Keys and values on the CPU in half the memory or a quarter, lossy; docs/int8.md."
+        help="Keys and values in fewer bits, lossy; bfloat16 on the CPU, fp8 on GPUs; docs/int8.md."
     ),
 ]
 Seed = Annotated[

@@ -15,6 +15,7 @@ from batchwright.attention.backend import AttentionBackend
 from batchwright.config import ResolvedConfig
 from batchwright.exec import calibrate
 from batchwright.exec.build import use_threads
+from batchwright.exec.device.kv_memory import element_bytes
 from batchwright.exec.layer_slice import NUM_LAYERS
 from batchwright.plan.cost import CostModel
 from batchwright.plan.hardware import DEVICES, device_hardware, find_device
@@ -93,7 +94,9 @@ def _gpu_cost(shape: ModelShape, config: ResolvedConfig) -> CostModel:
         logger.info("no profile of %s: orders are tried as on an %s", name, profile.name)
     itemsize = getattr(torch, config.dtype).itemsize
     hardware = device_hardware(profile, shape, itemsize, num_devices=config.tensor_parallel_size)
-    return CostModel(shape, hardware, itemsize, itemsize, 16, config.block_size)
+    dtype, head_dim = getattr(torch, config.dtype), shape.attention[0].head_dim
+    kv_bytes = element_bytes(config.kv_cache_dtype, dtype, head_dim)
+    return CostModel(shape, hardware, itemsize, kv_bytes, 16, config.block_size)
 
 
 def with_useful_swap(config: ResolvedConfig, shape: ModelShape) -> ResolvedConfig:

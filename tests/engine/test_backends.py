@@ -127,7 +127,7 @@ def test_copied_tokens_and_blocks_are_the_same(name):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kv_cache_dtype": "int4"}, "must be auto, bfloat16 or int8"),
+        ({"kv_cache_dtype": "int4"}, "must be one of auto, bfloat16, int8, fp8"),
         ({"kv_cache_dtype": "int8", "attention": "torch_ref"}, "leave one of them out"),
         ({"kv_cache_dtype": "bfloat16", "attention": "torch_ref"}, "leave one of them out"),
     ],
@@ -137,11 +137,28 @@ def test_formats_that_cannot_be_are_refused(settings, words):
         EngineConfig(**settings).check()
 
 
-def test_a_card_keeps_its_own_format():
-    with pytest.raises(ConfigError, match="which is for the CPU"):
-        EngineConfig(kv_cache_dtype="bfloat16").resolve(
-            context_length=64, free_memory_bytes=2**30, num_gpus=1
+@pytest.mark.parametrize(
+    ("num_gpus", "settings", "words"),
+    [
+        (0, {"kv_cache_dtype": "fp8"}, "which is for GPUs; use int8"),
+        (1, {"kv_cache_dtype": "fp8", "device": "cpu"}, "which is for GPUs; use int8"),
+        (1, {"kv_cache_dtype": "bfloat16", "dtype": "float32"}, "leave one of them out"),
+        (1, {"kv_cache_dtype": "bfloat16"}, None),
+        (1, {"kv_cache_dtype": "fp8"}, None),
+        (1, {"kv_cache_dtype": "int8"}, None),
+    ],
+)
+def test_formats_are_those_of_the_device(num_gpus, settings, words):
+    def resolve():
+        return EngineConfig(**settings).resolve(
+            context_length=64, free_memory_bytes=2**30, num_gpus=num_gpus
         )
+
+    if words is None:
+        assert resolve().kv_cache_dtype == settings["kv_cache_dtype"]
+    else:
+        with pytest.raises(ConfigError, match=words):
+            resolve()
 
 
 def test_an_unknown_backend_is_a_clear_error(tmp_path):

@@ -6,6 +6,7 @@ interpreter (TRITON_INTERPRET=1, see test_device_interpreter.py), the kernels co
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 
@@ -47,6 +48,7 @@ def device_engine(
     num_programs=(8, 4),
     made: Callable[[DeviceExecutor], None] = lambda executor: None,
     regroup: Callable[[list[KVGroup]], list[KVGroup]] = lambda groups: groups,
+    kv_cache_dtype: str = "auto",
     **settings,
 ) -> Engine:
     """An engine like build_engine's, with a DeviceExecutor on the CPU.
@@ -70,9 +72,11 @@ def device_engine(
             graphs=Rerun() if graphs else None,
             max_graph_tokens=40,
             num_programs=num_programs,
+            kv_cache_dtype=kv_cache_dtype,
         )
-        for kv in executor._kv:
-            kv.fill_(torch.nan)  # what nobody has written must not be read
+        for part in (part for group in executor._kv.parts for part in group):
+            # what nobody has written must not be read
+            part.fill_(torch.nan if part.is_floating_point() else 127)
         made(executor)
         return executor, groups, config
 
@@ -91,10 +95,10 @@ def test_graphs_recorded_before_the_first_step(tmp_path, monkeypatch):
         tmp_path, monkeypatch, made=executors.append, max_num_batched_tokens=48, max_num_seqs=6
     )
     (executor,) = executors
-    before = [kv.clone() for kv in executor._kv]
+    before = [kv.clone() for (kv,) in executor._kv.parts]
     executor.run_largest(48, 6, 256)
     executor.capture_decoding()
-    for kv, was in zip(executor._kv, before):
+    for (kv,), was in zip(executor._kv.parts, before):
         assert torch.equal(kv.nan_to_num(7.0), was.nan_to_num(7.0))
     assert {key.num_tokens for key in executor._captured} == {1, 2, 4, 8}  # six slots
     assert all(replay is not None for replay in executor._captured.values())
@@ -158,6 +162,38 @@ def test_forced_preemption(look_ahead, tmp_path, monkeypatch):
     start_what_fits_now(engine._scheduler)
     assert tokens_of(engine, job) == expected
     assert engine.stats.num_preemptions > 0
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+def test_keys_and_values_in_eight_bits(name, kv_cache_dtype, tmp_path, monkeypatch):
+    """int8 has the CPU's numbers and scales, so its tokens; fp8 is compared with itself, preempted,
+    in other steps and with room on a host."""
+    if KERNELS and DEVICE == "cpu" and kv_cache_dtype == "fp8":
+        pytest.skip("the interpreter has no such numbers")
+    make_checkpoint(name, tmp_path)
+    sizes = {"max_num_batched_tokens": 48, "max_num_seqs": 6, "graphs": "moe" not in name}
+    engine = device_engine(tmp_path, monkeypatch, kv_cache_dtype=kv_cache_dtype, **sizes)
+    found = tokens_of(engine, mixed_job())
+    if kv_cache_dtype == "int8":
+        assert found == run(tmp_path, mixed_job(), kv_cache_dtype="int8").tokens()
+    else:
+        plain = run(tmp_path, mixed_job()).tokens()
+        first = [(rows[0][0], plain[id][0][0]) for id, rows in found.items() if rows[0]]
+        assert sum(a == b for a, b in first) > len(first) / 2
+    crowded = device_engine(
+        tmp_path,
+        monkeypatch,
+        kv_cache_dtype=kv_cache_dtype,
+        regroup=lambda groups: [
+            dataclasses.replace(group, num_host_blocks=50 * (len(groups) == 1)) for group in groups
+        ],
+        kv_cache_bytes=9 * bytes_of_a_block(tmp_path),
+        **sizes,
+    )
+    start_what_fits_now(crowded._scheduler)
+    assert tokens_of(crowded, mixed_job()) == found
+    assert crowded.stats.num_preemptions > 0
 
 
 def varied_job(max_tokens: int = 10) -> list[Request]:
@@ -306,20 +342,20 @@ def test_copies_of_tokens_and_blocks(tmp_path):
         model, [KVGroup(None, 4)], [0, 0, 0], block_size=32, max_num_seqs=2, max_model_len=128,
         vocab_size=97, graphs=None,
     )  # fmt: skip
-    before = torch.randn(executor._kv[0].shape)
-    executor._kv[0].copy_(before)
+    before = torch.randn(executor._kv.parts[0][0].shape)
+    executor._kv.parts[0][0].copy_(before)
     blocks = torch.tensor([[0, 1], [1, 2]]).T
     tokens = torch.tensor([[3 * 32 + 5, 1], [7, 40]]).T
     step = type("S", (), {"num_swapped": 0})()
     executor._apply(step, {"copied_blocks.0": blocks})
     expected = before.clone()
     expected[:, :, 1], expected[:, :, 2] = before[:, :, 0], before[:, :, 1]
-    assert torch.equal(executor._kv[0], expected)
+    assert torch.equal(executor._kv.parts[0][0], expected)
     executor._apply(step, {"copied_tokens": tokens})
     now = expected.clone()
     now[:, :, 0, :, 1] = expected[:, :, 3, :, 5]
     now[:, :, 1, :, 8] = expected[:, :, 0, :, 7]
-    assert torch.equal(executor._kv[0], now)
+    assert torch.equal(executor._kv.parts[0][0], now)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 40, 512])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from batchwright.attention.backend import block_bytes
 from batchwright.attention.spec import AttentionSpec
 from batchwright.config import ResolvedConfig
+from batchwright.errors import ConfigError
 from batchwright.exec.device.executor import DeviceExecutor
 from batchwright.exec.device.graphs import CudaGraphs, Graphs, Rerun
+from batchwright.exec.device.kv_memory import element_bytes
 from batchwright.exec.device.memory import StepMemory
 from batchwright.kv.groups import KVGroup, windows_of_layers
 from batchwright.models.causal_lm import CausalLM
@@ -38,8 +41,13 @@ def build_device_executor(
     on_gpu = next(model.parameters()).is_cuda
     specs = model.attention_specs
     windows, group_of_layer = windows_of_layers([spec.window for spec in specs])
-    itemsize = getattr(torch, config.dtype).itemsize
-    sizes = bytes_of_blocks(specs, group_of_layer, config, lambda head_dim: itemsize)
+    of_head = partial(element_bytes, config.kv_cache_dtype, getattr(torch, config.dtype))
+    sizes = bytes_of_blocks(specs, group_of_layer, config, of_head)
+    if on_gpu and config.kv_cache_dtype == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError(
+            f"kv_cache_dtype is fp8, which {torch.cuda.get_device_name()} cannot compute with; use "
+            "int8 (--kv-cache-dtype int8) or leave it out"
+        )
     if on_gpu:
         for module in model.modules():
             if isinstance(module, SparseMoE):
@@ -60,6 +68,7 @@ def build_device_executor(
         vocab_size=vocab_size,
         graphs=graphs,
         share_prefixes=config.prefix_sharing,
+        kv_cache_dtype=config.kv_cache_dtype,
         ranks=ranks,
     )
     if measures:

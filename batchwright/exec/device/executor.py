@@ -27,7 +27,7 @@ from batchwright.attention.device import (
 )
 from batchwright.attention.spec import AttentionSpec
 from batchwright.exec.device.graphs import Compute, Graphs
-from batchwright.exec.device.host_blocks import HostBlocks
+from batchwright.exec.device.kv_memory import EIGHT_BIT_DTYPES, DeviceKV
 from batchwright.exec.device.layout import Array, Layout
 from batchwright.exec.device.sampler import DeviceSampler, HostSampler, Sampler, greedy
 from batchwright.exec.device.shapes import (
@@ -127,6 +127,7 @@ class DeviceExecutor:
         graphs: records small steps; None: every step is launched kernel by kernel.
         max_graph_tokens: of the largest step that is recorded.
         num_programs, share_prefixes: see DeviceAttention.
+        kv_cache_dtype: "int8" or "fp8": keys and values in 8 bits; else in the model's dtype.
         ranks: see LocalExecutor. Collectives are queued like kernels, so graphs have them too.
     """
 
@@ -144,6 +145,7 @@ class DeviceExecutor:
         max_graph_tokens: int = MAX_GRAPH_TOKENS,
         num_programs: tuple[int, int] | None = None,
         share_prefixes: bool = True,
+        kv_cache_dtype: str = "auto",
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks = ranks
@@ -152,6 +154,13 @@ class DeviceExecutor:
         self._model, self._device, self._dtype = model, device, model.dtype
         self._group_of_layer = list(group_of_layer)
         self._block_size = block_size
+        self._kv = DeviceKV(
+            model.attention_specs,
+            group_of_layer,
+            block_size=block_size,
+            dtype=EIGHT_BIT_DTYPES.get(kv_cache_dtype, self._dtype),
+            device=device,
+        )
         self._attention = DeviceAttention(
             model.attention_specs,
             group_of_layer,
@@ -181,7 +190,6 @@ class DeviceExecutor:
         self._sizes = graph_tokens(max_graph_tokens) if graphs is not None else []
         self._captured: dict[GraphKey, Compute | None] = {}
         self._layouts: dict[GraphKey, tuple[Layout, list[WorkSizes]]] = {}
-        self._host: HostBlocks | None = None
         self.num_replayed = 0
         """Steps that were computed as a graph."""
         self.allocate(groups)
@@ -190,34 +198,9 @@ class DeviceExecutor:
         return torch.zeros(shape, dtype=torch.int32, device=self._device)
 
     def allocate(self, groups: Sequence[KVGroup]) -> None:
-        """Take memory for keys and values, in place of what there was.
-
-        One tensor a group, [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim], so that
-        copying a block in all layers is one operation.
-        """
-        self._kv: list[torch.Tensor] = []
-        self._layer_kv: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Take memory for keys and values, in place of what there was."""
         self._captured.clear()  # they hold the addresses of the old
-        specs = self._model.attention_specs
-        index_in_group = []
-        for group, kv_group in enumerate(groups):
-            mine = [
-                spec for spec, own in zip(specs, self._group_of_layer, strict=True) if own == group
-            ]
-            heads = {(spec.num_kv_heads, spec.head_dim) for spec in mine}
-            assert len(heads) == 1, "layers of one KV group have the same heads"
-            num_kv_heads, head_dim = heads.pop()
-            shape = len(mine), 2, kv_group.num_blocks, num_kv_heads, self._block_size, head_dim
-            self._kv.append(torch.empty(shape, dtype=self._dtype, device=self._device))
-        counts = [0] * len(groups)
-        for group in self._group_of_layer:
-            index_in_group.append(counts[group])
-            counts[group] += 1
-        for group, index in zip(self._group_of_layer, index_in_group, strict=True):
-            keys, values = self._kv[group][index]
-            self._layer_kv.append((keys, values))
-        if groups[0].num_host_blocks and self._host is None:
-            self._host = HostBlocks(self._kv[0], groups[0].num_host_blocks)
+        self._kv.allocate(groups)
 
     @torch.inference_mode()
     def execute(self, step: Step) -> Pending:
@@ -233,7 +216,6 @@ class DeviceExecutor:
 
     def close(self) -> None:
         self._kv.clear()
-        self._layer_kv.clear()
         self._captured.clear()
 
     def _execute(self, step: Step) -> Pending:
@@ -351,32 +333,26 @@ class DeviceExecutor:
             self._sampler.apply(views)
         if step.num_swapped:
             self._save(step, views)
-        for group, (table, kv) in enumerate(zip(self._tables, self._kv, strict=True)):
+        for group, table in enumerate(self._tables):
             if f"table_ids.{group}" in views:
                 ids, places = views[f"table_ids.{group}"], views[f"table_places.{group}"]
                 table.view(-1).index_copy_(0, places, ids)
             if f"copied_blocks.{group}" in views:
-                source, destination = views[f"copied_blocks.{group}"]
-                kv.index_copy_(2, destination, kv.index_select(2, source))
+                self._kv.copy_blocks(group, *views[f"copied_blocks.{group}"])
             if "loaded_blocks" in views:
                 self._load(step, views)
-            if "copied_tokens" in views:
-                source, destination = views["copied_tokens"]
-                block, to_block = source // self._block_size, destination // self._block_size
-                offset, to_offset = source % self._block_size, destination % self._block_size
-                kv[:, :, to_block, :, to_offset] = kv[:, :, block, :, offset]
+        if "copied_tokens" in views:
+            self._kv.copy_tokens(*views["copied_tokens"])
 
     def _save(self, step: Step, views: dict[str, torch.Tensor]) -> None:
         """Copy blocks to the host, perhaps none."""
-        assert self._host is not None and step.saved_blocks is not None
-        self._host.save(
-            self._kv[0], views.get("saved_blocks", NO_BLOCKS), step.saved_blocks[:, 1].tolist()
-        )
+        assert step.saved_blocks is not None
+        self._kv.save(views.get("saved_blocks", NO_BLOCKS), step.saved_blocks[:, 1].tolist())
 
     def _load(self, step: Step, views: dict[str, torch.Tensor]) -> None:
         """Copy blocks back from the host."""
-        assert self._host is not None and step.loaded_blocks is not None
-        self._host.load(self._kv[0], step.loaded_blocks[:, 0].tolist(), views["loaded_blocks"])
+        assert step.loaded_blocks is not None
+        self._kv.load(step.loaded_blocks[:, 0].tolist(), views["loaded_blocks"])
 
     # Computing -------------------------------------------------------------------------------
 
@@ -421,7 +397,7 @@ class DeviceExecutor:
                 q,
                 k,
                 v,
-                self._layer_kv[spec.layer],
+                self._kv.layers[spec.layer],
                 work=inputs.work,
                 block_tables=self._tables,
                 kv_slots=inputs.kv_slots,

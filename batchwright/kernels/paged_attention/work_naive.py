@@ -22,6 +22,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
@@ -44,8 +45,11 @@ def paged_attention(
                 begin = max(begin, int(seen_from.min()))
             keys = torch.arange(begin, max(begin, end), device=q.device)
             blocks, offsets = block_table[line, keys // block_size].long(), keys % block_size
-            k = k_cache[blocks, :, offsets].to(wide).repeat_interleave(group, 1)
-            v = v_cache[blocks, :, offsets].to(wide).repeat_interleave(group, 1)
+            k, v = (
+                _read(cache, blocks, offsets, wide, None if scales is None else scales[which])
+                for which, cache in enumerate((k_cache, v_cache))
+            )
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             scores = torch.einsum("qhd,khd->qhk", q[tokens].to(wide), k) * scale
             if soft_cap is not None:
                 scores = soft_cap * torch.tanh(scores / soft_cap)
@@ -73,6 +77,21 @@ def paged_attention(
         weights = torch.exp(partial_lse[pieces] - shift)
         merged = (weights[..., None] * partial_out[pieces]).sum(0)
         out[token], lse[token] = _with_sinks(merged, total, sinks, out.dtype)
+
+
+def _read(
+    cache: torch.Tensor,
+    blocks: torch.Tensor,
+    offsets: torch.Tensor,
+    wide: torch.dtype,
+    scales: torch.Tensor | None,
+) -> torch.Tensor:
+    """[num_keys, num_kv_heads, head_dim] what a cache holds there."""
+    if cache.dtype == torch.float8_e4m3fn:  # torch picks no elements of these
+        found = cache.view(torch.uint8)[blocks, :, offsets].view(cache.dtype).to(wide)
+    else:
+        found = cache[blocks, :, offsets].to(wide)
+    return found if scales is None else found * scales[blocks, :, offsets, None]
 
 
 def _with_sinks(
