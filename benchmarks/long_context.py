@@ -1,6 +1,7 @@
 """What long contexts cost on a CPU: time per token, memory, and a document that rows share.
 
-    python -m benchmarks.long_context [--threads 2] [--unshared-rows 4] [--out JSON]
+    python -m benchmarks.long_context [--threads 2] [--unshared-rows 4] [--kv-cache-dtype int8]
+        [--out JSON]
 
 SmolLM2, greedy, made-up tokens. A row of each length is computed alone, and its steps are timed:
 512 prompt tokens at a time, then 24 of one token. Resident memory is told beside what weights and
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from batchwright import LLM, SamplingParams
 from batchwright.step import Step, StepResult
+from batchwright.techniques import find
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
 
 CONTEXTS = (512, 1024, 2048, 4096, 8000)
@@ -35,19 +38,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--unshared-rows", type=int, default=4)
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    llm = LLM("smollm2", num_threads=options.threads, **SETTINGS)
+    settings = {
+        **SETTINGS,
+        "num_threads": options.threads,
+        "kv_cache_dtype": options.kv_cache_dtype,
+    }
+    llm = LLM("smollm2", **settings)
     steps = _timed_steps(llm)
     _generate(llm, [_tokens(600, seed=0)], 3)
     contexts = [_context(llm, steps, length) for length in CONTEXTS]
     document = _document(llm, ROWS)
-    unshared = LLM("smollm2", num_threads=options.threads, prefix_sharing=False, **SETTINGS)
-    _generate(unshared, [_tokens(600, seed=0)], 3)
-    alone = _document(unshared, options.unshared_rows)
+    alone = None
+    if options.unshared_rows:
+        unshared = LLM("smollm2", prefix_sharing=False, **settings)
+        _generate(unshared, [_tokens(600, seed=0)], 3)
+        alone = _document(unshared, options.unshared_rows)
     result = {
         "benchmark": "benchmarks.long_context",
         "threads": options.threads,
+        "kv_cache_dtype": options.kv_cache_dtype,
         "contexts": contexts,
         "shared_document": document,
         "not_shared": alone,
@@ -134,7 +146,9 @@ def _resident_bytes() -> int:
 def _kv_bytes(llm: LLM, num_tokens: int) -> int:
     shape = llm.engine.shape
     assert shape is not None
-    return 4 * shape.kv_elements_per_token() * num_tokens
+    backend = find("attention.backends", llm.config.attention).Backend()
+    element_bytes = backend.element_bytes(torch.float32, shape.attention[0].head_dim)
+    return int(element_bytes * shape.kv_elements_per_token() * num_tokens)
 
 
 if __name__ == "__main__":
