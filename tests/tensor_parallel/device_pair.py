@@ -23,7 +23,7 @@ def build_executor(model, config, *, vocab_size, ranks):
     specs = model.attention_specs
     windows, group_of_layer = windows_of_layers([spec.window for spec in specs])
     groups = config.kv_groups(
-        windows, bytes_of_blocks(specs, group_of_layer, config, torch.float32)
+        windows, bytes_of_blocks(specs, group_of_layer, config, lambda head_dim: 4)
     )
     executor = DeviceExecutor(
         model,
