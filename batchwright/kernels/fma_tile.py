@@ -20,7 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from batchwright.kernels.simd import LANES, _address, _splat
+from batchwright.kernels.simd import LANES, _address, _splat, float32x8
 
 _INTP = ir.IntType(64)
 _I1, _I32 = ir.IntType(1), ir.IntType(32)
@@ -79,6 +79,21 @@ def fma_tile(
 
     strides = (types.intp, types.intp)
     return types.void(*literals, a, *strides, b, *strides, c, *strides, types.intp), codegen
+
+
+@intrinsic
+def load_wide(typingctx: Any, array: Any, offset: Any) -> Any:
+    """Eight lanes array[offset : offset + 8] as fp32, from fp32, the bits of bf16, or int8."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = _address(context, builder, signature.args[0], *args)
+        if signature.args[0].dtype == types.uint16:
+            return load_bf16(builder, at, LANES)
+        if signature.args[0].dtype == types.int8:
+            return load_int8(builder, at, LANES)
+        return _load(builder, at, ir.VectorType(_F32, LANES))
+
+    return float32x8(array, types.intp), codegen
 
 
 def build_tile(

@@ -3,8 +3,6 @@ graphs."""
 
 from __future__ import annotations
 
-import torch
-
 from batchwright.exec.device.build import bytes_of_blocks
 from batchwright.exec.device.executor import DeviceExecutor
 from batchwright.exec.device.graphs import Rerun

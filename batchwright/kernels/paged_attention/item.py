@@ -14,7 +14,7 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_features
 from numba import njit
 
-from batchwright.kernels.fma_tile import fma_tile
+from batchwright.kernels.fma_tile import fma_tile, load_wide
 from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE as SUB
 from batchwright.kernels.paged_attention.online_softmax import RowState, weigh_tile
 from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
@@ -24,6 +24,9 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 F32 = np.float32
 CACHE_LINE = 64  # bytes
+FEW_ROWS = 16
+"""Up to so many query rows make narrow keys and values fp32 as they use them, tile by tile; for
+more it is done once."""
 MANY_REGISTERS = get_host_cpu_features().get("avx512vl", False)
 """32 vector registers, so tiles of eight rows; with the 16 of AVX2 two or three rows are best."""
 
@@ -122,6 +125,7 @@ def _attend_keys(
     padded_dim = v_cache.shape[3]
     slot = np.int64(plan.slots[start])
     first_row, end_row = (start - first_entry) * group, (end - first_entry) * group
+    widens = k_cache.itemsize < 4 and end_row - first_row > FEW_ROWS
     first, last, full_start, full_end = _key_range(plan, start, end)
     first, last = max(first, first_key), min(last, end_key)
     for tile in range(first // TILE * TILE, last, TILE):
@@ -133,7 +137,12 @@ def _attend_keys(
                 block = np.int64(block_table[slot, (key + SUB) // block_size])
                 at = (block * num_kv_heads + head) * key_rows * block_size
                 _prefetch(k_cache, at + (key + SUB) % block_size, head_dim, SUB, block_size)
-            _scores(state, first_row, end_row, key - tile, k_cache, keys_at + key % block_size)
+            if widens:
+                _widen(k_cache, keys_at + key % block_size, block_size, state.wide, SUB, head_dim)
+                _scores(state, first_row, end_row, key - tile, state.wide, 0, SUB)
+            else:
+                at = keys_at + key % block_size
+                _scores(state, first_row, end_row, key - tile, k_cache, at, block_size)
             if has_scales:
                 at = keys_at + head_dim * block_size + 4 * (key % block_size)
                 _scale(state, first_row, end_row, key - tile, k_cache, at)
@@ -152,7 +161,11 @@ def _attend_keys(
                 at = (block * num_kv_heads + head) * block_size + (key + SUB) % block_size
                 _prefetch(v_cache, at * padded_dim, SUB, padded_dim, padded_dim)
             if full_start <= key and key + SUB <= full_end:
-                _add_values(state, first_row, end_row, key - tile, v_cache, v_at, SUB)
+                if widens:
+                    _widen(v_cache, v_at, padded_dim, state.wide, padded_dim, SUB)
+                    _add_values(state, first_row, end_row, key - tile, state.wide, 0, SUB)
+                else:
+                    _add_values(state, first_row, end_row, key - tile, v_cache, v_at, SUB)
                 continue
             for entry in range(start, end):
                 seen = max(np.int64(plan.key_start[entry]), key)
@@ -184,30 +197,37 @@ def _key_range(plan: AttentionPlan, start: int, end: int) -> tuple[Any, Any, Any
 
 
 @njit(error_model="numpy")
+def _widen(cache: Any, at: int, stride: int, wide: Any, width: int, num_rows: int) -> None:
+    """wide[:num_rows, :width] = cache[at:], whose rows are `stride` apart, in fp32."""
+    for row in range(num_rows):
+        for i in range(0, width, LANES):
+            store(wide, row * width + i, load_wide(cache, at + row * stride + i))
+
+
+@njit(error_model="numpy")
 def _scores(
-    state: RowState, first_row: int, end_row: int, p_at: int, k_cache: Any, k_at: int
+    state: RowState, first_row: int, end_row: int, p_at: int, keys: Any, k_at: int, stride: int
 ) -> None:
-    """p[rows, p_at : p_at + 32] = q[rows] @ (32 keys from k_at)."""
-    q, p, stride = state.q, state.p, k_cache.shape[3]
-    dim = len(q) // len(state.row_max)
+    """p[rows, p_at : p_at + 32] = q[rows] @ (32 keys from k_at, components `stride` apart)."""
+    q, p, dim = state.q, state.p, len(state.q) // len(state.row_max)
     row = first_row
     while row < end_row:
         q_at, to = row * dim, row * TILE + p_at
         left = end_row - row
         if MANY_REGISTERS and left >= 8:
-            fma_tile(8, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
+            fma_tile(8, 4, False, q, q_at, dim, keys, k_at, stride, p, to, TILE, dim)
             row += 8
         elif MANY_REGISTERS and left >= 4:
-            fma_tile(4, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
+            fma_tile(4, 4, False, q, q_at, dim, keys, k_at, stride, p, to, TILE, dim)
             row += 4
         elif left == 1:
-            fma_tile(1, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
+            fma_tile(1, 4, False, q, q_at, dim, keys, k_at, stride, p, to, TILE, dim)
             row += 1
         elif left == 3:
-            fma_tile(3, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
+            fma_tile(3, 4, False, q, q_at, dim, keys, k_at, stride, p, to, TILE, dim)
             row += 3
         else:
-            fma_tile(2, 4, False, q, q_at, dim, k_cache, k_at, stride, p, to, TILE, dim)
+            fma_tile(2, 4, False, q, q_at, dim, keys, k_at, stride, p, to, TILE, dim)
             row += 2
 
 
@@ -227,41 +247,41 @@ def _add_values(
     first_row: int,
     end_row: int,
     p_at: int,
-    v_cache: Any,
+    values: Any,
     v_at: int,
     num_keys: int,
 ) -> None:
     """o[rows] += p[rows, p_at : p_at + num_keys] @ (values of num_keys keys from v_at)."""
-    p, o, dim = state.p, state.o, v_cache.shape[3]
+    p, o, dim = state.p, state.o, len(state.o) // len(state.row_max)
     for column in range(0, dim // 32 * 32, 32):
         row = first_row
         while row < end_row:
             a, b, c = row * TILE + p_at, v_at + column, row * dim + column
             left = end_row - row
             if MANY_REGISTERS and left >= 8:
-                fma_tile(8, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                fma_tile(8, 4, True, p, a, TILE, values, b, dim, o, c, dim, num_keys)
                 row += 8
             elif MANY_REGISTERS and left >= 4:
-                fma_tile(4, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                fma_tile(4, 4, True, p, a, TILE, values, b, dim, o, c, dim, num_keys)
                 row += 4
             elif left == 1:
-                fma_tile(1, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                fma_tile(1, 4, True, p, a, TILE, values, b, dim, o, c, dim, num_keys)
                 row += 1
             elif left == 3:
-                fma_tile(3, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                fma_tile(3, 4, True, p, a, TILE, values, b, dim, o, c, dim, num_keys)
                 row += 3
             else:
-                fma_tile(2, 4, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                fma_tile(2, 4, True, p, a, TILE, values, b, dim, o, c, dim, num_keys)
                 row += 2
     for column in range(dim // 32 * 32, dim, LANES):
         row = first_row
         while row < end_row:
             a, b, c = row * TILE + p_at, v_at + column, row * dim + column
             if end_row - row < 4:
-                fma_tile(1, 1, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                fma_tile(1, 1, True, p, a, TILE, values, b, dim, o, c, dim, num_keys)
                 row += 1
             else:
-                fma_tile(4, 1, True, p, a, TILE, v_cache, b, dim, o, c, dim, num_keys)
+                fma_tile(4, 1, True, p, a, TILE, values, b, dim, o, c, dim, num_keys)
                 row += 4
 
 

@@ -18,7 +18,7 @@ from numba import njit, types
 from batchwright.errors import ShapeError
 from batchwright.kernels import get_num_threads
 from batchwright.kernels.paged_attention.item import attend_item
-from batchwright.kernels.paged_attention.layout import SCALE_ROWS
+from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE, SCALE_ROWS
 from batchwright.kernels.paged_attention.online_softmax import RowState
 from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
 from batchwright.kernels.parallel import compile_task, next_task, run_tasks
@@ -178,6 +178,7 @@ def _attend(
         _aligned(max_rows),
         _aligned(max_rows * LANES),
         _aligned(max_rows),
+        _aligned(KEYS_PER_VECTOR_TILE * v_cache.shape[3]),
     )
     plan = AttentionPlan(items, segments, tokens, slots, key_start, key_end, 0)
     i = next_task(counter)

@@ -39,6 +39,7 @@ class RowState(NamedTuple):
     row_max: Any  # [rows] largest score so far, log2 units
     row_sum: Any  # [rows, LANES] partial sums of weights 2**(score - row_max)
     shrink: Any  # [rows] what a larger maximum leaves of o and row_sum
+    wide: Any  # [SUB * padded head_dim] keys or values, made fp32 once for many rows
 
 
 @njit(error_model="numpy")
