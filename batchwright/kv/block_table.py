@@ -52,14 +52,6 @@ class BlockTable:
             self._set(*ragged_ranges(slots[growing], self.end[slots[growing]], growth[growing]))
             self.end[slots[growing]] += growth[growing]
 
-    def extend(self, slot: int, num_blocks: int) -> Int32Array:
-        """Give a slot so many free blocks after those that it holds; returns them."""
-        first = int(self.end[slot])
-        indices = np.arange(first, first + num_blocks, dtype=np.int32)
-        self._set(np.full(num_blocks, slot, np.int32), indices)
-        self.end[slot] += num_blocks
-        return self.table[slot, indices]
-
     def writes_shared_block(self, slots: Int32Array, write_starts: Int32Array) -> bool:
         """Whether any of these slots will copy the block that its next token falls into."""
         ends = write_starts + np.int32(1)
@@ -68,6 +60,10 @@ class BlockTable:
     def adopt(self, slot: int, start: int, block_ids: Int32Array) -> None:
         """Let an empty slot hold shared blocks as its entries [start, start + len)."""
         self.pool.share(block_ids)
+        self.hold(slot, start, block_ids)
+
+    def hold(self, slot: int, start: int, block_ids: Int32Array) -> None:
+        """The same with blocks of which one reference each is the slot's already."""
         self.start[slot], self.end[slot] = start, start + len(block_ids)
         indices = np.arange(start, start + len(block_ids), dtype=np.int32)
         self._write(np.full(len(indices), slot, np.int32), indices, block_ids)

@@ -5,7 +5,7 @@ row will use it; the tree knows. "Resident" means scheduled: a Step writes all K
 any token attends, and Steps run in order, so a block may be read from the Step that fills it.
 
 Where the host has room, blocks that memory has no place for go there and come back when a row wants
-them. A node is in one of the two places, and so are all above it; those on the device come first.
+them. A node is in one of the two places at most.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class PrefixCache:
         return int(np.flatnonzero(usable)[-1])
 
     def num_on_host(self, nodes: Int32Array) -> int:
-        """Blocks of a matched prefix, its last ones, that are on the host."""
+        """Blocks of a matched prefix that are on the host."""
         return int(np.count_nonzero(self._host_blocks[nodes] != ABSENT)) if self._host else 0
 
     def adopt(
@@ -91,22 +91,30 @@ class PrefixCache:
             limit: as in `match`.
             make_room: frees blocks of the only group until there are so many.
         """
-        on_host = nodes[len(nodes) - self.num_on_host(nodes) :]
-        on_device = nodes[: len(nodes) - len(on_host)]
+        if self.num_on_host(nodes):
+            self._load(slot, nodes, make_room)
+            return
         for group, table in enumerate(self._tables):
-            first = int(_first_needed(table, np.array(len(on_device)), limit))
-            table.adopt(slot, first, self._blocks[group, on_device[first:]])
-        if len(on_host):
-            self._load(slot, on_host, make_room)
+            first = int(_first_needed(table, np.array(len(nodes)), limit))
+            table.adopt(slot, first, self._blocks[group, nodes[first:]])
 
     def _load(self, slot: int, nodes: Int32Array, make_room: Callable[[int], None]) -> None:
-        """Bring nodes back as the next blocks of a slot."""
-        table, host_ids = self._tables[0], self._host_blocks[nodes]
-        self._host_blocks[nodes] = ABSENT  # making room must not give them up
-        make_room(len(nodes))
-        blocks = table.extend(slot, len(nodes))
-        self._host.load(host_ids, blocks)
-        self._keep(0, nodes, blocks)
+        """Let a slot hold nodes, bringing back those that are on the host.
+
+        Those are mostly the last ones, but a node may be there while one below it is held by a row
+        that has another block for the first.
+        """
+        table, blocks = self._tables[0], self._blocks[0, nodes]
+        away = blocks == ABSENT
+        host_ids = self._host_blocks[nodes[away]]
+        # Making room must give up none of these.
+        table.pool.share(blocks[~away])
+        self._host_blocks[nodes[away]] = ABSENT
+        make_room(len(host_ids))
+        blocks[away] = table.pool.allocate(len(host_ids))
+        table.hold(slot, 0, blocks)
+        self._host.load(host_ids, blocks[away])
+        self._keep(0, nodes[away], blocks[away])
 
     def insert(self, slot: int, nodes: Int32Array, first: int, end: int) -> None:
         """Blocks [first, end) of the slot's prompt are scheduled: keep those with future users."""

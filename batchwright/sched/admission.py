@@ -149,8 +149,8 @@ class Admission:
         return [self._books.cache.adopted(group, nodes, limit) for group in groups]
 
     def num_taken_over(self, sequence: Sequence, num_matched: int) -> int:
-        """Index of the first block that a sequence does not take over: those that come back from
-        the host are its own."""
+        """Blocks of its matched prefix, and of those before a window, that a sequence need not be
+        given: what comes back from the host takes others."""
         return num_matched - self._books.cache.num_on_host(sequence.nodes[:num_matched])
 
     def num_lacking(self, sequence: Sequence, group: int, num_shared: int) -> int:

@@ -9,9 +9,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from batchwright.kv.block_table import BlockTable
+from batchwright.kv.groups import KVGroup
 from batchwright.kv.host_memory import HostMemory
+from batchwright.kv.prefix_cache import PrefixCache
+from batchwright.plan.prefix_tree import PrefixTree
 from batchwright.request import FinishReason
-from tests.sched.harness import Harness, family, start_what_fits_now
+from tests.sched.harness import (
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    Harness,
+    family,
+    start_what_fits_now,
+)
 from tests.sched.test_scheduler import crowded_job, prefill_tokens
 
 
@@ -128,6 +138,34 @@ def test_crowded_jobs_use_the_host_in_every_way() -> None:
         without += harness.scheduler.stats.num_recomputed_tokens
     assert swapped > 500
     assert recomputed < without / 2
+
+
+def test_a_block_may_be_away_while_one_below_it_is_not() -> None:
+    """One row keeps the second block of a prompt, another kept the first, now on the host."""
+    tree = PrefixTree(BLOCK_SIZE)
+    table = BlockTable(
+        KVGroup(None, 4, 2), block_size=BLOCK_SIZE, max_num_seqs=3, max_model_len=MAX_MODEL_LEN
+    )
+    host = HostMemory(2, 4)
+    cache = PrefixCache(tree, [table], host=host)
+    nodes = tree.add("", np.arange(2 * BLOCK_SIZE, dtype=np.int32), 3)
+    tree.start(nodes)
+    for slot, num_blocks in ((0, 2), (1, 1)):
+        table.grow(ids(slot), ids(0), ids(num_blocks * BLOCK_SIZE))
+    cache.insert(0, nodes, 1, 2)
+    cache.insert(1, nodes, 0, 1)
+    (away,) = table.table[1, :1].tolist()
+    table.release(1)
+    cache.evict(0, 1)
+    assert cache.match(nodes, 99) == 2 and cache.num_on_host(nodes) == 1
+    assert cache.adopted(0, nodes, 99).tolist() == [table.table[0, 1]]
+    assert host.take_changes()[0].tolist() == [[away, 0]]
+    cache.adopt(2, nodes, 99, make_room=lambda num: None)
+    assert table.table[2, 1] == table.table[0, 1]
+    assert host.take_changes()[1].tolist() == [[0, table.table[2, 0]]]
+    assert not set(table.table[2, :2].tolist()) & set(table.table[0, :1].tolist())
+    table.pool.check_integrity(np.concatenate((table.held(), cache.held(0))))
+    host.check_integrity(cache.held_on_host())
 
 
 def ids(*values: int) -> np.ndarray:
