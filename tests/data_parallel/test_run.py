@@ -74,6 +74,7 @@ def test_a_job_of_all_kinds_of_rows_has_the_same_lines(model):
     assert len(errors[0].splitlines()) == 2
 
 
+@pytest.mark.slow  # and in test_replicas.py, without a job
 def test_a_killed_replica_costs_no_row_and_is_told(model):
     job = Job(model, *TWO, rows=LONG)
     process, pids = job.started()
@@ -130,6 +131,7 @@ def test_a_stopped_job_goes_on_and_no_process_is_left(number, model):
     assert len(job.lines()) == len(texts) == len(LONG) and done.items() <= texts.items()
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_it_at_once(model):
     job = Job(model, *TWO, rows=LONG)
     process, pids = job.started(1)

@@ -122,7 +122,7 @@ def crowded_job(
     return harness
 
 
-@pytest.mark.parametrize("num_host_blocks", [None, 3, 100])
+@pytest.mark.parametrize("num_host_blocks", [None, 5])
 @pytest.mark.parametrize("seed", range(30))
 def test_nothing_is_preempted_when_lengths_are_known(seed, num_host_blocks) -> None:
     """Forks, chunked prompts, windows, late results, shared blocks and a host included."""
