@@ -10,10 +10,16 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import njit, prange, types
+from numba import njit, types
 
 from batchwright.errors import ConfigError, ShapeError
-from batchwright.kernels import get_num_threads
+from batchwright.kernels.parallel import (
+    Task,
+    argument_reader,
+    compile_task,
+    run_tasks,
+    threads_for,
+)
 from batchwright.kernels.simd import (
     LANES,
     add,
@@ -65,27 +71,30 @@ def _run(x: Any, kind: str, gated: bool, out: Any) -> None:
         raise ConfigError(f"activation is {kind!r}; supported: {', '.join(KINDS)}")
     if not x.strides[1] == out.strides[1] == x.itemsize:
         raise ShapeError("activation: rows must be contiguous; call .contiguous()")
-    threads = min(get_num_threads(), out.size // _ELEMENTS_PER_THREAD + 1)
-    _kernel()(x, KINDS[kind], gated, out, threads)
+    threads = threads_for(out.size, _ELEMENTS_PER_THREAD)
+    run_tasks(_worker(), threads, x, KINDS[kind], gated, out)
+
+
+_read = argument_reader(
+    types.Array(types.float32, 2, "A"),
+    types.int64,
+    types.boolean,
+    types.Array(types.float32, 2, "A"),
+)
+
+
+def _activate(i: int, n: int, at: int) -> None:
+    _part(i, n, *_read(at))
 
 
 @functools.cache
-def _kernel() -> Any:
-    rows = types.Array(types.float32, 2, "A")
-    _activation.compile(types.void(rows, types.int64, types.boolean, rows, types.int64))
-    _activation.disable_compile()
-    return _activation
+def _worker() -> Task:
+    return compile_task(_activate)
 
 
-@njit(cache=True, parallel=True)
-def _activation(x: Any, kind: int, gated: bool, out: Any, num_threads: int) -> None:
-    if num_threads == 1:
-        _rows(x, kind, gated, out, 0, len(x))
-        return
-    for part in prange(num_threads):
-        start = part * len(x) // num_threads
-        end = (part + 1) * len(x) // num_threads
-        _rows(x, kind, gated, out, start, end)
+@njit(error_model="numpy")
+def _part(i: int, n: int, x: Any, kind: int, gated: bool, out: Any) -> None:
+    _rows(x, kind, gated, out, i * len(x) // n, (i + 1) * len(x) // n)
 
 
 @njit(error_model="numpy")
