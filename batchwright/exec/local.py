@@ -41,6 +41,8 @@ class LocalExecutor:
         vocab_size: columns of the logits.
         ranks: those that have the model together. Beside rank 0 they get Steps without what only
             drawing needs, and take the drawn tokens over; nobody reads their results.
+    Attributes:
+        programs: what runs steps of few tokens, if something does.
     """
 
     def __init__(
@@ -66,9 +68,9 @@ class LocalExecutor:
             backend.allocate(spec, groups[group].num_blocks, block_size, model.dtype)
             for spec, group in zip(model.attention_specs, group_of_layer, strict=True)
         ]
-        self._programs: StepPrograms | None = None
+        self.programs: StepPrograms | None = None
         if ranks is None and isinstance(backend, Backend):
-            self._programs = StepPrograms(model, backend, self._kv_layers, group_of_layer)
+            self.programs = StepPrograms(model, backend, self._kv_layers, group_of_layer)
         max_blocks = -(-max_model_len // block_size)
         self._slots = SlotState(len(groups), max_num_seqs, max_blocks)
         self._sampling = SamplingState(max_num_seqs, max_model_len, vocab_size)
@@ -96,7 +98,7 @@ class LocalExecutor:
         )
 
     def close(self) -> None:
-        self._programs = None
+        self.programs = None
         self._kv_layers.clear()
 
     def _install(self, new: NewSequence) -> None:
@@ -129,7 +131,7 @@ class LocalExecutor:
         )
         token_ids = torch.from_numpy(self._slots.token_ids(step)).long()
         x = self._model.embed(token_ids, torch.from_numpy(position_ids).long())
-        hidden = None if self._programs is None else self._programs.run(x, batch)
+        hidden = None if self.programs is None else self.programs.run(x, batch)
         if hidden is None:
             plan = self._backend.plan(batch)
             attend = AttentionContext(self._backend, self._kv_layers, self._group_of_layer, plan)

@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
     code: Any  # valid as long as it lives
     address: int
-    name: str
+    kernel: str  # the folder's name
 
 
 class Recorder(Protocol):
@@ -73,7 +73,7 @@ def compile_task(function: Callable[[int, int, int], None]) -> Task:
     """
     code = cfunc(types.void(types.int64, types.int64, types.int64), cache=True,
                  error_model="numpy")(function)  # fmt: skip
-    return Task(code, code.address, function.__qualname__)
+    return Task(code, code.address, function.__module__.split(".")[-2])
 
 
 def run_tasks(task: Task, num_tasks: int, *args: Any) -> None:

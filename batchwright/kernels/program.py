@@ -6,13 +6,14 @@ A program is a list of addresses: its threads go through it together and wait fo
 spinning, after every call. On a GPU the same is done by CUDA graphs (`exec/device/graphs.py`).
 
 What may be recorded is a computation of nothing but our kernels: between them torch may only take
-memory and views. The recorder sees every operation of torch, and refuses if there is another.
-Results have the bits of the calls one by one: they are the same calls.
+views. `check` sees every operation of torch, and refuses if there is another. Results have the bits
+of the calls one by one: they are the same calls.
 """
 
 from __future__ import annotations
 
-import bisect
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,12 +36,6 @@ from batchwright.kernels.parallel import (
     wait_for,
 )
 
-ARGUMENT_BYTES = 2048
-"""Room for the arguments of one call."""
-
-MAX_RECORDED_BYTES = 64 * 2**20
-"""Most memory between calls while they are recorded; run again, they share a small part of it."""
-
 CACHE_LINE_BYTES = 64
 
 ADDRESS, NUM_TASKS, ARGUMENTS, TICKS = range(4)
@@ -48,7 +43,20 @@ ADDRESS, NUM_TASKS, ARGUMENTS, TICKS = range(4)
 
 
 class CannotRecord(Exception):
-    """The computation does something that a program could not do again, or needs much memory."""
+    """The computation does something that a program could not do again."""
+
+
+class SharedMemory:
+    """What programs have between their calls; one for many, since one runs at a time."""
+
+    def __init__(self) -> None:
+        self._lines = _lines(0)
+
+    def of(self, num_bytes: int) -> Any:
+        """At least so many bytes, [num] int64. What was given out before stays what it is."""
+        if self._lines.nbytes < num_bytes:
+            self._lines = _lines(max(num_bytes, 2 * self._lines.nbytes))
+        return self._lines
 
 
 class Program:
@@ -56,62 +64,91 @@ class Program:
 
     Attributes:
         result: what the recorded function returned; overwritten by every run.
-        names: of the calls' kernels.
-        ticks: [num_calls] int64, what each call took so far, in ticks of the processor's clock.
+        kernels: names of the calls' kernels.
     """
 
-    def __init__(
-        self, calls: list[_Call], memory: Any, counters: Any, result: torch.Tensor
-    ) -> None:
+    def __init__(self, calls: list[_Call], counters: Any, result: torch.Tensor) -> None:
         self.result = result
-        self.names = [one.task.name for one in calls]
-        self._held = calls, memory
+        self.kernels = [one.task.kernel for one in calls]
+        self._seconds = 0.0
+        self._held = calls  # their arrays
         self._counters = counters
-        self._arguments = np.zeros((len(calls), ARGUMENT_BYTES // 8), np.int64)
-        self._calls = np.zeros((len(calls), 4), np.int64)
         self._state = np.zeros((3, CACHE_LINE_BYTES // 8), np.int64)
-        for line, place, one in zip(self._calls, self._arguments, calls, strict=True):
-            at = place.ctypes.data
-            if store_arguments(at, ARGUMENT_BYTES, *one.args) > ARGUMENT_BYTES:
-                raise CannotRecord(f"arguments of {one.task.name} take too much room")
+        sizes = [store_arguments(0, 0, *one.args) for one in calls]
+        self._arguments = _lines(sum(_up(size) for size in sizes))
+        self._calls = np.zeros((len(calls), 4), np.int64)
+        at = self._arguments.ctypes.data
+        for line, size, one in zip(self._calls, sizes, calls, strict=True):
+            store_arguments(at, size, *one.args)
             line[:TICKS] = one.task.address, one.num_tasks, at
-
-    @property
-    def ticks(self) -> Any:
-        return self._calls[:, TICKS]
+            at += _up(size)
 
     def run(self) -> torch.Tensor:
         """Make all calls, one after the other."""
         self._counters[:] = 0
         self._state[:] = 0
+        start = time.perf_counter()
         _run(self._calls, get_num_threads(), self._state)
+        self._seconds += time.perf_counter() - start
         return self.result
 
+    def seconds_by_kernel(self) -> dict[str, float]:
+        """What its runs took so far; waiting for threads counts as the call that is waited for."""
+        seconds = dict.fromkeys(self.kernels, 0.0)
+        ticks = self._calls[:, TICKS]
+        total = max(int(ticks.sum()), 1)
+        for kernel, num in zip(self.kernels, ticks.tolist(), strict=True):
+            seconds[kernel] += self._seconds * num / total
+        return seconds
 
-def record(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Program]:
-    """The result of a computation, and a program that makes its calls again.
 
-    Memory that the computation takes is the program's own, and none that it had before is given
-    back. Everything else that the calls read or write must stay where it is.
+def check(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The result of a computation that can be recorded. It takes some time more than without.
 
     Raises:
-        CannotRecord: nothing is lost but time.
+        CannotRecord: torch computes a part of it.
+    """
+    with _OnlyViews():
+        return compute()
+
+
+def record(
+    compute: Callable[[], torch.Tensor], memory: SharedMemory
+) -> tuple[torch.Tensor, Program]:
+    """The result of a computation, and a program that makes its calls again.
+
+    Whatever the calls read or write that is not taken by the computation itself must stay where it
+    is.
+
+    The computation must be one that `check` lets pass.
     """
     recorder = _Recorder()
-    with recorder, recorded(recorder):
+    with recorded(recorder):
         result = compute()
-    return result, recorder.program(result)
+    return result, recorder.program(result, memory)
 
 
 class _Piece:
-    """Memory that was taken while recording."""
+    """Memory that is taken while recording."""
 
-    def __init__(self, owner: Any, address: int, num_bytes: int, *, is_counter: bool) -> None:
-        self.owner = owner
+    def __init__(self, address: int, num_bytes: int, *, is_counter: bool) -> None:
         self.address, self.num_bytes = address, num_bytes
         self.is_counter = is_counter
         self.first_use = self.last_use = -1
         self.offset = 0
+
+
+class _View(NamedTuple):
+    """An array in a piece."""
+
+    piece: _Piece
+    offset: int
+    like: tuple[Any, ...]  # shape, dtype, strides
+
+    def within(self, memory: Any) -> np.ndarray:
+        shape, dtype, strides = self.like
+        offset = self.piece.offset + self.offset
+        return np.ndarray(shape, dtype, memory.view(np.uint8), offset, strides)
 
 
 class _Call(NamedTuple):
@@ -120,80 +157,76 @@ class _Call(NamedTuple):
     args: tuple[Any, ...]
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes calls of kernels and memory that torch gives out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._calls: list[_Call] = []
-        self._pieces: list[_Piece] = []
-        self._num_bytes = 0
+class _OnlyViews(TorchDispatchMode):
+    """Refuses whatever torch computes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.is_view:
-            return result
-        if func is not torch.ops.aten.empty.memory_format:
+        if not func.is_view:
             raise CannotRecord(f"torch computes {func}")
-        self._add_piece(result, result.data_ptr(), result.nbytes, is_counter=False)
-        return result
+        return func(*args, **(kwargs or {}))
 
-    def add(self, task: Task, num_tasks: int, args: tuple[Any, ...]) -> None:
-        self._calls.append(_Call(task, num_tasks, args))
+
+class _Recorder:
+    """Notes calls of kernels, and memory that is taken between them and given back."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._pieces: dict[int, _Piece] = {}  # those not given back, by address
+        self._used: list[_Piece] = []
 
     def note(self, array: Any, *, is_counter: bool = False) -> None:
-        self._add_piece(array, array.ctypes.data, array.nbytes, is_counter=is_counter)
+        """See `parallel.Recorder`."""
+        address = array.ctypes.data
+        if array.nbytes:
+            self._pieces[address] = _Piece(address, array.nbytes, is_counter=is_counter)
+            weakref.finalize(array, self._pieces.pop, address)
 
-    def _add_piece(self, owner: Any, address: int, num_bytes: int, *, is_counter: bool) -> None:
-        # Pieces are held, so that no two have the same place.
-        self._pieces.append(_Piece(owner, address, num_bytes, is_counter=is_counter))
-        self._num_bytes += num_bytes
-        if self._num_bytes > MAX_RECORDED_BYTES:
-            raise CannotRecord("it takes too much memory between calls")
+    def add(self, task: Task, num_tasks: int, args: tuple[Any, ...]) -> None:
+        """See `parallel.Recorder`."""
+        seen = tuple(self._view(arg) if isinstance(arg, np.ndarray) else arg for arg in args)
+        self._calls.append(_Call(task, num_tasks, seen))
 
-    def program(self, result: torch.Tensor) -> Program:
+    def _view(self, array: np.ndarray) -> _View | np.ndarray:
+        """Where in a piece an array lies; arrays that lie elsewhere stay where they are."""
+        address = array.ctypes.data
+        for piece in self._pieces.values():
+            if piece.address <= address < piece.address + piece.num_bytes and array.size:
+                if piece.first_use < 0:
+                    piece.first_use = len(self._calls)
+                    self._used.append(piece)
+                piece.last_use = len(self._calls)
+                return _View(piece, address - piece.address, _like(array))
+        return array
+
+    def program(self, result: torch.Tensor, memory: SharedMemory) -> Program:
         """The calls so far, with memory between them as small as can be."""
-        self._pieces.sort(key=lambda piece: piece.address)
-        for i, one in enumerate(self._calls):
-            for arg in one.args:
-                piece = self._piece_of(arg) if isinstance(arg, np.ndarray) else None
-                if piece is not None:
-                    piece.first_use = i if piece.first_use < 0 else piece.first_use
-                    piece.last_use = i
-        last = self._piece_of(result.numpy())
-        if last is None:
-            raise CannotRecord("its result lies in memory that it did not take")
-        last.last_use = len(self._calls)
-        used = [piece for piece in self._pieces if piece.first_use >= 0]
-        memory = _lines(_place([piece for piece in used if not piece.is_counter]))
-        counters = _lines(_place_apart([piece for piece in used if piece.is_counter]))
+        view = self._view(result.numpy())
+        assert isinstance(view, _View), "the result lies in memory that was there before"
+        between = memory.of(_place([piece for piece in self._used if not piece.is_counter]))
+        counters = _lines(_place_apart([piece for piece in self._used if piece.is_counter]))
 
         def moved(arg: Any) -> Any:
-            piece = self._piece_of(arg) if isinstance(arg, np.ndarray) else None
-            if piece is None:
+            if not isinstance(arg, _View):
                 return arg
-            offset = piece.offset + arg.ctypes.data - piece.address
-            buffer = counters if piece.is_counter else memory
-            return np.ndarray(arg.shape, arg.dtype, buffer.view(np.uint8), offset, arg.strides)
+            return arg.within(counters if arg.piece.is_counter else between)
 
         calls = [_Call(*one[:2], tuple(moved(arg) for arg in one.args)) for one in self._calls]
-        return Program(calls, memory, counters, torch.from_numpy(moved(result.numpy())))
+        return Program(calls, counters, torch.from_numpy(moved(view)))
 
-    def _piece_of(self, array: np.ndarray) -> _Piece | None:
-        """The sorted piece that an array lies in."""
-        address = array.ctypes.data
-        i = bisect.bisect_right(self._pieces, address, key=lambda piece: piece.address) - 1
-        if i < 0 or not array.size:
-            return None
-        piece = self._pieces[i]
-        return piece if address < piece.address + piece.num_bytes else None
+
+def _like(array: np.ndarray) -> tuple[Any, ...]:
+    return array.shape, array.dtype, array.strides
 
 
 def _place(pieces: list[_Piece]) -> int:
-    """Give each piece the lowest place that is free as long as it is used; bytes for all."""
+    """Give each piece the lowest place that is free as long as it is used; bytes for all.
+
+    Args:
+        pieces: in the order of their first use.
+    """
     total = 0
     placed: list[_Piece] = []
-    for piece in sorted(pieces, key=lambda piece: piece.first_use):
+    for piece in pieces:
         placed = [other for other in placed if other.last_use >= piece.first_use]
         piece.offset = 0
         for other in sorted(placed, key=lambda other: other.offset):

@@ -134,8 +134,9 @@ class OPT(CausalLM):
         )
 
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        embedded: torch.Tensor = self.model["decoder"].embed(token_ids, positions)
-        return embedded
+        decoder = self.model["decoder"]
+        assert isinstance(decoder, Decoder)
+        return decoder.embed(token_ids, positions)
 
     def through_layers(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
         hidden: torch.Tensor = self.model["decoder"](x, attend)

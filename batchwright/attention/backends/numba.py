@@ -24,6 +24,7 @@ from batchwright.kernels.paged_attention.plan import (
     plan_attention,
     tokens_per_item,
 )
+from batchwright.kernels.parallel import scratch
 from batchwright.kernels.rotary_kv_write.numba import rotary_kv_write
 from batchwright.request import Int32Array
 
@@ -174,8 +175,8 @@ class Backend:
             None if table is None else view_numpy(table.sin),
             interleaved=table is not None and table.interleaved,
         )
-        out = torch.empty(q.shape)
-        lse = torch.empty(q.shape[:2])
+        out = scratch(q.shape, np.float32)
+        lse = scratch(q.shape[:2], np.float32)
         paged_attention(
             queries,
             kv.keys,
@@ -184,7 +185,7 @@ class Backend:
             plan.for_layer(spec, group),
             scale=spec.scale,
             soft_cap=spec.soft_cap,
-            out=view_numpy(out),
-            lse=view_numpy(lse),
+            out=out,
+            lse=lse,
         )
-        return out.to(dtype), lse
+        return torch.from_numpy(out).to(dtype), torch.from_numpy(lse)

@@ -128,14 +128,18 @@ class LastingPlan:
         self.plan = AttentionPlan(
             np.zeros((num_tokens * num_kv_heads, 5), np.int32),
             np.zeros((2 * num_tokens, 4), np.int32),
-            *(np.zeros(num_tokens, np.int32) for _ in range(4)),
+            np.zeros(num_tokens, np.int32),
+            np.zeros(num_tokens, np.int32),
+            np.zeros(num_tokens, np.int32),
+            np.zeros(num_tokens, np.int32),
             plan.num_pairs,
         )
         self.take_over(plan)
 
     def take_over(self, plan: AttentionPlan) -> None:
         """Become the plan of another step."""
-        for array, new in zip(self.plan[:-1], plan[:-1], strict=True):
+        lasting: list[Int32Array] = list(self.plan[:-1])
+        for array, new in zip(lasting, plan[:-1], strict=True):
             array[: len(new)] = new
         self.plan.items[len(plan.items) :] = 0
 
