@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import cfunc, njit, prange, types
@@ -71,6 +72,8 @@ def compile_task(function: Callable[[int, int, int], None]) -> Task:
 
     `at` is for an `argument_reader`. The function must not raise.
     """
+    # Starts Numba's threads, which a parallel loop that is loaded within other code does not do.
+    numba.get_num_threads()
     code = cfunc(types.void(types.int64, types.int64, types.int64), cache=True,
                  error_model="numpy")(function)  # fmt: skip
     return Task(code, code.address, function.__module__.split(".")[-2])
@@ -94,7 +97,7 @@ def threads_for(work: int, work_per_thread: int) -> int:
     """
     if _recorder is not None:
         work_per_thread = work_per_thread // 16 + 1
-    return min(get_num_threads(), work // work_per_thread + 1)
+    return min(get_num_threads(), work // max(work_per_thread, 1) + 1)
 
 
 def scratch(shape: tuple[int, ...], dtype: Any) -> Any:
