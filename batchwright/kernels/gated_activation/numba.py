@@ -22,12 +22,13 @@ from batchwright.kernels.parallel import (
 )
 from batchwright.kernels.simd import (
     LANES,
+    MANY_LANES,
     add,
-    constant,
     div,
     fma,
     load,
     load_first,
+    load_many,
     maximum,
     mul,
     store,
@@ -100,11 +101,16 @@ def _part(i: int, n: int, x: Any, kind: int, gated: bool, out: Any) -> None:
 @njit(error_model="numpy")
 def _rows(x: Any, kind: int, gated: bool, out: Any, start: int, end: int) -> None:
     size = out.shape[1]
-    whole = size // LANES * LANES
+    many, whole = size // MANY_LANES * MANY_LANES, size // LANES * LANES
     for token in range(start, end):
         x_at = token * x.strides[0] // x.itemsize
         out_at = token * out.strides[0] // out.itemsize
-        for i in range(0, whole, LANES):
+        for i in range(0, many, MANY_LANES):
+            values = _act(load_many(x, x_at + i), kind)
+            if gated:
+                values = mul(values, load_many(x, x_at + size + i))
+            store(out, out_at + i, values)
+        for i in range(many, whole, LANES):
             value = _act(load(x, x_at + i), kind)
             if gated:
                 value = mul(value, load(x, x_at + size + i))
@@ -125,26 +131,26 @@ def _act(x: Any, kind: int) -> Any:
         return _gelu(x)
     if kind == 2:
         return _gelu_tanh(x)
-    return maximum(constant(0.0), x)
+    return maximum(0.0, x)
 
 
 @njit(forceinline=True, error_model="numpy")
 def _silu(x: Any) -> Any:
     """x / (1 + exp(-x))."""
-    return div(x, add(constant(1.0), exp(sub(constant(0.0), x))))
+    return div(x, add(exp(sub(0.0, x)), 1.0))
 
 
 @njit(forceinline=True, error_model="numpy")
 def _gelu(x: Any) -> Any:
     """x / 2 * (1 + erf(x / sqrt 2))."""
-    half = mul(x, constant(0.5))
-    return fma(half, erf(mul(x, constant(0.7071067811865476))), half)
+    half = mul(x, 0.5)
+    return fma(half, erf(mul(x, 0.7071067811865476)), half)
 
 
 @njit(forceinline=True, error_model="numpy")
 def _gelu_tanh(x: Any) -> Any:
     """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
     cube = mul(mul(x, x), x)
-    inner = mul(constant(0.7978845608028654), fma(cube, constant(0.044715), x))
-    half = mul(x, constant(0.5))
+    inner = mul(fma(cube, 0.044715, x), 0.7978845608028654)
+    half = mul(x, 0.5)
     return fma(half, tanh(inner), half)

@@ -173,7 +173,7 @@ def _attend(
         _aligned(max_rows * TILE),
         _aligned(max_rows * v_cache.shape[3]),
         _aligned(max_rows),
-        _aligned(max_rows * LANES),
+        _aligned(max_rows * KEYS_PER_VECTOR_TILE),
         _aligned(max_rows),
         _aligned(KEYS_PER_VECTOR_TILE * v_cache.shape[3]),
     )
