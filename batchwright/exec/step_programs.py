@@ -20,8 +20,9 @@ from batchwright.attention.context import AttentionContext
 from batchwright.kernels.program import CannotRecord, Program, SharedMemory, check, record
 from batchwright.models.causal_lm import CausalLM
 
-MAX_TOKENS = 256
-"""Of a step. With more, what calls cost beside their work is little of it."""
+MAX_TOKENS = 1024
+"""Of a step. With more, what calls cost beside their work is little of it, and memory that stays
+taken between steps is much."""
 
 MAX_PROGRAMS = 32
 """Kept at a time. Rows of a batch end one by one: each number of them lasts for some steps."""
