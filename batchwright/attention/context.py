@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from batchwright.attention.backend import AttentionBackend, AttentionBatch, KVLayer
+from batchwright.attention.backend import AttentionBackend, KVLayer
 from batchwright.attention.spec import AttentionSpec
 
 
@@ -18,7 +18,7 @@ class AttentionContext:
         backend: computes.
         kv_layers: KV memory per layer.
         group_of_layer: KV group of each layer.
-        batch: the step.
+        plan: of the step, from the backend.
     """
 
     def __init__(
@@ -26,12 +26,12 @@ class AttentionContext:
         backend: AttentionBackend,
         kv_layers: Sequence[KVLayer],
         group_of_layer: Sequence[int],
-        batch: AttentionBatch,
+        plan: Any,
     ) -> None:
         self._backend = backend
         self._kv_layers = kv_layers
         self._group_of_layer = group_of_layer
-        self._plan: Any = backend.plan(batch)
+        self._plan = plan
 
     def __call__(
         self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

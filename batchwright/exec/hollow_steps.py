@@ -51,6 +51,8 @@ stands around the products counts, and in few layers it would find itself in the
 
 S_PER_STEP = 0.12
 MIN_STEPS = 3
+WARM_UP = 2
+"""Steps after which one of few tokens is a program."""
 NUM_DECODED = (16, 64)
 """Tokens of rows, in a short and in a long run of an engine without a model."""
 
@@ -217,11 +219,12 @@ class _Slice:
         def execute() -> None:
             self._executor.execute(next(turns))
 
-        self._part.seconds(execute)
+        for _ in range(WARM_UP):
+            execute()
         seconds: list[SliceSeconds] = []
         end = time.thread_time() + S_PER_STEP
         while len(seconds) < MIN_STEPS or time.thread_time() < end:
-            seconds.append(self._part.seconds(execute))
+            seconds.append(self._part.seconds(execute, self._executor.programs))
         return SliceSeconds(*(sorted(one)[len(one) // 2] for one in zip(*seconds, strict=True)))
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ see `usual_time_s`.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from batchwright.exec.hollow import hollow_model
 from batchwright.exec.product_rates import make_real
+from batchwright.exec.step_programs import PRODUCTS, StepPrograms
 from batchwright.kernels.linear.packing import PackedWeight
 from batchwright.models.layers import PACKED_NDIM, Linear
 
@@ -88,16 +90,34 @@ class LayerSlice:
                     _time(module, self._product_s, index)
             _time(layer, self._layer_s, index)
 
-    def seconds(self, execute: Callable[[], object]) -> SliceSeconds:
+    def seconds(
+        self, execute: Callable[[], object], programs: StepPrograms | None = None
+    ) -> SliceSeconds:
         """Run a step, and tell what it would take in all layers.
+
+        Args:
+            programs: those of the executor. A step that is one of them has the weights that it was
+                recorded with.
 
         The first layer also plans attention for the others: what it takes more is taken once.
         """
         self._take_weights()
         self._layer_s[:] = self._product_s[:] = [0.0] * len(self._layer_s)
-        start = time.thread_time()
+        before = programs.seconds_by_kernel() if programs else Counter()
+        start, clock_start = time.thread_time(), time.perf_counter()
         execute()
-        total = time.thread_time() - start
+        total, clock_total = time.thread_time() - start, time.perf_counter() - clock_start
+        if programs:
+            in_program = programs.seconds_by_kernel()
+            in_program.subtract(before)
+            layers_s = sum(in_program.values()) * total / clock_total
+            if layers_s:
+                products_s = sum(in_program[one] for one in PRODUCTS) * total / clock_total
+                scale = self._num_layers / len(self._layer_s)
+                return SliceSeconds(
+                    products=scale * products_s,
+                    rest=total - layers_s + scale * (layers_s - products_s),
+                )
         others = slice(1, None) if len(self._layer_s) > 1 else slice(None)
         layer_s, product_s = _mean(self._layer_s[others]), _mean(self._product_s[others])
         once = total - len(self._layer_s) * layer_s

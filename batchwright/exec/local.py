@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from batchwright.attention.backend import AttentionBackend, AttentionBatch, GroupBatch
+from batchwright.attention.backends.numba import Backend
 from batchwright.attention.context import AttentionContext
 from batchwright.exec.pooling import Pooler
 from batchwright.exec.slot_state import SlotState
+from batchwright.exec.step_programs import StepPrograms
 from batchwright.kernels.token_logprobs.numba import token_logprobs
 from batchwright.kv.groups import KVGroup
 from batchwright.models.causal_lm import CausalLM
@@ -39,6 +41,8 @@ class LocalExecutor:
         vocab_size: columns of the logits.
         ranks: those that have the model together. Beside rank 0 they get Steps without what only
             drawing needs, and take the drawn tokens over; nobody reads their results.
+    Attributes:
+        programs: what runs steps of few tokens, if something does.
     """
 
     def __init__(
@@ -64,6 +68,9 @@ class LocalExecutor:
             backend.allocate(spec, groups[group].num_blocks, block_size, model.dtype)
             for spec, group in zip(model.attention_specs, group_of_layer, strict=True)
         ]
+        self.programs: StepPrograms | None = None
+        if ranks is None and isinstance(backend, Backend):
+            self.programs = StepPrograms(model, backend, self._kv_layers, group_of_layer)
         max_blocks = -(-max_model_len // block_size)
         self._slots = SlotState(len(groups), max_num_seqs, max_blocks)
         self._sampling = SamplingState(max_num_seqs, max_model_len, vocab_size)
@@ -91,6 +98,7 @@ class LocalExecutor:
         )
 
     def close(self) -> None:
+        self.programs = None
         self._kv_layers.clear()
 
     def _install(self, new: NewSequence) -> None:
@@ -121,9 +129,14 @@ class LocalExecutor:
             ),
             block_size=self._block_size,
         )
-        attend = AttentionContext(self._backend, self._kv_layers, self._group_of_layer, batch)
         token_ids = torch.from_numpy(self._slots.token_ids(step)).long()
-        return self._model(token_ids, torch.from_numpy(position_ids).long(), attend)
+        x = self._model.embed(token_ids, torch.from_numpy(position_ids).long())
+        hidden = None if self.programs is None else self.programs.run(x, batch)
+        if hidden is None:
+            plan = self._backend.plan(batch)
+            attend = AttentionContext(self._backend, self._kv_layers, self._group_of_layer, plan)
+            hidden = self._model.through_layers(x, attend)
+        return hidden
 
     def _logits(self, hidden: torch.Tensor, tokens: Int32Array) -> np.ndarray:
         """[num tokens given, vocab_size] fp32."""

@@ -1,59 +1,211 @@
 """Parallel loops over tasks, compiled apart from the work that a task does.
 
 Numba compiles the body of a `prange` loop, and all it calls, about five times. Here the loop knows
-its body only as an address of machine code: a kernel compiles in a fraction of the time, and calls
-cost nothing more. (Passing Numba's own function objects costs 8 us for each call of the loop.)
+its body only as an address of machine code, and the body its arguments as an address in memory: a
+kernel compiles in a fraction of the time, calls cost nothing more, and a call can be kept, to be
+made again together with others (`program.py`). (Passing Numba's own function objects costs 8 us for
+each call of the loop.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import ctypes
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
+import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import cfunc, njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+from batchwright.kernels import get_num_threads
 
-def compile_task(function: Callable[..., None], *arg_types: Any) -> Any:
-    """`function(task, num_tasks, *args)` as machine code, compiled now or loaded.
+_I64 = ir.IntType(64)
 
-    Its `address` is for `run_tasks`; it is valid as long as the returned object lives. Arguments
-    must later have exactly `arg_types`. The function must not raise.
+# Machine code finds only functions that it is told of.
+_YIELD = "sched_yield"
+llvm.add_symbol(_YIELD, ctypes.cast(getattr(ctypes.CDLL(None), _YIELD), ctypes.c_void_p).value)
+
+
+class Task(NamedTuple):
+    """Machine code of a kernel's body: task(i, num_tasks, address of arguments)."""
+
+    code: Any  # valid as long as it lives
+    address: int
+    kernel: str  # the folder's name
+
+
+class Recorder(Protocol):
+    """Who is told of every call of `run_tasks`, and of the memory between them."""
+
+    def add(self, task: Task, num_tasks: int, args: tuple[Any, ...]) -> None:
+        """A call that has been made."""
+        ...
+
+    def note(self, array: Any, *, is_counter: bool = False) -> None:
+        """An array that only kernels write and read, or that has to be zero when a call begins."""
+        ...
+
+
+_recorder: Recorder | None = None
+
+
+@contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """Tell a recorder, which must be the only one, of all calls made inside."""
+    global _recorder
+    assert _recorder is None
+    _recorder = recorder
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def compile_task(function: Callable[[int, int, int], None]) -> Task:
+    """`function(i, num_tasks, at)`, compiled now or loaded.
+
+    `at` is for an `argument_reader`. The function must not raise.
     """
-    signature = types.void(types.int64, types.int64, *arg_types)
-    return cfunc(signature, cache=True, error_model="numpy")(function)
+    # Starts Numba's threads, which a parallel loop that is loaded within other code does not do.
+    numba.get_num_threads()
+    code = cfunc(types.void(types.int64, types.int64, types.int64), cache=True,
+                 error_model="numpy")(function)  # fmt: skip
+    return Task(code, code.address, function.__module__.split(".")[-2])
+
+
+def run_tasks(task: Task, num_tasks: int, *args: Any) -> None:
+    """Call task(i, num_tasks, at) for i in [0, num_tasks), in parallel.
+
+    Args:
+        args: must have exactly the types of the reader that the task uses.
+    """
+    _run_tasks(task.address, num_tasks, *args)
+    if _recorder is not None:
+        _recorder.add(task, num_tasks, args)
+
+
+def threads_for(work: int, work_per_thread: int) -> int:
+    """Threads for one call: a second one if there is more work than waking it takes.
+
+    In a recorded call nobody has to be woken, and a 16th of the work is enough.
+    """
+    if _recorder is not None:
+        work_per_thread = work_per_thread // 16 + 1
+    return min(get_num_threads(), work // max(work_per_thread, 1) + 1)
+
+
+def scratch(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array for what a call writes and only it and later calls read."""
+    array = np.empty(shape, dtype)
+    if _recorder is not None:
+        _recorder.note(array)
+    return array
+
+
+def zero_counters(count: int) -> Any:
+    """[count] int64, zeros whenever the call that they are for begins."""
+    counters = np.zeros(count, np.int64)
+    if _recorder is not None:
+        _recorder.note(counters, is_counter=True)
+    return counters
+
+
+@njit(cache=True)
+def _run_tasks(address, num_tasks, *args):  # type: ignore[no-untyped-def]
+    _call_tasks(address, num_tasks, _arguments_on_stack(args))
 
 
 @njit(parallel=True, cache=True, error_model="numpy")
-def run_tasks(address, num_tasks, *args):  # type: ignore[no-untyped-def]
-    """Call the task at `address` as task(i, num_tasks, *args) for i in [0, num_tasks), in parallel.
-
-    With one task nothing is parallel and no thread is woken.
-    """
+def _call_tasks(address, num_tasks, at):  # type: ignore[no-untyped-def]
+    """With one task nothing is parallel and no thread is woken."""
     if num_tasks == 1:
-        _call(address, np.int64(0), np.int64(1), args)
+        call(address, np.int64(0), np.int64(1), at)
     else:
         for i in prange(num_tasks):
-            _call(address, np.int64(i), np.int64(num_tasks), args)
+            call(address, np.int64(i), np.int64(num_tasks), at)
+
+
+def argument_reader(*arg_types: Any) -> Any:
+    """A function for njit code, of an address: the arguments, of these types, that lie there."""
+    tuple_type = types.Tuple(arg_types)
+
+    @intrinsic
+    def read(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer_type = context.get_value_type(tuple_type).as_pointer()
+            value = builder.load(builder.inttoptr(args[0], pointer_type))
+            value.align = 8
+            return value
+
+        return tuple_type(types.int64), codegen
+
+    return read
+
+
+@njit(cache=True)
+def store_arguments(address, room, *args):  # type: ignore[no-untyped-def]
+    """Put arguments at an address, for a reader; they must outlive what is there.
+
+    Returns the bytes that they take; if these are more than `room` nothing is written.
+    """
+    return _store_arguments(address, room, args)
 
 
 @intrinsic
-def _call(typingctx: Any, address: Any, task: Any, num_tasks: Any, args: Any) -> Any:
-    """Call compiled code with two integers and the elements of a tuple."""
+def _store_arguments(typingctx: Any, address: Any, room: Any, args: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        borrowed = _borrowed(context, builder, signature.args[2], values[2])
+        size = _I64(context.get_abi_sizeof(borrowed.type))
+        with builder.if_then(builder.icmp_signed("<=", size, values[1])):
+            pointer = builder.inttoptr(values[0], borrowed.type.as_pointer())
+            builder.store(borrowed, pointer).align = 8
+        return size
+
+    return types.int64(types.int64, types.int64, args), codegen
+
+
+@intrinsic
+def _arguments_on_stack(typingctx: Any, args: Any) -> Any:
+    """Address of a copy that lives as long as the calling function runs."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        arg_types = (types.int64, types.int64, *signature.args[3])
-        function_type = ir.FunctionType(
-            ir.VoidType(), [context.get_value_type(arg) for arg in arg_types]
-        )
+        borrowed = _borrowed(context, builder, signature.args[0], values[0])
+        pointer = cgutils.alloca_once(builder, borrowed.type)
+        builder.store(borrowed, pointer).align = 8
+        return builder.ptrtoint(pointer, _I64)
+
+    return types.int64(args), codegen
+
+
+def _borrowed(context: Any, builder: Any, tuple_type: Any, value: Any) -> Any:
+    """The tuple, with arrays that nobody counts references of: a reader gives none back."""
+    for i, element_type in enumerate(tuple_type.types):
+        if isinstance(element_type, types.Array):
+            element = builder.extract_value(value, i)
+            array = context.make_array(element_type)(context, builder, element)
+            array.meminfo = cgutils.get_null_value(array.meminfo.type)
+            array.parent = cgutils.get_null_value(array.parent.type)
+            value = builder.insert_value(value, array._getvalue(), i)
+    return value
+
+
+@intrinsic
+def call(typingctx: Any, address: Any, task: Any, num_tasks: Any, at: Any) -> Any:
+    """Call a task by its address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        function_type = ir.FunctionType(ir.VoidType(), [_I64] * 3)
         function = builder.inttoptr(values[0], function_type.as_pointer())
-        elements = [builder.extract_value(values[3], i) for i in range(len(signature.args[3]))]
-        builder.call(function, [values[1], values[2], *elements])
+        builder.call(function, values[1:])
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, args), codegen
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -62,41 +214,109 @@ def next_task(typingctx: Any, counter: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
+        return builder.atomic_rmw("add", data, _I64(1), "monotonic")
 
     return types.int64(counter), codegen
 
 
 @intrinsic
-def add_done(typingctx: Any, counters: Any) -> Any:
-    """counters[1]++ (atomic); what this thread wrote before is seen by who waits for the count."""
+def add_done(typingctx: Any, counters: Any, index: Any) -> Any:
+    """counters[index]++ (atomic), returning the old value.
+
+    What this thread wrote before is seen by who waits for the count.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        done = builder.gep(data, [ir.Constant(ir.IntType(64), 1)])
-        builder.atomic_rmw("add", done, ir.Constant(ir.IntType(64), 1), "release")
-        return context.get_dummy_value()
+        return builder.atomic_rmw("add", builder.gep(data, [args[1]]), _I64(1), "release")
 
-    return types.void(counters), codegen
+    return types.int64(counters, types.int64), codegen
+
+
+@njit(error_model="numpy")
+def wait_for(counters, index, count):  # type: ignore[no-untyped-def]
+    """Return when counters[index] is at least `count`.
+
+    Threads that are on no core could not go on while this one spins: after some 30 us it lets
+    others run, time and again.
+    """
+    spins = 0
+    while load_acquire(counters, index) < count:
+        spins += 1
+        pause()
+        if spins % SPINS == 0:
+            let_others_run()
+
+
+SPINS = 1000
 
 
 @intrinsic
-def wait_for(typingctx: Any, counters: Any, count: Any) -> Any:
-    """Spin until counters[1] is at least `count`."""
+def load_acquire(typingctx: Any, counters: Any, index: Any) -> Any:
+    """counters[index], and all that was written before it was counted up to that."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        done = builder.gep(data, [ir.Constant(ir.IntType(64), 1)])
-        spin = builder.append_basic_block("spin")
-        go_on = builder.append_basic_block("go_on")
-        builder.branch(spin)
-        builder.position_at_end(spin)
-        enough = builder.icmp_signed(">=", builder.load_atomic(done, "acquire", 8), args[1])
-        builder.cbranch(enough, go_on, spin)
-        builder.position_at_end(go_on)
+        return builder.load_atomic(builder.gep(data, [args[1]]), "acquire", 8)
+
+    return types.int64(counters, types.int64), codegen
+
+
+@intrinsic
+def exchange_if_zero(typingctx: Any, counters: Any, index: Any, value: Any) -> Any:
+    """counters[index] = value if it is 0 (atomic), returning the old value."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        at = builder.gep(data, [args[1]])
+        result = builder.cmpxchg(at, _I64(0), args[2], "acq_rel", "acquire")
+        return builder.extract_value(result, 0)
+
+    return types.int64(counters, types.int64, types.int64), codegen
+
+
+def _call_llvm(builder: Any, result: Any, name: str, *args: Any) -> Any:
+    function_type = ir.FunctionType(result, [arg.type for arg in args])
+    function = cgutils.get_or_insert_function(builder.module, function_type, name)
+    return builder.call(function, args)
+
+
+@intrinsic
+def pause(typingctx: Any) -> Any:
+    """Tell the processor that this is a waiting loop, where it has an instruction for that."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        machine = platform.machine()
+        if machine == "x86_64":
+            _call_llvm(builder, ir.VoidType(), "llvm.x86.sse2.pause")
+        elif machine == "aarch64":
+            _call_llvm(builder, ir.VoidType(), "llvm.aarch64.hint", ir.IntType(32)(1))
         return context.get_dummy_value()
 
-    return types.void(counters, types.int64), codegen
+    return types.void(), codegen
+
+
+@intrinsic
+def let_others_run(typingctx: Any) -> Any:
+    """sched_yield."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _call_llvm(builder, ir.IntType(32), _YIELD)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def read_ticks(typingctx: Any) -> Any:
+    """int64: the processor's clock, of constant rate; 0 where there is none that may be read."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        counters = {"x86_64": "llvm.readcyclecounter", "aarch64": "llvm.readsteadycounter"}
+        name = counters.get(platform.machine())
+        return _call_llvm(builder, _I64, name) if name else _I64(0)
+
+    return types.int64(), codegen
 
 
 def read_only(array: Any) -> Any:

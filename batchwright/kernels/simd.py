@@ -1,17 +1,23 @@
-"""Vectors of eight fp32 numbers for Numba kernels, and the functions the kernels share.
+"""Vectors of 8 or 32 fp32 numbers for Numba kernels, and the functions the kernels share.
 
 Numba's auto-vectoriser may neither keep a tile of accumulators in registers nor promise the same
-rounding in a loop's body and in its tail. Here a kernel says what it wants: `Float32x8` is a type
+rounding in a loop's body and in its tail. Here a kernel says what it wants: `FloatVector` is a type
 that njit code can hold in a variable, and every operation below is a few LLVM instructions (AVX on
 x86, pairs of NEON registers on ARM). Nothing is reordered or contracted by the compiler: `fma` is
 fused everywhere, `add` and `mul` are rounded separately everywhere. So a lane's bits depend on the
 operations written in the kernel and on nothing else (contract 1, level *bits*).
+
+Vectors of 32 are for loops over many numbers: the compiler cuts them into the registers there are,
+two with AVX-512, four with AVX2. Operations take vectors of one length; in place of all but one of
+them a Python number may stand, rounded to fp32, for as many lanes of it.
 
 Offsets count elements from an array's first element, whatever its strides; no bounds are checked.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -20,27 +26,37 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 LANES = 8
+MANY_LANES = 32
 
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
 _V8F = ir.VectorType(_F32, LANES)
-_V8I = ir.VectorType(_I32, LANES)
 
 
-class Float32x8(types.Type):  # type: ignore[misc]
-    """Numba type of eight fp32 lanes."""
+class FloatVector(types.Type):  # type: ignore[misc]
+    """Numba type of fp32 lanes."""
 
-    def __init__(self) -> None:
-        super().__init__(name="Float32x8")
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(name=f"Float32x{lanes}")
+
+    @property
+    def llvm(self) -> ir.VectorType:
+        return ir.VectorType(_F32, self.lanes)
+
+    @property
+    def llvm_int(self) -> ir.VectorType:
+        return ir.VectorType(_I32, self.lanes)
 
 
-float32x8 = Float32x8()
+float32x8 = FloatVector(LANES)
+float32x32 = FloatVector(MANY_LANES)
 
 
-@register_model(Float32x8)
-class _Float32x8Model(models.PrimitiveModel):  # type: ignore[misc]
+@register_model(FloatVector)
+class _FloatVectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, _V8F)
+        super().__init__(dmm, fe_type, fe_type.llvm)
 
 
 # --- helpers that build LLVM code -----------------------------------------------------------------
@@ -58,34 +74,71 @@ def _splat(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
     return builder.shuffle_vector(one, ir.Constant(vector_type, ir.Undefined), mask)
 
 
-def _load(builder: Any, address: Any) -> Any:
-    vector = builder.load(builder.bitcast(address, _V8F.as_pointer()))
+def _load(builder: Any, address: Any, vector_type: Any = _V8F) -> Any:
+    vector = builder.load(builder.bitcast(address, vector_type.as_pointer()))
     vector.align = 4
     return vector
-
-
-def _store(builder: Any, vector: Any, address: Any) -> None:
-    builder.store(vector, builder.bitcast(address, _V8F.as_pointer())).align = 4
-
-
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_V8F, [_V8F] * 3), "llvm.fma.v8f32"
-    )
-    return builder.call(function, [a, b, c])
 
 
 def _float_constant(value: float) -> Any:
     return ir.Constant(_V8F, [ir.Constant(_F32, value)] * LANES)
 
 
-def _int_constant(value: int) -> Any:
-    return ir.Constant(_V8I, [ir.Constant(_I32, value)] * LANES)
+def _int_constant(value: int, lanes: int) -> Any:
+    return ir.Constant(ir.VectorType(_I32, lanes), [ir.Constant(_I32, value)] * lanes)
+
+
+def _lane_numbers(lanes: int) -> Any:
+    return ir.Constant(ir.VectorType(_I32, lanes), [ir.Constant(_I32, i) for i in range(lanes)])
 
 
 def _first_lanes(builder: Any, count: Any) -> Any:
-    lanes = ir.Constant(_V8I, [ir.Constant(_I32, i) for i in range(LANES)])
-    return builder.icmp_signed("<", lanes, _splat(builder, builder.trunc(count, _I32)))
+    return builder.icmp_signed(
+        "<", _lane_numbers(LANES), _splat(builder, builder.trunc(count, _I32))
+    )
+
+
+def _operation(build: Callable[..., Any]) -> Any:
+    """Make an intrinsic of vectors of one length, in place of which numbers may stand.
+
+    What is decorated takes (builder, type of the vectors, LLVM vectors...), gives an LLVM vector.
+    """
+
+    def typed(*args: Any) -> Any:
+        vectors = {arg for arg in args if isinstance(arg, FloatVector)}
+        if len(vectors) != 1:
+            return None
+        (vector,) = vectors
+        numbers = (types.float32 if arg == types.float32 else types.float64 for arg in args)
+        kinds = [
+            vector if arg == vector else number for arg, number in zip(args, numbers, strict=True)
+        ]
+
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            operands = [
+                _as_lanes(builder, vector, kind, value)
+                for kind, value in zip(signature.args, values, strict=True)
+            ]
+            return build(builder, vector, *operands)
+
+        return vector(*kinds), codegen
+
+    operations = (  # Numba reads how many arguments there are
+        lambda typingctx, a: typed(a),
+        lambda typingctx, a, b: typed(a, b),
+        lambda typingctx, a, b, c: typed(a, b, c),
+        lambda typingctx, a, b, c, d: typed(a, b, c, d),
+    )
+    operation = operations[len(inspect.signature(build).parameters) - 3]
+    operation.__name__, operation.__doc__ = build.__name__, build.__doc__
+    return intrinsic(operation)
+
+
+def _as_lanes(builder: Any, vector: FloatVector, kind: Any, value: Any) -> Any:
+    if kind == vector:
+        return value
+    number = builder.fptrunc(value, _F32) if kind == types.float64 else value
+    return _splat(builder, number, vector.lanes)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -102,14 +155,28 @@ def load(typingctx: Any, array: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def store(typingctx: Any, array: Any, offset: Any, vector: Any) -> Any:
-    """array[offset : offset + 8] = vector."""
+def load_many(typingctx: Any, array: Any, offset: Any) -> Any:
+    """Lanes array[offset : offset + 32]."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _store(builder, args[2], _address(context, builder, signature.args[0], *args[:2]))
+        address = _address(context, builder, signature.args[0], *args)
+        return _load(builder, address, float32x32.llvm)
+
+    return float32x32(array, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx: Any, array: Any, offset: Any, vector: Any) -> Any:
+    """array[offset : offset + lanes] = vector."""
+    if not isinstance(vector, FloatVector):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *args[:2])
+        builder.store(args[2], builder.bitcast(address, vector.llvm.as_pointer())).align = 4
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, float32x8), codegen
+    return types.void(array, types.intp, vector), codegen
 
 
 @intrinsic
@@ -201,115 +268,119 @@ def splat(typingctx: Any, value: Any) -> Any:
     return float32x8(types.float32), codegen
 
 
-def _binary(name: str, doc: str) -> Any:
-    def operation(typingctx: Any, a: Any, b: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return getattr(builder, name)(*args)
-
-        return float32x8(float32x8, float32x8), codegen
-
-    operation.__doc__ = doc
-    return intrinsic(operation)
+@_operation
+def add(builder: Any, vector: FloatVector, a: Any, b: Any) -> Any:
+    """a + b, rounded on its own."""
+    return builder.fadd(a, b)
 
 
-add = _binary("fadd", "a + b, rounded on its own.")
-sub = _binary("fsub", "a - b, rounded on its own.")
-mul = _binary("fmul", "a * b, rounded on its own.")
-div = _binary("fdiv", "a / b, correctly rounded.")
+@_operation
+def sub(builder: Any, vector: FloatVector, a: Any, b: Any) -> Any:
+    """a - b, rounded on its own."""
+    return builder.fsub(a, b)
 
 
-@intrinsic
-def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+@_operation
+def mul(builder: Any, vector: FloatVector, a: Any, b: Any) -> Any:
+    """a * b, rounded on its own."""
+    return builder.fmul(a, b)
+
+
+@_operation
+def div(builder: Any, vector: FloatVector, a: Any, b: Any) -> Any:
+    """a / b, correctly rounded."""
+    return builder.fdiv(a, b)
+
+
+@_operation
+def fma(builder: Any, vector: FloatVector, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once."""
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(vector.llvm, [vector.llvm] * 3),
+        f"llvm.fma.v{vector.lanes}f32",
+    )
+    return builder.call(function, [a, b, c])
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _fma(builder, *args)
 
-    return float32x8(float32x8, float32x8, float32x8), codegen
-
-
-@intrinsic
-def maximum(typingctx: Any, a: Any, b: Any) -> Any:
+@_operation
+def maximum(builder: Any, vector: FloatVector, a: Any, b: Any) -> Any:
     """The larger lane; b where either is NaN."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
-
-    return float32x8(float32x8, float32x8), codegen
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-@intrinsic
-def minimum(typingctx: Any, a: Any, b: Any) -> Any:
+@_operation
+def minimum(builder: Any, vector: FloatVector, a: Any, b: Any) -> Any:
     """The smaller lane; b where either is NaN."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(builder.fcmp_ordered("<", *args), *args)
-
-    return float32x8(float32x8, float32x8), codegen
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
-@intrinsic
-def where_less(typingctx: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+@_operation
+def where_less(builder: Any, vector: FloatVector, a: Any, b: Any, x: Any, y: Any) -> Any:
     """x where a < b, else y."""
+    return builder.select(builder.fcmp_ordered("<", a, b), x, y)
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(builder.fcmp_ordered("<", *args[:2]), *args[2:])
 
-    return float32x8(float32x8, float32x8, float32x8, float32x8), codegen
+@_operation
+def absolute(builder: Any, vector: FloatVector, a: Any) -> Any:
+    """|a|."""
+    bits = builder.bitcast(a, vector.llvm_int)
+    bits = builder.and_(bits, _int_constant(0x7FFFFFFF, vector.lanes))
+    return builder.bitcast(bits, vector.llvm)
+
+
+@_operation
+def copy_sign(builder: Any, vector: FloatVector, magnitude: Any, sign: Any) -> Any:
+    """|magnitude| with the sign of `sign`."""
+    size = builder.bitcast(magnitude, vector.llvm_int)
+    size = builder.and_(size, _int_constant(0x7FFFFFFF, vector.lanes))
+    sign = builder.bitcast(sign, vector.llvm_int)
+    sign = builder.and_(sign, _int_constant(0x80000000, vector.lanes))
+    return builder.bitcast(builder.or_(size, sign), vector.llvm)
+
+
+@_operation
+def power_of_two(builder: Any, vector: FloatVector, magic: Any) -> Any:
+    """2**n, from n + 1.5 * 2**23: the low bits of that sum are the integer n."""
+    bits = builder.bitcast(magic, vector.llvm_int)
+    bits = builder.shl(bits, _int_constant(23, vector.lanes))
+    return builder.bitcast(builder.add(bits, _int_constant(127 << 23, vector.lanes)), vector.llvm)
 
 
 @intrinsic
 def where_in_range(typingctx: Any, start: Any, end: Any, x: Any, y: Any) -> Any:
-    """x in lanes start <= i < end, else y."""
+    """x in lanes start <= i < end, else the number y."""
+    if not isinstance(x, FloatVector):
+        return None
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = ir.Constant(_V8I, [ir.Constant(_I32, i) for i in range(LANES)])
-        start, end = (_splat(builder, builder.trunc(arg, _I32)) for arg in args[:2])
+        lanes = _lane_numbers(x.lanes)
+        start, end = (_splat(builder, builder.trunc(arg, _I32), x.lanes) for arg in args[:2])
         mask = builder.and_(
             builder.icmp_signed(">=", lanes, start), builder.icmp_signed("<", lanes, end)
         )
-        return builder.select(mask, *args[2:])
+        return builder.select(mask, args[2], _as_lanes(builder, x, types.float64, args[3]))
 
-    return float32x8(types.intp, types.intp, float32x8, float32x8), codegen
-
-
-@intrinsic
-def absolute(typingctx: Any, a: Any) -> Any:
-    """|a|."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.and_(builder.bitcast(args[0], _V8I), _int_constant(0x7FFFFFFF))
-        return builder.bitcast(bits, _V8F)
-
-    return float32x8(float32x8), codegen
-
-
-@intrinsic
-def copy_sign(typingctx: Any, magnitude: Any, sign: Any) -> Any:
-    """|magnitude| with the sign of `sign`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        magnitude, sign = (builder.bitcast(arg, _V8I) for arg in args)
-        magnitude = builder.and_(magnitude, _int_constant(0x7FFFFFFF))
-        sign = builder.and_(sign, _int_constant(0x80000000))
-        return builder.bitcast(builder.or_(magnitude, sign), _V8F)
-
-    return float32x8(float32x8, float32x8), codegen
+    return x(types.intp, types.intp, x, types.float64), codegen
 
 
 def _horizontal(combine: Any, doc: str) -> Any:
-    """Reduce lanes pairwise (i with i + 4, then + 2, then + 1): one fixed order."""
+    """Reduce lanes pairwise (of 8: i with i + 4, then + 2, then + 1): one fixed order."""
 
     def operation(typingctx: Any, a: Any) -> Any:
+        if not isinstance(a, FloatVector):
+            return None
+
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            vector = args[0]
-            for shift in (4, 2, 1):
-                order = [ir.Constant(_I32, (i + shift) % LANES) for i in range(LANES)]
-                moved = builder.shuffle_vector(vector, vector, ir.Constant(_V8I, order))
+            vector, shift = args[0], a.lanes // 2
+            while shift:
+                order = [ir.Constant(_I32, (i + shift) % a.lanes) for i in range(a.lanes)]
+                moved = builder.shuffle_vector(vector, vector, ir.Constant(a.llvm_int, order))
                 vector = combine(builder, vector, moved)
+                shift //= 2
             return builder.extract_element(vector, _I32(0))
 
-        return types.float32(float32x8), codegen
+        return types.float32(a), codegen
 
     operation.__doc__ = doc
     return intrinsic(operation)
@@ -319,17 +390,6 @@ horizontal_sum = _horizontal(lambda builder, a, b: builder.fadd(a, b), "Sum of t
 horizontal_max = _horizontal(
     lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b), "Largest lane."
 )
-
-
-@intrinsic
-def power_of_two(typingctx: Any, magic: Any) -> Any:
-    """2**n as fp32 lanes, from n + 1.5 * 2**23: the low bits of that sum are the integer n."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.shl(builder.bitcast(args[0], _V8I), _int_constant(23))
-        return builder.bitcast(builder.add(bits, _int_constant(127 << 23)), _V8F)
-
-    return float32x8(float32x8), codegen
 
 
 @njit(forceinline=True)

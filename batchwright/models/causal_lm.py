@@ -58,6 +58,14 @@ class CausalLM(nn.Module):
         Returns:
             [num_tokens, hidden_size] in the model's dtype.
         """
+        return self.through_layers(self.embed(token_ids, positions), attend)
+
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What the first layer reads, [num_tokens, hidden_size], memory of its own."""
+        raise NotImplementedError
+
+    def through_layers(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """The rest of `forward`; may overwrite x. It depends on nothing else but its weights."""
         raise NotImplementedError
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

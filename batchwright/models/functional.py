@@ -14,9 +14,11 @@ import math
 from collections.abc import Callable
 from types import ModuleType
 
+import numpy as np
 import torch
 
 from batchwright.kernels.gated_activation import numba as activation_kernel
+from batchwright.kernels.parallel import scratch
 from batchwright.kernels.rms_norm import numba as norm_kernel
 
 
@@ -30,11 +32,9 @@ def rms_norm(
         unit_offset: multiply by 1 + weight, in fp32, before rounding to x's dtype (Gemma).
     """
     if _has_kernel(x):
-        out = torch.empty(x.shape, dtype=x.dtype)
-        norm_kernel.rms_norm(
-            x.numpy(), weight.detach().numpy(), eps, out.numpy(), unit_offset=unit_offset
-        )
-        return out
+        out = scratch(x.shape, np.float32)
+        norm_kernel.rms_norm(x.numpy(), weight.detach().numpy(), eps, out, unit_offset=unit_offset)
+        return torch.from_numpy(out)
     if x.is_cuda:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _gpu("rms_norm").rms_norm(x, weight, eps, out, unit_offset=unit_offset)
@@ -54,9 +54,9 @@ def add_rms_norm(
     One pass where there is a kernel, and `residual` is overwritten with the sum.
     """
     if _has_kernel(x):
-        out = torch.empty(x.shape, dtype=x.dtype)
-        norm_kernel.rms_norm(x.numpy(), weight.numpy(), eps, out.numpy(), residual=residual.numpy())
-        return out, residual
+        out = scratch(x.shape, np.float32)
+        norm_kernel.rms_norm(x.numpy(), weight.numpy(), eps, out, residual=residual.numpy())
+        return torch.from_numpy(out), residual
     if x.is_cuda:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _gpu("rms_norm").rms_norm(x, weight, eps, out, residual=residual)
@@ -137,22 +137,24 @@ def _gpu(kernel: str) -> ModuleType:
 
 
 def _activation(x: torch.Tensor, kind: str) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.is_cuda:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _gpu("gated_activation").activation(x, kind, out)
         return out
-    activation_kernel.activation(x.numpy(), kind, out.numpy())
-    return out
+    activated = scratch(x.shape, np.float32)
+    activation_kernel.activation(x.numpy(), kind, activated)
+    return torch.from_numpy(activated)
 
 
 def _gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     shape = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device)
     if gate_up.is_cuda:
+        out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device)
         _gpu("gated_activation").gated_activation(gate_up, kind, out)
         return out
-    activation_kernel.gated_activation(gate_up.numpy(), kind, out.numpy())
-    return out
+    activated = scratch(shape, np.float32)
+    activation_kernel.gated_activation(gate_up.numpy(), kind, activated)
+    return torch.from_numpy(activated)
 
 
 def _silu(x: torch.Tensor) -> torch.Tensor:

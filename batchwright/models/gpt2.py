@@ -75,10 +75,8 @@ class Decoder(nn.Module):
         self.h = nn.ModuleList(blocks)
         self.ln_f = LayerNorm(hidden_size, config["layer_norm_epsilon"])
 
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        x = self.wte(token_ids) + self.wpe(positions)
+    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Embedded tokens through all layers."""
         for block in self.h:
             x = block(x, attend)
         return self.ln_f(x)
@@ -120,10 +118,13 @@ class GPT2(CausalLM):
             config["hidden_size"], config["vocab_size"], parallel=Parallel.VOCABULARY
         )
 
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        return self.transformer(token_ids, positions, attend)
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self.transformer.wte(token_ids) + self.transformer.wpe(positions)
+        return embedded
+
+    def through_layers(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        hidden: torch.Tensor = self.transformer(x, attend)
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,6 +21,7 @@ from batchwright.kernels.int8_linear import numba as int8_kernel
 from batchwright.kernels.int8_linear import packing as int8_packing
 from batchwright.kernels.linear import numba as linear_kernel
 from batchwright.kernels.linear.packing import NO_SCALES, PackedWeight, pack, packed_rows
+from batchwright.kernels.parallel import scratch
 from batchwright.models.functional import add_rms_norm, rms_norm
 from batchwright.tensor_parallel.ranks import Ranks
 
@@ -96,7 +99,7 @@ class Linear(nn.Module):
         self.scales = NO_SCALES
         self._held: tuple[Any, Any, Any] | None = None  # weight, scales and bias as arrays
         self.reuses_output = False
-        self._output = _NOTHING
+        self._output = np.empty((0, 0), np.float32)
         self._channels = _NOTHING  # scales and bias of an int8 weight
 
     def hold(self, weight: PackedWeight) -> None:
@@ -181,21 +184,18 @@ class Linear(nn.Module):
         out = self._empty(x.shape[0])
         if self.weight.ndim == INT8_NDIM:
             int8_kernel.int8_linear(
-                x.contiguous().numpy(),
-                self.weight.numpy(),
-                self._channels.numpy(),
-                out.numpy(),
+                x.contiguous().numpy(), self.weight.numpy(), self._channels.numpy(), out
             )
-            return out
-        assert self._held is not None
-        linear_kernel.linear(x.contiguous().numpy(), *self._held, out.numpy())
-        return out
+        else:
+            assert self._held is not None
+            linear_kernel.linear(x.contiguous().numpy(), *self._held, out)
+        return torch.from_numpy(out)
 
-    def _empty(self, num_rows: int) -> torch.Tensor:
+    def _empty(self, num_rows: int) -> npt.NDArray[np.float32]:
         if not self.reuses_output:
-            return torch.empty(num_rows, self.out_features)
+            return scratch((num_rows, self.out_features), np.float32)
         if len(self._output) < num_rows:
-            self._output = torch.empty(num_rows, self.out_features)
+            self._output = np.empty((num_rows, self.out_features), np.float32)
         return self._output[:num_rows]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:

@@ -115,8 +115,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
-    def forward(self, token_ids: torch.Tensor, attend: Attend) -> torch.Tensor:
-        x = self.embed_tokens(token_ids)
+    def forward(self, x: torch.Tensor | Summands, attend: Attend) -> torch.Tensor:
+        """Embedded tokens through all layers."""
         for layer in self.layers:
             x = layer(x, attend)
         return self.norm(x) if isinstance(x, torch.Tensor) else self.norm.after_sum(*x)[0]
@@ -142,10 +142,13 @@ class Llama(CausalLM):
             config["hidden_size"], config["vocab_size"], parallel=Parallel.VOCABULARY
         )
 
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        return self.model(token_ids, attend)
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self.model.embed_tokens(token_ids)
+        return embedded
+
+    def through_layers(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(x, attend)
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)

@@ -81,11 +81,13 @@ class Decoder(nn.Module):
             self.final_layer_norm = _norm(config)
         self.layers = nn.ModuleList(Layer(config, spec) for spec in specs)
 
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        x = self.project_in(self.embed_tokens(token_ids))
-        x = x + self.embed_positions(positions + POSITION_OFFSET)
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What the first layer reads."""
+        x: torch.Tensor = self.project_in(self.embed_tokens(token_ids))
+        return x + self.embed_positions(positions + POSITION_OFFSET)
+
+    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Embedded tokens through all layers."""
         for layer in self.layers:
             x = layer(x, attend)
         return self.project_out(self.final_layer_norm(x))
@@ -131,10 +133,14 @@ class OPT(CausalLM):
             config["word_embed_proj_dim"], config["vocab_size"], parallel=Parallel.VOCABULARY
         )
 
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        return self.model["decoder"](token_ids, positions, attend)
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        decoder = self.model["decoder"]
+        assert isinstance(decoder, Decoder)
+        return decoder.embed(token_ids, positions)
+
+    def through_layers(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        hidden: torch.Tensor = self.model["decoder"](x, attend)
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)

@@ -9,6 +9,7 @@ from llvmlite.binding import get_host_cpu_features
 
 from batchwright import kernels
 from batchwright.errors import ShapeError
+from batchwright.kernels import parallel
 from batchwright.kernels.int8_linear import naive
 from batchwright.kernels.int8_linear import numba as kernel
 from batchwright.kernels.int8_linear.dot_tile import (
@@ -119,7 +120,7 @@ def test_bits_do_not_depend_on_threads(monkeypatch) -> None:
     alone = product(x, weight, way)
     monkeypatch.setattr(kernel, "_MACS_PER_THREAD", 1)
     for threads in (1, 2, 3, 5, 8):
-        monkeypatch.setattr(kernel, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(parallel, "get_num_threads", lambda threads=threads: threads)
         for _ in range(20):
             np.testing.assert_array_equal(product(x, weight, way), alone)
 

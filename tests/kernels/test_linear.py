@@ -9,6 +9,7 @@ from numba import njit
 
 from batchwright import kernels
 from batchwright.errors import ShapeError
+from batchwright.kernels import parallel
 from batchwright.kernels.linear import naive
 from batchwright.kernels.linear import numba as kernel
 from batchwright.kernels.linear.numba import DEPTH, TILE_ROWS, linear
@@ -106,7 +107,7 @@ def test_bits_do_not_depend_on_threads(monkeypatch) -> None:
     alone = product(x, weight)
     monkeypatch.setattr(kernel, "_MACS_PER_THREAD", 1)
     for threads in (1, 2, 3, 5, 8):
-        monkeypatch.setattr(kernel, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(parallel, "get_num_threads", lambda threads=threads: threads)
         np.testing.assert_array_equal(product(x, weight), alone)
 
 

@@ -15,6 +15,7 @@ from batchwright.kernels.simd import (
     horizontal_sum,
     load,
     load_first,
+    load_many,
     store,
     store_first,
 )
@@ -34,6 +35,17 @@ def _map(kind: int, x: np.ndarray, out: np.ndarray) -> None:
         else:
             v = erf(v)
         store(out, i, v)
+
+
+@njit(cache=True)
+def _map_many(x: np.ndarray, out: np.ndarray) -> None:
+    """All functions, of 32 lanes at a time, one after the other."""
+    for i in range(0, len(x), 32):
+        v = load_many(x, i)
+        store(out, i, exp2(v))
+        store(out, len(x) + i, exp(v))
+        store(out, 2 * len(x) + i, tanh(v))
+        store(out, 3 * len(x) + i, erf(v))
 
 
 @njit(cache=True)
@@ -91,6 +103,16 @@ def test_edges() -> None:
 def test_exp2_is_exact_at_integers() -> None:
     n = np.arange(-126, 122, dtype=np.float32)
     np.testing.assert_array_equal(apply(0, n), np.exp2(n.astype(np.float64)))
+
+
+def test_many_lanes_have_the_bits_of_few() -> None:
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal(6400) * 10.0 ** rng.uniform(-6, 2, 6400)).astype(np.float32)
+    x[:3] = np.inf, -np.inf, np.nan
+    many = np.full(4 * len(x), np.nan, np.float32)
+    _map_many(x, many)
+    few = np.concatenate([apply(kind, x) for kind in range(4)])
+    np.testing.assert_array_equal(many.view(np.int32), few.view(np.int32))
 
 
 def test_horizontal_reductions() -> None:

@@ -47,7 +47,7 @@ def ragged_logits(
         pieces = [sequences[row][start : start + chunk] for row in rows]
         counts = [len(piece) for piece in pieces]
         batch = _batch(tables, rows, counts, start)
-        attend = AttentionContext(backend, kv_layers, [0] * len(kv_layers), batch)
+        attend = AttentionContext(backend, kv_layers, [0] * len(kv_layers), backend.plan(batch))
         with torch.inference_mode():
             positions = torch.from_numpy(batch.positions).long() + position_offset
             hidden = model(torch.cat(pieces), positions, attend)

@@ -34,7 +34,7 @@ def attend(spec, q, k, v):
 def test_times_of_few_layers_are_those_of_all(config, monkeypatch):
     """A product takes 1 s, a norm 0.25 s; the first layer's first norm takes 5 s more, once."""
     now, extra = [0.0], [5.0]
-    clock = SimpleNamespace(thread_time=lambda: now[0])
+    clock = SimpleNamespace(thread_time=lambda: now[0], perf_counter=lambda: now[0])
     monkeypatch.setattr(layer_slice, "time", clock)
 
     def slowed(forward, seconds):

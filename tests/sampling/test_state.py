@@ -263,9 +263,9 @@ state = make_state()
 state.add(sequence(0, temperature=0))
 draw(state, make_logits(1), 0)
 assert len(kernel._argmax_rows.signatures) == 1
-assert kernel._sample_task_pointer.cache_info().currsize == 0
+assert kernel._worker.cache_info().currsize == 0
 state.add(sequence(0))
 draw(state, make_logits(1), 0)
-assert kernel._sample_task_pointer.cache_info().currsize == 1
+assert kernel._worker.cache_info().currsize == 1
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

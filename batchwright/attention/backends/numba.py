@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,11 @@ from batchwright.kernels.paged_attention.layout import cache_shapes, scales_of
 from batchwright.kernels.paged_attention.numba import paged_attention
 from batchwright.kernels.paged_attention.plan import (
     AttentionPlan,
+    LastingPlan,
     plan_attention,
     tokens_per_item,
 )
+from batchwright.kernels.parallel import scratch
 from batchwright.kernels.rotary_kv_write.numba import rotary_kv_write
 from batchwright.request import Int32Array
 
@@ -51,27 +53,64 @@ class NumbaKV:
             scales[to, :, :, to_offset] = scales[source, :, :, offset]
 
 
+class _PlanKey(NamedTuple):
+    """Layers for which it is the same have the same work items."""
+
+    group: int
+    window: int | None
+    num_q_heads: int
+    num_kv_heads: int
+
+
 @dataclass(slots=True, eq=False)
 class _StepPlan:
-    """A step, and the kernel's work items by KV group, window and heads, made when needed."""
+    """A step, and the kernel's work items, made when needed."""
 
     batch: AttentionBatch
-    work: dict[tuple[int, int | None, int, int], AttentionPlan] = field(default_factory=dict)
+    work: dict[_PlanKey, AttentionPlan] = field(default_factory=dict)
 
     def for_layer(self, spec: AttentionSpec, group: int) -> AttentionPlan:
-        key = (group, spec.window, spec.num_q_heads, spec.num_kv_heads)
+        key = _PlanKey(group, spec.window, spec.num_q_heads, spec.num_kv_heads)
         if key not in self.work:
-            self.work[key] = plan_attention(
-                self.batch.cu_seqlens_q,
-                self.batch.slots,
-                self.batch.positions,
-                num_q_heads=spec.num_q_heads,
-                num_kv_heads=spec.num_kv_heads,
-                window=spec.window,
-                block_table=self.batch.groups[group].block_table,  # rows load shared keys once
-                block_size=self.batch.block_size,
-            )
+            self.work[key] = _make_plan(self.batch, key)
         return self.work[key]
+
+
+class LastingStepPlan:
+    """The work of steps of as many tokens, one after another, in memory that keeps its place.
+
+    Args:
+        batch: a step; its position ids and the groups' arrays must keep their places and follow
+            what is renewed.
+    """
+
+    def __init__(self, batch: AttentionBatch) -> None:
+        self.batch = batch
+        self._work: dict[_PlanKey, LastingPlan] = {}
+
+    def for_layer(self, spec: AttentionSpec, group: int) -> AttentionPlan:
+        key = _PlanKey(group, spec.window, spec.num_q_heads, spec.num_kv_heads)
+        if key not in self._work:
+            self._work[key] = LastingPlan(_make_plan(self.batch, key), key.num_kv_heads)
+        return self._work[key].plan
+
+    def renew(self, step: AttentionBatch) -> None:
+        """Become the work of another step, whose arrays need not stay."""
+        for key, lasting in self._work.items():
+            lasting.take_over(_make_plan(step, key))
+
+
+def _make_plan(batch: AttentionBatch, key: _PlanKey) -> AttentionPlan:
+    return plan_attention(
+        batch.cu_seqlens_q,
+        batch.slots,
+        batch.positions,
+        num_q_heads=key.num_q_heads,
+        num_kv_heads=key.num_kv_heads,
+        window=key.window,
+        block_table=batch.groups[key.group].block_table,  # rows load shared keys once
+        block_size=batch.block_size,
+    )
 
 
 def _zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> CacheArray:
@@ -119,7 +158,7 @@ class Backend:
         k: torch.Tensor,
         v: torch.Tensor,
         kv: NumbaKV,
-        plan: _StepPlan,
+        plan: _StepPlan | LastingStepPlan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = q.dtype
         queries, keys, values = (view_numpy(x.float()) for x in (q, k, v))
@@ -136,8 +175,8 @@ class Backend:
             None if table is None else view_numpy(table.sin),
             interleaved=table is not None and table.interleaved,
         )
-        out = torch.empty(q.shape)
-        lse = torch.empty(q.shape[:2])
+        out = scratch(q.shape, np.float32)
+        lse = scratch(q.shape[:2], np.float32)
         paged_attention(
             queries,
             kv.keys,
@@ -146,7 +185,7 @@ class Backend:
             plan.for_layer(spec, group),
             scale=spec.scale,
             soft_cap=spec.soft_cap,
-            out=view_numpy(out),
-            lse=view_numpy(lse),
+            out=out,
+            lse=lse,
         )
-        return out.to(dtype), lse
+        return torch.from_numpy(out).to(dtype), torch.from_numpy(lse)

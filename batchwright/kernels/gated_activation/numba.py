@@ -10,18 +10,25 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import njit, prange, types
+from numba import njit, types
 
 from batchwright.errors import ConfigError, ShapeError
-from batchwright.kernels import get_num_threads
+from batchwright.kernels.parallel import (
+    Task,
+    argument_reader,
+    compile_task,
+    run_tasks,
+    threads_for,
+)
 from batchwright.kernels.simd import (
     LANES,
+    MANY_LANES,
     add,
-    constant,
     div,
     fma,
     load,
     load_first,
+    load_many,
     maximum,
     mul,
     store,
@@ -65,37 +72,45 @@ def _run(x: Any, kind: str, gated: bool, out: Any) -> None:
         raise ConfigError(f"activation is {kind!r}; supported: {', '.join(KINDS)}")
     if not x.strides[1] == out.strides[1] == x.itemsize:
         raise ShapeError("activation: rows must be contiguous; call .contiguous()")
-    threads = min(get_num_threads(), out.size // _ELEMENTS_PER_THREAD + 1)
-    _kernel()(x, KINDS[kind], gated, out, threads)
+    threads = threads_for(out.size, _ELEMENTS_PER_THREAD)
+    run_tasks(_worker(), threads, x, KINDS[kind], gated, out)
+
+
+_read = argument_reader(
+    types.Array(types.float32, 2, "A"),
+    types.int64,
+    types.boolean,
+    types.Array(types.float32, 2, "A"),
+)
+
+
+def _activate(i: int, n: int, at: int) -> None:
+    _part(i, n, *_read(at))
 
 
 @functools.cache
-def _kernel() -> Any:
-    rows = types.Array(types.float32, 2, "A")
-    _activation.compile(types.void(rows, types.int64, types.boolean, rows, types.int64))
-    _activation.disable_compile()
-    return _activation
+def _worker() -> Task:
+    return compile_task(_activate)
 
 
-@njit(cache=True, parallel=True)
-def _activation(x: Any, kind: int, gated: bool, out: Any, num_threads: int) -> None:
-    if num_threads == 1:
-        _rows(x, kind, gated, out, 0, len(x))
-        return
-    for part in prange(num_threads):
-        start = part * len(x) // num_threads
-        end = (part + 1) * len(x) // num_threads
-        _rows(x, kind, gated, out, start, end)
+@njit(error_model="numpy")
+def _part(i: int, n: int, x: Any, kind: int, gated: bool, out: Any) -> None:
+    _rows(x, kind, gated, out, i * len(x) // n, (i + 1) * len(x) // n)
 
 
 @njit(error_model="numpy")
 def _rows(x: Any, kind: int, gated: bool, out: Any, start: int, end: int) -> None:
     size = out.shape[1]
-    whole = size // LANES * LANES
+    many, whole = size // MANY_LANES * MANY_LANES, size // LANES * LANES
     for token in range(start, end):
         x_at = token * x.strides[0] // x.itemsize
         out_at = token * out.strides[0] // out.itemsize
-        for i in range(0, whole, LANES):
+        for i in range(0, many, MANY_LANES):
+            values = _act(load_many(x, x_at + i), kind)
+            if gated:
+                values = mul(values, load_many(x, x_at + size + i))
+            store(out, out_at + i, values)
+        for i in range(many, whole, LANES):
             value = _act(load(x, x_at + i), kind)
             if gated:
                 value = mul(value, load(x, x_at + size + i))
@@ -116,26 +131,26 @@ def _act(x: Any, kind: int) -> Any:
         return _gelu(x)
     if kind == 2:
         return _gelu_tanh(x)
-    return maximum(constant(0.0), x)
+    return maximum(0.0, x)
 
 
 @njit(forceinline=True, error_model="numpy")
 def _silu(x: Any) -> Any:
     """x / (1 + exp(-x))."""
-    return div(x, add(constant(1.0), exp(sub(constant(0.0), x))))
+    return div(x, add(exp(sub(0.0, x)), 1.0))
 
 
 @njit(forceinline=True, error_model="numpy")
 def _gelu(x: Any) -> Any:
     """x / 2 * (1 + erf(x / sqrt 2))."""
-    half = mul(x, constant(0.5))
-    return fma(half, erf(mul(x, constant(0.7071067811865476))), half)
+    half = mul(x, 0.5)
+    return fma(half, erf(mul(x, 0.7071067811865476)), half)
 
 
 @njit(forceinline=True, error_model="numpy")
 def _gelu_tanh(x: Any) -> Any:
     """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
     cube = mul(mul(x, x), x)
-    inner = mul(constant(0.7978845608028654), fma(cube, constant(0.044715), x))
-    half = mul(x, constant(0.5))
+    inner = mul(fma(cube, 0.044715, x), 0.7978845608028654)
+    half = mul(x, 0.5)
     return fma(half, tanh(inner), half)

@@ -21,7 +21,6 @@ import numpy as np
 from numba import literally, njit, types
 
 from batchwright.errors import ShapeError
-from batchwright.kernels import get_num_threads
 from batchwright.kernels.int8_linear.dot_tile import (
     PAIRS_256,
     PAIRS_512,
@@ -35,7 +34,18 @@ from batchwright.kernels.int8_linear.dot_tile import (
 )
 from batchwright.kernels.int8_linear.packing import BLOCK, GROUP, PANEL
 from batchwright.kernels.int8_linear.quantize import quantize_row
-from batchwright.kernels.parallel import add_done, compile_task, next_task, run_tasks, wait_for
+from batchwright.kernels.parallel import (
+    Task,
+    add_done,
+    argument_reader,
+    compile_task,
+    next_task,
+    run_tasks,
+    scratch,
+    threads_for,
+    wait_for,
+    zero_counters,
+)
 
 _MACS_PER_THREAD = 500_000
 """Multiply-adds that take some 2 us, what a parallel call costs more than a serial one."""
@@ -84,17 +94,14 @@ def int8_linear(x: Any, values: Any, channels: Any, out: Any, way: int | None = 
         raise ShapeError("int8_linear: arrays must be contiguous; call .contiguous()")
     if way is None:
         way = best_way_here()
-    threads = min(get_num_threads(), 1 + num_rows * values.size // _MACS_PER_THREAD)
+    threads = threads_for(num_rows * values.size, _MACS_PER_THREAD)
     # More tasks than threads, so that all have work; but whole tiles, as far as there are such.
     chunks = min(-(-num_rows // WAYS[way].rows), -(-4 * threads // num_panels))
     blocks = -(-in_features // BLOCK)
-    rows = np.empty((num_rows, blocks * BLOCK), np.int8)
-    scales = np.empty((num_rows, blocks), np.float32)
-    starts = np.empty((num_rows, blocks), np.int32)
-    counters = np.zeros(2, np.int64)
     run_tasks(
-        _worker(way).address, threads,
-        x, values, channels, out, rows, scales, starts, chunks, counters,
+        _worker(way), threads, x, values, channels, out,
+        scratch((num_rows, blocks * BLOCK), np.int8), scratch((num_rows, blocks), np.float32),
+        scratch((num_rows, blocks), np.int32), chunks, zero_counters(2),
     )  # fmt: skip
 
 
@@ -102,37 +109,42 @@ best_way_here = functools.cache(best_way)
 
 
 @functools.cache
-def _worker(way: int) -> Any:
-    f32 = types.float32
-    return compile_task(
-        _WORK[way],
-        f32[:, ::1], types.uint8[:, :, :, ::1], f32[:, ::1], f32[:, ::1],
-        types.int8[:, ::1], f32[:, ::1], types.int32[:, ::1], types.int64, types.int64[::1],
-    )  # fmt: skip
+def _worker(way: int) -> Task:
+    return compile_task(_WORK[way])
 
 
-# One function for each way: compiled code is found again by its function's name. `_work` says what
-# the arguments are.
+_read = argument_reader(
+    types.float32[:, ::1], types.uint8[:, :, :, ::1], types.float32[:, ::1],
+    types.float32[:, ::1], types.int8[:, ::1], types.float32[:, ::1], types.int32[:, ::1],
+    types.int64, types.int64[::1],
+)  # fmt: skip
+
+# One function for each way: compiled code is found again by its function's name.
 
 
-def _work_vnni_512(i, n, x, w, ch, out, q, s, begin, chunks, c):  # type: ignore[no-untyped-def]
-    _work(VNNI_512, x, w, ch, out, q, s, begin, chunks, c)
+def _work_vnni_512(i: int, n: int, at: int) -> None:
+    x, values, channels, out, q, scales, starts, chunks, counters = _read(at)
+    _work(VNNI_512, x, values, channels, out, q, scales, starts, chunks, counters)
 
 
-def _work_vnni_256(i, n, x, w, ch, out, q, s, begin, chunks, c):  # type: ignore[no-untyped-def]
-    _work(VNNI_256, x, w, ch, out, q, s, begin, chunks, c)
+def _work_vnni_256(i: int, n: int, at: int) -> None:
+    x, values, channels, out, q, scales, starts, chunks, counters = _read(at)
+    _work(VNNI_256, x, values, channels, out, q, scales, starts, chunks, counters)
 
 
-def _work_pairs_512(i, n, x, w, ch, out, q, s, begin, chunks, c):  # type: ignore[no-untyped-def]
-    _work(PAIRS_512, x, w, ch, out, q, s, begin, chunks, c)
+def _work_pairs_512(i: int, n: int, at: int) -> None:
+    x, values, channels, out, q, scales, starts, chunks, counters = _read(at)
+    _work(PAIRS_512, x, values, channels, out, q, scales, starts, chunks, counters)
 
 
-def _work_pairs_256(i, n, x, w, ch, out, q, s, begin, chunks, c):  # type: ignore[no-untyped-def]
-    _work(PAIRS_256, x, w, ch, out, q, s, begin, chunks, c)
+def _work_pairs_256(i: int, n: int, at: int) -> None:
+    x, values, channels, out, q, scales, starts, chunks, counters = _read(at)
+    _work(PAIRS_256, x, values, channels, out, q, scales, starts, chunks, counters)
 
 
-def _work_plain(i, n, x, w, ch, out, q, s, begin, chunks, c):  # type: ignore[no-untyped-def]
-    _work(PLAIN, x, w, ch, out, q, s, begin, chunks, c)
+def _work_plain(i: int, n: int, at: int) -> None:
+    x, values, channels, out, q, scales, starts, chunks, counters = _read(at)
+    _work(PLAIN, x, values, channels, out, q, scales, starts, chunks, counters)
 
 
 _WORK = {
@@ -170,9 +182,9 @@ def _work(
         first = task * _ROWS_PER_TASK
         for row in range(first, min(first + _ROWS_PER_TASK, num_rows)):
             quantize_row(x, row, _LEVELS[way], rows, scales, starts)
-        add_done(counters)
+        add_done(counters, 1)
         task = next_task(counters)
-    wait_for(counters, quantising)
+    wait_for(counters, 1, quantising)
     while task < quantising + len(values) * chunks:
         panel, chunk = (task - quantising) // chunks, (task - quantising) % chunks
         first, last = chunk * num_rows // chunks, (chunk + 1) * num_rows // chunks

@@ -18,10 +18,17 @@ from llvmlite.binding import get_host_cpu_features
 from numba import config, literally, njit, types
 
 from batchwright.errors import ShapeError
-from batchwright.kernels import get_num_threads
 from batchwright.kernels.linear.packing import PANEL
 from batchwright.kernels.linear.panel_tile import BF16, FP16, FP32, INT4, INT8, fma_rows, widen
-from batchwright.kernels.parallel import compile_task, next_task, run_tasks
+from batchwright.kernels.parallel import (
+    Task,
+    argument_reader,
+    compile_task,
+    next_task,
+    run_tasks,
+    threads_for,
+    zero_counters,
+)
 
 WIDE_REGISTERS = "avx512f" in (
     config.CPU_FEATURES  # type: ignore[attr-defined]  # the user's own NUMBA_CPU_FEATURES
@@ -73,13 +80,12 @@ def linear(x: Any, values: Any, scales: Any, bias: Any, out: Any) -> None:
     if not all(a.flags.c_contiguous for a in (x, values, scales, out)):
         raise ShapeError("linear: arrays must be contiguous; call .contiguous()")
     macs = num_rows * num_panels * PANEL * values.shape[1]
-    threads = min(get_num_threads(), 1 + macs // _MACS_PER_THREAD)
+    threads = threads_for(macs, _MACS_PER_THREAD)
     # More tasks than threads, so that all have work; but whole tiles, as far as there are such.
     chunks = min(-(-num_rows // TILE_ROWS[form]), -(-4 * threads // num_panels))
     if form == FP16:
         values = values.view(np.uint16)  # Numba has no type of 16-bit floats on CPUs
-    counter = np.zeros(1, np.int64)
-    run_tasks(_worker(form).address, threads, x, values, scales, bias, out, chunks, counter)
+    run_tasks(_worker(form), threads, x, values, scales, bias, out, chunks, zero_counters(1))
 
 
 _FORMS = {"<f4": FP32, "<u2": BF16, "<f2": FP16, "|i1": INT8, "|u1": INT4}
@@ -94,38 +100,47 @@ def _are_blocks(scales: Any, num_panels: int, in_features: int) -> bool:
 
 
 @functools.cache
-def _worker(form: int) -> Any:
+def _worker(form: int) -> Task:
+    return compile_task(_WORK[form])
+
+
+def _reader(value_type: Any) -> Any:
     f32 = types.float32
-    values = (f32, types.uint16, types.uint16, types.int8, types.uint8)[form]
-    return compile_task(
-        _WORK[form],
-        f32[:, ::1], values[:, :, ::1], f32[:, :, :, ::1], f32[::1], f32[:, ::1],
+    return argument_reader(
+        f32[:, ::1], value_type[:, :, ::1], f32[:, :, :, ::1], f32[::1], f32[:, ::1],
         types.int64, types.int64[::1],
     )  # fmt: skip
 
 
-# One function for each form: compiled code is found again by its function's name. `_work` says what
-# the arguments are.
+_read_fp32, _read_16_bits = _reader(types.float32), _reader(types.uint16)
+_read_int8, _read_int4 = _reader(types.int8), _reader(types.uint8)
+
+# One function for each form: compiled code is found again by its function's name.
 
 
-def _work_fp32(i, n, x, w, s, b, out, chunks, counter):  # type: ignore[no-untyped-def]
-    _work(FP32, x, w, s, b, out, chunks, counter)
+def _work_fp32(i: int, n: int, at: int) -> None:
+    x, values, scales, bias, out, chunks, counter = _read_fp32(at)
+    _work(FP32, x, values, scales, bias, out, chunks, counter)
 
 
-def _work_bf16(i, n, x, w, s, b, out, chunks, counter):  # type: ignore[no-untyped-def]
-    _work(BF16, x, w, s, b, out, chunks, counter)
+def _work_bf16(i: int, n: int, at: int) -> None:
+    x, values, scales, bias, out, chunks, counter = _read_16_bits(at)
+    _work(BF16, x, values, scales, bias, out, chunks, counter)
 
 
-def _work_fp16(i, n, x, w, s, b, out, chunks, counter):  # type: ignore[no-untyped-def]
-    _work(FP16, x, w, s, b, out, chunks, counter)
+def _work_fp16(i: int, n: int, at: int) -> None:
+    x, values, scales, bias, out, chunks, counter = _read_16_bits(at)
+    _work(FP16, x, values, scales, bias, out, chunks, counter)
 
 
-def _work_int8(i, n, x, w, s, b, out, chunks, counter):  # type: ignore[no-untyped-def]
-    _work(INT8, x, w, s, b, out, chunks, counter)
+def _work_int8(i: int, n: int, at: int) -> None:
+    x, values, scales, bias, out, chunks, counter = _read_int8(at)
+    _work(INT8, x, values, scales, bias, out, chunks, counter)
 
 
-def _work_int4(i, n, x, w, s, b, out, chunks, counter):  # type: ignore[no-untyped-def]
-    _work(INT4, x, w, s, b, out, chunks, counter)
+def _work_int4(i: int, n: int, at: int) -> None:
+    x, values, scales, bias, out, chunks, counter = _read_int4(at)
+    _work(INT4, x, values, scales, bias, out, chunks, counter)
 
 
 _WORK = (_work_fp32, _work_bf16, _work_fp16, _work_int8, _work_int4)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numba import njit, types
 
 from batchwright.kernels import get_num_threads
-from batchwright.kernels.parallel import compile_task, run_tasks
+from batchwright.kernels.parallel import Task, argument_reader, compile_task, run_tasks
 
 PANEL = 32
 
@@ -104,27 +104,30 @@ def _panels(weight: torch.Tensor) -> torch.Tensor:
     out_features, in_features = weight.shape
     packed = torch.empty(-(-out_features // PANEL), in_features, PANEL, dtype=weight.dtype)
     rows = weight.contiguous().detach().numpy()
-    worker = _worker(str(rows.dtype))
-    run_tasks(worker.address, get_num_threads(), rows, packed.numpy())
+    run_tasks(_worker(str(rows.dtype)), get_num_threads(), rows, packed.numpy())
     return packed
 
 
 @functools.cache
-def _worker(dtype: str) -> Any:
-    element = getattr(types, dtype)
-    return compile_task(_PACKS[dtype], element[:, ::1], element[:, :, ::1])
+def _worker(dtype: str) -> Task:
+    return compile_task(_PACKS[dtype])
 
 
-def _pack_fp32(worker: int, num_workers: int, weight: Any, packed: Any) -> None:
-    _pack(worker, num_workers, weight, packed)
+_read_fp32 = argument_reader(types.float32[:, ::1], types.float32[:, :, ::1])
+_read_uint16 = argument_reader(types.uint16[:, ::1], types.uint16[:, :, ::1])
+_read_uint8 = argument_reader(types.uint8[:, ::1], types.uint8[:, :, ::1])
 
 
-def _pack_uint16(worker: int, num_workers: int, weight: Any, packed: Any) -> None:
-    _pack(worker, num_workers, weight, packed)
+def _pack_fp32(worker: int, num_workers: int, at: int) -> None:
+    _pack(worker, num_workers, *_read_fp32(at))
 
 
-def _pack_uint8(worker: int, num_workers: int, weight: Any, packed: Any) -> None:
-    _pack(worker, num_workers, weight, packed)
+def _pack_uint16(worker: int, num_workers: int, at: int) -> None:
+    _pack(worker, num_workers, *_read_uint16(at))
+
+
+def _pack_uint8(worker: int, num_workers: int, at: int) -> None:
+    _pack(worker, num_workers, *_read_uint8(at))
 
 
 _PACKS = {"float32": _pack_fp32, "uint16": _pack_uint16, "uint8": _pack_uint8}

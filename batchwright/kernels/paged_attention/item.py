@@ -18,7 +18,16 @@ from batchwright.kernels.fma_tile import fma_tile, load_wide
 from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE as SUB
 from batchwright.kernels.paged_attention.online_softmax import RowState, weigh_tile
 from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
-from batchwright.kernels.simd import LANES, div, horizontal_sum, load, mul, prefetch, splat, store
+from batchwright.kernels.simd import (
+    LANES,
+    div,
+    horizontal_sum,
+    load,
+    load_many,
+    mul,
+    prefetch,
+    store,
+)
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -79,23 +88,22 @@ def _begin(
     num_rows = (end - first) * group
     for i in range(num_rows * (len(state.o) // len(state.row_max))):
         state.o[i] = 0.0
-    for i in range(num_rows * LANES):
+    for i in range(num_rows * SUB):
         state.row_sum[i] = 0.0
     for i in range(num_rows):
         state.row_max[i] = F32(-np.inf)
     dim = q.shape[2]
-    factors = splat(factor)
     row = 0
     for entry in range(first, end):
         for head in range(first_head, first_head + group):
             at = (np.int64(plan.tokens[entry]) * q.strides[0] + head * q.strides[1]) // q.itemsize
             for d in range(0, dim // LANES * LANES, LANES):
-                store(state.q, row * dim + d, mul(load(q, at + d), factors))
+                store(state.q, row * dim + d, mul(load(q, at + d), factor))
             for d in range(dim // LANES * LANES, dim):
                 state.q[row * dim + d] = q[plan.tokens[entry], head, d] * factor
             if len(sinks):
                 state.row_max[row] = F32(sinks[head] * LOG2_E)
-                state.row_sum[row * LANES] = 1.0
+                state.row_sum[row * SUB] = 1.0
             row += 1
 
 
@@ -302,13 +310,12 @@ def _finish(
     for entry in range(first, end):
         token = np.int64(plan.tokens[entry])
         for head in range(first_head, first_head + group):
-            total = horizontal_sum(load(state.row_sum, row * LANES))
+            total = horizontal_sum(load_many(state.row_sum, row * SUB))
             if total == 0.0:
                 total = F32(1.0)  # no keys: o is 0 and row_max is -inf, as they should be
-            totals = splat(total)
             at = (token * out.shape[1] + head) * out.shape[2]
             for d in range(0, out.shape[2] // LANES * LANES, LANES):
-                store(out, at + d, div(load(state.o, row * dim + d), totals))
+                store(out, at + d, div(load(state.o, row * dim + d), total))
             for d in range(out.shape[2] // LANES * LANES, out.shape[2]):
                 out[token, head, d] = state.o[row * dim + d] / total
             lse[token, head] = state.row_max[row] * LN_2 + math.log(np.float64(total))

@@ -16,12 +16,19 @@ import numpy as np
 from numba import njit, types
 
 from batchwright.errors import ShapeError
-from batchwright.kernels import get_num_threads
 from batchwright.kernels.paged_attention.item import attend_item
 from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE, SCALE_ROWS
 from batchwright.kernels.paged_attention.online_softmax import RowState
 from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
-from batchwright.kernels.parallel import compile_task, next_task, run_tasks
+from batchwright.kernels.parallel import (
+    Task,
+    argument_reader,
+    compile_task,
+    next_task,
+    run_tasks,
+    threads_for,
+    zero_counters,
+)
 from batchwright.kernels.simd import LANES
 
 F32 = np.float32
@@ -79,10 +86,9 @@ def paged_attention(
             f"or heads of q are not contiguous (strides {q.strides})"
         )
     group = num_q_heads // num_kv_heads
-    counter = np.zeros(1, np.int64)
     run_tasks(
-        _worker(str(k_cache.dtype)).address,
-        get_num_threads() if plan.num_pairs * group * head_dim > _SMALL_WORK else 1,
+        _worker(str(k_cache.dtype)),
+        threads_for(plan.num_pairs * group * head_dim, _SMALL_WORK),
         q,
         k_cache,
         v_cache,
@@ -98,50 +104,41 @@ def paged_attention(
         _NO_SINKS if sinks is None else sinks,
         out,
         lse,
-        counter,
+        zero_counters(1),
     )
 
 
 @functools.cache
-def _worker(cache_dtype: str) -> Any:
-    """Compiled (or loaded) for one signature: strided q, contiguous rest."""
-    f32, i32 = types.float32, types.int32
-    cache = types.Array(getattr(types, cache_dtype), 4, "C")
-    return compile_task(
-        _WORK[cache_dtype],
-        types.Array(f32, 3, "A"),
-        cache,
-        cache,
-        types.Array(i32, 2, "C"),
-        types.Array(i32, 2, "C"),
-        types.Array(i32, 2, "C"),
-        types.Array(i32, 1, "C"),
-        types.Array(i32, 1, "C"),
-        types.Array(i32, 1, "C"),
-        types.Array(i32, 1, "C"),
-        types.float64,
-        types.float64,
-        types.Array(f32, 1, "C"),
-        types.Array(f32, 3, "C"),
-        types.Array(f32, 2, "C"),
-        types.Array(types.int64, 1, "C"),
-    )
+def _worker(cache_dtype: str) -> Task:
+    return compile_task(_WORK[cache_dtype])
 
 
-# One function for each type: compiled code is found again by its function's name. `_attend` says
-# what the arguments are.
+def _reader(cache_dtype: Any) -> Any:
+    """Strided q, contiguous rest."""
+    f32, i32, cache = types.float32, types.int32, types.Array(cache_dtype, 4, "C")
+    return argument_reader(
+        types.Array(f32, 3, "A"), cache, cache, i32[:, ::1], i32[:, ::1], i32[:, ::1],
+        i32[::1], i32[::1], i32[::1], i32[::1], types.float64, types.float64, f32[::1],
+        f32[:, :, ::1], f32[:, ::1], types.int64[::1],
+    )  # fmt: skip
 
 
-def _work_fp32(i, n, q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter):  # type: ignore[no-untyped-def]
-    _attend(q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter)
+_read_fp32, _read_bf16 = _reader(types.float32), _reader(types.uint16)
+_read_int8 = _reader(types.int8)
+
+# One function for each type: compiled code is found again by its function's name.
 
 
-def _work_bf16(i, n, q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter):  # type: ignore[no-untyped-def]
-    _attend(q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter)
+def _work_fp32(i: int, n: int, at: int) -> None:
+    _attend(*_read_fp32(at))
 
 
-def _work_int8(i, n, q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter):  # type: ignore[no-untyped-def]
-    _attend(q, k, v, table, a, b, c, d, e, f, scale, cap, sinks, out, lse, counter)
+def _work_bf16(i: int, n: int, at: int) -> None:
+    _attend(*_read_bf16(at))
+
+
+def _work_int8(i: int, n: int, at: int) -> None:
+    _attend(*_read_int8(at))
 
 
 _WORK = {"float32": _work_fp32, "uint16": _work_bf16, "int8": _work_int8}
@@ -176,13 +173,13 @@ def _attend(
         _aligned(max_rows * TILE),
         _aligned(max_rows * v_cache.shape[3]),
         _aligned(max_rows),
-        _aligned(max_rows * LANES),
+        _aligned(max_rows * KEYS_PER_VECTOR_TILE),
         _aligned(max_rows),
         _aligned(KEYS_PER_VECTOR_TILE * v_cache.shape[3]),
     )
     plan = AttentionPlan(items, segments, tokens, slots, key_start, key_end, 0)
     i = next_task(counter)
-    while i < len(items):
+    while i < len(items) and items[i, 1] < items[i, 2]:
         attend_item(
             q, k_cache, v_cache, block_table, plan, i, scale, soft_cap, sinks, out, lse, state
         )

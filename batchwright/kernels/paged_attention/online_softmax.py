@@ -13,12 +13,11 @@ from batchwright.kernels.paged_attention.plan import TILE
 from batchwright.kernels.simd import (
     LANES,
     add,
-    constant,
     horizontal_max,
     load,
+    load_many,
     maximum,
     mul,
-    splat,
     store,
     sub,
     where_in_range,
@@ -37,7 +36,7 @@ class RowState(NamedTuple):
     p: Any  # [rows, TILE] scores of a tile, then weights
     o: Any  # [rows, padded head_dim] sum of weighted values
     row_max: Any  # [rows] largest score so far, log2 units
-    row_sum: Any  # [rows, LANES] partial sums of weights 2**(score - row_max)
+    row_sum: Any  # [rows, SUB] partial sums of weights 2**(score - row_max)
     shrink: Any  # [rows] what a larger maximum leaves of o and row_sum
     wide: Any  # [SUB * padded head_dim] keys or values, made fp32 once for many rows
 
@@ -75,47 +74,45 @@ def weigh_tile(
     for i in range(first_row // LANES * LANES, end_row, LANES):
         old, new = load(shrink, i), load(row_max, i)
         # A row that has seen no key keeps its empty state: -inf minus -inf would be NaN.
-        factor = where_less(constant(-np.inf), new, exp2(sub(old, new)), constant(1.0))
+        factor = where_less(-np.inf, new, exp2(sub(old, new)), 1.0)
         store(shrink, i, factor)
     dim = len(o) // len(row_max)
     for row in range(first_row, end_row):
         if shrink[row] != 1.0:
-            factor = splat(shrink[row])
+            factor = shrink[row]
             for column in range(row * dim, (row + 1) * dim, LANES):
                 store(o, column, mul(load(o, column), factor))
-            store(row_sum, row * LANES, mul(load(row_sum, row * LANES), factor))
+            store(row_sum, row * SUB, mul(load_many(row_sum, row * SUB), factor))
     for row in range(first_row, end_row):
         entry = first_entry + row // group
         begin, end = max(key_start[entry] - tile, 0), min(key_end[entry] - tile, TILE)
         if begin < end:
-            top, total = splat(row_max[row]), load(row_sum, row * LANES)
-            for at in range(row * TILE + begin // SUB * SUB, row * TILE + end, LANES):
-                weight = exp2(sub(load(p, at), top))
+            top, total = row_max[row], load_many(row_sum, row * SUB)
+            for at in range(row * TILE + begin // SUB * SUB, row * TILE + end, SUB):
+                weight = exp2(sub(load_many(p, at), top))
                 store(p, at, weight)
                 total = add(total, weight)
-            store(row_sum, row * LANES, total)
+            store(row_sum, row * SUB, total)
 
 
 @njit(forceinline=True, error_model="numpy")
 def _tile_max(p: Any, at: int) -> Any:
     """Lane-wise maximum of 128 scores."""
-    a, b, c, d = load(p, at), load(p, at + 8), load(p, at + 16), load(p, at + 24)
+    largest = load_many(p, at)
     for i in range(at + SUB, at + TILE, SUB):
-        a, b = maximum(load(p, i), a), maximum(load(p, i + 8), b)
-        c, d = maximum(load(p, i + 16), c), maximum(load(p, i + 24), d)
-    return maximum(maximum(a, b), maximum(c, d))
+        largest = maximum(load_many(p, i), largest)
+    return largest
 
 
 @njit(forceinline=True, error_model="numpy")
 def _masked_max(p: Any, at: int, begin: int, end: int, soft_cap: float) -> Any:
     """Lane-wise maximum of scores [begin, end), capped; scores beside them become -inf."""
-    minus_inf = constant(-np.inf)
-    largest = minus_inf
-    for i in range(begin // SUB * SUB, end, LANES):
-        score = load(p, at + i)
+    largest = where_in_range(0, 0, load_many(p, at), -np.inf)
+    for i in range(begin // SUB * SUB, end, SUB):
+        score = load_many(p, at + i)
         if soft_cap != 0.0:
-            score = mul(splat(F32(soft_cap * LOG2_E)), tanh(score))
-        score = where_in_range(begin - i, end - i, score, minus_inf)
+            score = mul(tanh(score), soft_cap * LOG2_E)
+        score = where_in_range(begin - i, end - i, score, -np.inf)
         store(p, at + i, score)
         largest = maximum(score, largest)
     return largest

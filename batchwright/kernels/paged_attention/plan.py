@@ -41,7 +41,7 @@ class AttentionPlan(NamedTuple):
 
     Attributes:
         items: [num_items, 5] (kv head, first entry, end entry, first segment, end segment),
-            dearest first.
+            dearest first; after those there may be some without entries.
         segments: [num_segments, 4] (first entry, end entry, first key, end key). Keys of these
             positions are in the same blocks for all its entries. An entry's segments ascend and
             cover all its keys; they begin and end at multiples of TILE, or end with ALL_KEYS.
@@ -113,6 +113,35 @@ def plan_attention(
         key_end[tokens],
         int(costs.sum()),
     )
+
+
+class LastingPlan:
+    """A plan in memory that keeps its place, for steps of as many tokens.
+
+    Attributes:
+        plan: arrays as long as any such step needs. Items behind its last one have no entries;
+            num_pairs is that of the step that it was made for.
+    """
+
+    def __init__(self, plan: AttentionPlan, num_kv_heads: int) -> None:
+        num_tokens = len(plan.tokens)
+        self.plan = AttentionPlan(
+            np.zeros((num_tokens * num_kv_heads, 5), np.int32),
+            np.zeros((2 * num_tokens, 4), np.int32),
+            np.zeros(num_tokens, np.int32),
+            np.zeros(num_tokens, np.int32),
+            np.zeros(num_tokens, np.int32),
+            np.zeros(num_tokens, np.int32),
+            plan.num_pairs,
+        )
+        self.take_over(plan)
+
+    def take_over(self, plan: AttentionPlan) -> None:
+        """Become the plan of another step."""
+        lasting: list[Int32Array] = list(self.plan[:-1])
+        for array, new in zip(lasting, plan[:-1], strict=True):
+            array[: len(new)] = new
+        self.plan.items[len(plan.items) :] = 0
 
 
 def tokens_per_item(num_q_heads: int, num_kv_heads: int) -> int:

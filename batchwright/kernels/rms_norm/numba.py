@@ -10,10 +10,16 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 
 from batchwright.errors import ShapeError
-from batchwright.kernels import get_num_threads
+from batchwright.kernels.parallel import (
+    Task,
+    argument_reader,
+    compile_task,
+    run_tasks,
+    threads_for,
+)
 from batchwright.kernels.simd import (
     LANES,
     add,
@@ -67,24 +73,43 @@ def rms_norm(
         )
     if not x.strides[2] == out.strides[2] == total.strides[2] == x.itemsize:
         raise ShapeError("rms_norm: the last dimension must be contiguous; call .contiguous()")
-    threads = min(get_num_threads(), x.size // _ELEMENTS_PER_THREAD + 1)
-    _kernel()(x, total, residual is not None, weight, eps, unit_offset, out, threads)
+    run_tasks(
+        _worker(),
+        threads_for(x.size, _ELEMENTS_PER_THREAD),
+        x,
+        total,
+        residual is not None,
+        weight,
+        eps,
+        unit_offset,
+        out,
+    )
+
+
+_read = argument_reader(
+    types.Array(types.float32, 3, "A"),
+    types.Array(types.float32, 3, "A"),
+    types.boolean,
+    types.float32[::1],
+    types.float64,
+    types.boolean,
+    types.Array(types.float32, 3, "A"),
+)
+
+
+def _norm(i: int, n: int, at: int) -> None:
+    _part(i, n, *_read(at))
 
 
 @functools.cache
-def _kernel() -> Any:
-    rows, weight = types.Array(types.float32, 3, "A"), types.Array(types.float32, 1, "C")
-    _rms_norm.compile(
-        types.void(
-            rows, rows, types.boolean, weight, types.float64, types.boolean, rows, types.int64
-        )
-    )
-    _rms_norm.disable_compile()
-    return _rms_norm
+def _worker() -> Task:
+    return compile_task(_norm)
 
 
-@njit(cache=True, parallel=True)
-def _rms_norm(
+@njit(error_model="numpy")
+def _part(
+    i: int,
+    n: int,
     x: Any,
     total: Any,
     add_x: bool,
@@ -92,15 +117,9 @@ def _rms_norm(
     eps: float,
     unit_offset: bool,
     out: Any,
-    num_threads: int,
 ) -> None:
-    if num_threads == 1:
-        _rows(x, total, add_x, weight, eps, unit_offset, out, 0, len(x))
-        return
-    for part in prange(num_threads):
-        start = part * len(x) // num_threads
-        end = (part + 1) * len(x) // num_threads
-        _rows(x, total, add_x, weight, eps, unit_offset, out, start, end)
+    start, end = i * len(x) // n, (i + 1) * len(x) // n
+    _rows(x, total, add_x, weight, eps, unit_offset, out, start, end)
 
 
 @njit(error_model="numpy")

@@ -10,11 +10,17 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 
 from batchwright.errors import ShapeError
-from batchwright.kernels import get_num_threads
 from batchwright.kernels.paged_attention.layout import SCALE_ROWS
+from batchwright.kernels.parallel import (
+    Task,
+    argument_reader,
+    compile_task,
+    run_tasks,
+    threads_for,
+)
 from batchwright.kernels.simd import (
     LANES,
     add,
@@ -86,38 +92,60 @@ def rotary_kv_write(
         )
     if not q.strides[2] == k.strides[2] == v.strides[2] == q.itemsize:
         raise ShapeError("rotary_kv_write: heads must be contiguous; call .contiguous()")
-    threads = min(get_num_threads(), q.size // _ELEMENTS_PER_THREAD + 1)
-    kernel = _kernel(str(k_cache.dtype))
-    kernel(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, interleaved, threads)
+    run_tasks(
+        _worker(str(k_cache.dtype)),
+        threads_for(q.size, _ELEMENTS_PER_THREAD),
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        positions,
+        slot_mapping,
+        cos,
+        sin,
+        interleaved,
+    )
 
 
 @functools.cache
-def _kernel(cache_dtype: str) -> Any:
-    heads = types.Array(types.float32, 3, "A")
-    cache = types.Array(getattr(types, cache_dtype), 4, "C")
-    tokens, table = types.Array(types.int32, 1, "C"), types.Array(types.float32, 2, "C")
-    _write.disable_compile(False)
-    _write.compile(
-        types.void(
-            heads,
-            heads,
-            heads,
-            cache,
-            cache,
-            tokens,
-            tokens,
-            table,
-            table,
-            types.boolean,
-            types.int64,
-        )
+def _worker(cache_dtype: str) -> Task:
+    return compile_task(_WORK[cache_dtype])
+
+
+def _reader(cache_dtype: Any) -> Any:
+    heads, cache = types.Array(types.float32, 3, "A"), types.Array(cache_dtype, 4, "C")
+    tokens, table = types.int32[::1], types.float32[:, ::1]
+    return argument_reader(
+        heads, heads, heads, cache, cache, tokens, tokens, table, table, types.boolean
     )
-    _write.disable_compile()
-    return _write
 
 
-@njit(cache=True, parallel=True)
-def _write(
+_read_fp32, _read_bf16 = _reader(types.float32), _reader(types.uint16)
+_read_int8 = _reader(types.int8)
+
+# One function for each type: compiled code is found again by its function's name.
+
+
+def _write_fp32(i: int, n: int, at: int) -> None:
+    _part(i, n, *_read_fp32(at))
+
+
+def _write_bf16(i: int, n: int, at: int) -> None:
+    _part(i, n, *_read_bf16(at))
+
+
+def _write_int8(i: int, n: int, at: int) -> None:
+    _part(i, n, *_read_int8(at))
+
+
+_WORK = {"float32": _write_fp32, "uint16": _write_bf16, "int8": _write_int8}
+
+
+@njit
+def _part(
+    i: int,
+    n: int,
     q: Any,
     k: Any,
     v: Any,
@@ -128,15 +156,9 @@ def _write(
     cos: Any,
     sin: Any,
     interleaved: bool,
-    num_threads: int,
 ) -> None:
-    if num_threads == 1:
-        _rows(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, interleaved, 0, len(q))
-        return
-    for part in prange(num_threads):
-        start = part * len(q) // num_threads
-        end = (part + 1) * len(q) // num_threads
-        _rows(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, interleaved, start, end)
+    start, end = i * len(q) // n, (i + 1) * len(q) // n
+    _rows(q, k, v, k_cache, v_cache, positions, slot_mapping, cos, sin, interleaved, start, end)
 
 
 @njit

@@ -17,7 +17,14 @@ import numpy as np
 from numba import from_dtype, njit, prange, types
 
 from batchwright.kernels import get_num_threads
-from batchwright.kernels.parallel import compile_task, own, read_only, run_tasks
+from batchwright.kernels.parallel import (
+    Task,
+    argument_reader,
+    compile_task,
+    own,
+    read_only,
+    run_tasks,
+)
 from batchwright.kernels.sample.adjust import adjust, is_adjusted
 from batchwright.kernels.sample.draw import draw
 from batchwright.kernels.sample.filters import NUM_BINS, top_k_cut, top_p_cut
@@ -78,7 +85,7 @@ def sample_rows(
     """
     out = np.empty(len(row_of_sample), np.int32)
     run_tasks(
-        _sample_task_pointer().address,
+        _worker(),
         min(get_num_threads(), len(scratch.words), max(len(out), 1)),
         read_only(logits),
         own(row_of_sample, np.int32),
@@ -134,7 +141,8 @@ def _argmax_rows(logits, row_of_sample, maxima, out):  # type: ignore[no-untyped
                 out[i] = first_maximum(row, maxima[task], largest)
 
 
-def _sample_task(  # type: ignore[no-untyped-def]
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
+def _sample(  # type: ignore[no-untyped-def]
     task,
     num_tasks,
     logits,
@@ -228,26 +236,31 @@ def _sample_task(  # type: ignore[no-untyped-def]
         )
 
 
+_read = argument_reader(
+    types.Array(types.float32, 2, "C", readonly=True),
+    types.int32[::1],
+    types.int32[::1],
+    types.int32[::1],
+    from_dtype(SLOT)[::1],
+    types.int32[:, ::1],
+    types.float32[:, ::1],
+    types.int32[:, ::1],
+    types.int32[:, ::1],
+    types.uint32[:, ::1],
+    types.int32[::1],
+    types.float32[:, :, ::1],
+    types.int32[:, :, ::1],
+    types.float64[:, ::1],
+    types.uint64[:, ::1],
+    types.uint32[:, ::1],
+    types.int32[::1],
+)
+
+
+def _sample_task(task: int, num_tasks: int, at: int) -> None:
+    _sample(task, num_tasks, *_read(at))
+
+
 @functools.cache
-def _sample_task_pointer() -> Any:
-    int_1d, int_2d = types.int32[::1], types.int32[:, ::1]
-    return compile_task(
-        _sample_task,
-        types.Array(types.float32, 2, "C", readonly=True),
-        int_1d,
-        int_1d,
-        int_1d,
-        from_dtype(SLOT)[::1],
-        int_2d,
-        types.float32[:, ::1],
-        int_2d,
-        int_2d,
-        types.uint32[:, ::1],
-        int_1d,
-        types.float32[:, :, ::1],
-        types.int32[:, :, ::1],
-        types.float64[:, ::1],
-        types.uint64[:, ::1],
-        types.uint32[:, ::1],
-        int_1d,
-    )
+def _worker() -> Task:
+    return compile_task(_sample_task)

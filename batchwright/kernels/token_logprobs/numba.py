@@ -12,13 +12,19 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import numpy as np
 from numba import njit, types
 
 from batchwright.kernels import get_num_threads
-from batchwright.kernels.parallel import compile_task, own, read_only, run_tasks
+from batchwright.kernels.parallel import (
+    Task,
+    argument_reader,
+    compile_task,
+    own,
+    read_only,
+    run_tasks,
+)
 from batchwright.kernels.sample.rowmath import (
     GROUP,
     exp2_32,
@@ -74,7 +80,7 @@ def logprob_rows(
     )
     num_tasks = get_num_threads()
     run_tasks(
-        _logprob_task_pointer().address,
+        _worker(),
         num_tasks,
         read_only(logits),
         own(row_of_token, np.int32),
@@ -154,7 +160,8 @@ def _likeliest(row, maxima, k, ids, values):  # type: ignore[no-untyped-def]
             size = min(size + 1, k)
 
 
-def _logprob_task(  # type: ignore[no-untyped-def]
+@njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")
+def _logprobs(  # type: ignore[no-untyped-def]
     task,
     num_tasks,
     logits,
@@ -190,19 +197,24 @@ def _logprob_task(  # type: ignore[no-untyped-def]
                 top_logprobs[i, j] = _F32((value - np.float64(top)) - log_sum)
 
 
+_read = argument_reader(
+    types.Array(types.float32, 2, "C", readonly=True),
+    types.int32[::1],
+    types.int32[::1],
+    types.int32[::1],
+    types.int32[:, ::1],
+    types.float32[:, ::1],
+    types.float32[::1],
+    types.int32[::1],
+    types.int32[:, ::1],
+    types.float32[:, ::1],
+)
+
+
+def _logprob_task(task: int, num_tasks: int, at: int) -> None:
+    _logprobs(task, num_tasks, *_read(at))
+
+
 @functools.cache
-def _logprob_task_pointer() -> Any:
-    int_1d, int_2d = types.int32[::1], types.int32[:, ::1]
-    return compile_task(
-        _logprob_task,
-        types.Array(types.float32, 2, "C", readonly=True),
-        int_1d,
-        int_1d,
-        int_1d,
-        int_2d,
-        types.float32[:, ::1],
-        types.float32[::1],
-        int_1d,
-        int_2d,
-        types.float32[:, ::1],
-    )
+def _worker() -> Task:
+    return compile_task(_logprob_task)

@@ -1,0 +1,313 @@
+"""Programs: the kernel calls of a computation, recorded once and run again as one parallel loop.
+
+A step of a small model makes some 270 calls. One by one each costs what Python needs for it and
+what it takes to wake threads, 20 to 50 us here, which with few rows is as long as the kernels run.
+A program is a list of addresses: its threads go through it together and wait for each other, by
+spinning, after every call. On a GPU the same is done by CUDA graphs (`exec/device/graphs.py`).
+
+What may be recorded is a computation of nothing but our kernels: between them torch may only take
+views. `check` sees every operation of torch, and refuses if there is another. Results have the bits
+of the calls one by one: they are the same calls.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from batchwright.kernels import get_num_threads
+from batchwright.kernels.parallel import (
+    Task,
+    add_done,
+    call,
+    exchange_if_zero,
+    load_acquire,
+    pause,
+    read_ticks,
+    recorded,
+    store_arguments,
+    wait_for,
+)
+
+CACHE_LINE_BYTES = 64
+
+ADDRESS, NUM_TASKS, ARGUMENTS, TICKS = range(4)
+"""Columns of a program's list of calls. Ticks of the processor's clock are added up."""
+
+
+class CannotRecord(Exception):
+    """The computation does something that a program could not do again."""
+
+
+class SharedMemory:
+    """What programs have between their calls; one for many, since one runs at a time."""
+
+    def __init__(self) -> None:
+        self._lines = _lines(0)
+
+    def of(self, num_bytes: int) -> Any:
+        """At least so many bytes, [num] int64. What was given out before stays what it is."""
+        if self._lines.nbytes < num_bytes:
+            self._lines = _lines(max(num_bytes, 2 * self._lines.nbytes))
+        return self._lines
+
+
+class Program:
+    """Calls that are run again, on the same memory.
+
+    Attributes:
+        result: what the recorded function returned; overwritten by every run.
+        kernels: names of the calls' kernels.
+    """
+
+    def __init__(self, calls: list[_Call], counters: Any, result: torch.Tensor) -> None:
+        self.result = result
+        self.kernels = [one.task.kernel for one in calls]
+        self._seconds = 0.0
+        self._held = calls  # their arrays
+        self._counters = counters
+        self._state = np.zeros((3, CACHE_LINE_BYTES // 8), np.int64)
+        sizes = [store_arguments(0, 0, *one.args) for one in calls]
+        self._arguments = _lines(sum(_up(size) for size in sizes))
+        self._calls = np.zeros((len(calls), 4), np.int64)
+        at = self._arguments.ctypes.data
+        for line, size, one in zip(self._calls, sizes, calls, strict=True):
+            store_arguments(at, size, *one.args)
+            line[:TICKS] = one.task.address, one.num_tasks, at
+            at += _up(size)
+
+    def run(self) -> torch.Tensor:
+        """Make all calls, one after the other."""
+        self._counters[:] = 0
+        self._state[:] = 0
+        start = time.perf_counter()
+        _run(self._calls, get_num_threads(), self._state)
+        self._seconds += time.perf_counter() - start
+        return self.result
+
+    def seconds_by_kernel(self) -> dict[str, float]:
+        """What its runs took so far; waiting for threads counts as the call that is waited for."""
+        seconds = dict.fromkeys(self.kernels, 0.0)
+        ticks = self._calls[:, TICKS]
+        total = max(int(ticks.sum()), 1)
+        for kernel, num in zip(self.kernels, ticks.tolist(), strict=True):
+            seconds[kernel] += self._seconds * num / total
+        return seconds
+
+
+def check(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The result of a computation that can be recorded. It takes some time more than without.
+
+    Raises:
+        CannotRecord: torch computes a part of it.
+    """
+    with _OnlyViews():
+        return compute()
+
+
+def record(
+    compute: Callable[[], torch.Tensor], memory: SharedMemory
+) -> tuple[torch.Tensor, Program]:
+    """The result of a computation, and a program that makes its calls again.
+
+    Whatever the calls read or write that is not taken by the computation itself must stay where it
+    is.
+
+    The computation must be one that `check` lets pass.
+    """
+    recorder = _Recorder()
+    with recorded(recorder):
+        result = compute()
+    return result, recorder.program(result, memory)
+
+
+class _Piece:
+    """Memory that is taken while recording."""
+
+    def __init__(self, address: int, num_bytes: int, *, is_counter: bool) -> None:
+        self.address, self.num_bytes = address, num_bytes
+        self.is_counter = is_counter
+        self.first_use = self.last_use = -1
+        self.offset = 0
+
+
+class _View(NamedTuple):
+    """An array in a piece."""
+
+    piece: _Piece
+    offset: int
+    like: tuple[Any, ...]  # shape, dtype, strides
+
+    def within(self, memory: Any) -> np.ndarray:
+        shape, dtype, strides = self.like
+        offset = self.piece.offset + self.offset
+        return np.ndarray(shape, dtype, memory.view(np.uint8), offset, strides)
+
+
+class _Call(NamedTuple):
+    task: Task
+    num_tasks: int
+    args: tuple[Any, ...]
+
+
+class _OnlyViews(TorchDispatchMode):
+    """Refuses whatever torch computes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            raise CannotRecord(f"torch computes {func}")
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder:
+    """Notes calls of kernels, and memory that is taken between them and given back."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._pieces: dict[int, _Piece] = {}  # those not given back, by address
+        self._used: list[_Piece] = []
+
+    def note(self, array: Any, *, is_counter: bool = False) -> None:
+        """See `parallel.Recorder`."""
+        address = array.ctypes.data
+        if array.nbytes:
+            self._pieces[address] = _Piece(address, array.nbytes, is_counter=is_counter)
+            weakref.finalize(array, self._pieces.pop, address)
+
+    def add(self, task: Task, num_tasks: int, args: tuple[Any, ...]) -> None:
+        """See `parallel.Recorder`."""
+        seen = tuple(self._view(arg) if isinstance(arg, np.ndarray) else arg for arg in args)
+        self._calls.append(_Call(task, num_tasks, seen))
+
+    def _view(self, array: np.ndarray) -> _View | np.ndarray:
+        """Where in a piece an array lies; arrays that lie elsewhere stay where they are."""
+        address = array.ctypes.data
+        for piece in self._pieces.values():
+            if piece.address <= address < piece.address + piece.num_bytes and array.size:
+                if piece.first_use < 0:
+                    piece.first_use = len(self._calls)
+                    self._used.append(piece)
+                piece.last_use = len(self._calls)
+                return _View(piece, address - piece.address, _like(array))
+        return array
+
+    def program(self, result: torch.Tensor, memory: SharedMemory) -> Program:
+        """The calls so far, with memory between them as small as can be."""
+        view = self._view(result.numpy())
+        assert isinstance(view, _View), "the result lies in memory that was there before"
+        between = memory.of(_place([piece for piece in self._used if not piece.is_counter]))
+        counters = _lines(_place_apart([piece for piece in self._used if piece.is_counter]))
+
+        def moved(arg: Any) -> Any:
+            if not isinstance(arg, _View):
+                return arg
+            return arg.within(counters if arg.piece.is_counter else between)
+
+        calls = [_Call(*one[:2], tuple(moved(arg) for arg in one.args)) for one in self._calls]
+        return Program(calls, counters, torch.from_numpy(moved(view)))
+
+
+def _like(array: np.ndarray) -> tuple[Any, ...]:
+    return array.shape, array.dtype, array.strides
+
+
+def _place(pieces: list[_Piece]) -> int:
+    """Give each piece the lowest place that is free as long as it is used; bytes for all.
+
+    Args:
+        pieces: in the order of their first use.
+    """
+    total = 0
+    placed: list[_Piece] = []
+    for piece in pieces:
+        placed = [other for other in placed if other.last_use >= piece.first_use]
+        piece.offset = 0
+        for other in sorted(placed, key=lambda other: other.offset):
+            if other.offset - piece.offset >= piece.num_bytes:
+                break
+            piece.offset = max(piece.offset, _up(other.offset + other.num_bytes))
+        placed.append(piece)
+        total = max(total, piece.offset + piece.num_bytes)
+    return total
+
+
+def _place_apart(pieces: list[_Piece]) -> int:
+    """Give each piece a cache line of its own; bytes for all."""
+    total = 0
+    for piece in pieces:
+        piece.offset = total
+        total += _up(piece.num_bytes)
+    return total
+
+
+def _up(num_bytes: int) -> int:
+    return -(-num_bytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+
+
+def _lines(num_bytes: int) -> Any:
+    """Zeros, int64, that begin on a cache line."""
+    array = np.zeros(num_bytes // 8 + 2 * CACHE_LINE_BYTES // 8, np.int64)
+    start = -array.ctypes.data % CACHE_LINE_BYTES // 8
+    return array[start : start + _up(num_bytes) // 8]
+
+
+# --- running --------------------------------------------------------------------------------------
+
+_PRESENT, _TEAM, _DONE = (line * CACHE_LINE_BYTES // 8 for line in range(3))
+_TOGETHER, _ALONE = 1, 2
+_PATIENCE = 50_000_000
+"""Pauses, some seconds, after which a thread that is still the only one does everything."""
+
+
+@njit(cache=True, parallel=True, error_model="numpy")
+def _run(calls: Any, num_threads: int, state: Any) -> None:
+    flat = state.reshape(-1)
+    if num_threads == 1:
+        _go_through(calls, 0, 1, flat)
+    else:
+        for thread in prange(num_threads):
+            _join(calls, thread, num_threads, flat)
+
+
+@njit(error_model="numpy")
+def _join(calls: Any, thread: int, num_threads: int, state: Any) -> None:
+    """Go through the calls when all threads are there.
+
+    The loop may have been given fewer threads than it was asked to (OMP_THREAD_LIMIT): then they
+    come one after the other, and the first, having waited for long, goes alone.
+    """
+    if add_done(state, _PRESENT) == num_threads - 1:
+        exchange_if_zero(state, _TEAM, _TOGETHER)
+    team, patience = load_acquire(state, _TEAM), _PATIENCE
+    while team == 0:
+        pause()
+        patience -= 1
+        if patience == 0 and exchange_if_zero(state, _TEAM, _ALONE) == 0:
+            _go_through(calls, 0, 1, state)
+            return
+        team = load_acquire(state, _TEAM)
+    if team == _TOGETHER:
+        _go_through(calls, thread, num_threads, state)
+
+
+@njit(error_model="numpy")
+def _go_through(calls: Any, thread: int, num_threads: int, state: Any) -> None:
+    begin = read_ticks()
+    for i in range(len(calls)):
+        num_tasks = calls[i, NUM_TASKS]
+        for task in range(thread, num_tasks, num_threads):
+            call(calls[i, ADDRESS], task, num_tasks, calls[i, ARGUMENTS])
+        if num_threads > 1:
+            add_done(state, _DONE)
+            wait_for(state, _DONE, (i + 1) * num_threads)
+        if thread == 0:
+            end = read_ticks()
+            calls[i, TICKS] += end - begin
+            begin = end
