@@ -334,9 +334,10 @@ def _ticks():  # type: ignore[no-untyped-def]
 
 @functools.cache
 def ticks_per_second() -> float:
-    """Of `read_ticks`, measured for 10 ms; 0 where there is no such clock."""
+    """Of `read_ticks`, measured for 20 ms; 0 where there is no such clock."""
+    _ticks()  # compiled or loaded
     start, ticks = time.perf_counter(), _ticks()
-    time.sleep(0.01)
+    time.sleep(0.02)
     return float(_ticks() - ticks) / (time.perf_counter() - start)
 
 

@@ -161,7 +161,7 @@ def test_seconds_are_told_by_kernel():
     total = time.perf_counter() - start
     seconds = made.seconds_by_kernel()
     assert set(seconds) == {"rms_norm", "linear", "gated_activation"}
-    assert 0.0 < seconds["linear"] < sum(seconds.values()) < 1.01 * total
+    assert 0.0 < seconds["linear"] < sum(seconds.values()) < 1.1 * total
 
 
 FEWER_THREADS = """
