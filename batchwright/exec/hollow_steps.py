@@ -20,11 +20,14 @@ import torch
 
 from batchwright import techniques
 from batchwright.attention.backend import AttentionBackend
+from batchwright.attention.backends.numba import Backend
 from batchwright.clock import VirtualClock
 from batchwright.engine import Engine
 from batchwright.exec.layer_slice import NUM_LAYERS, LayerSlice, SliceSeconds
 from batchwright.exec.local import LocalExecutor
 from batchwright.exec.sim import SimExecutor
+from batchwright.exec.step_programs import RECORD_AT, StepPrograms
+from batchwright.kernels.parallel import ticks_per_second
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, windows_of_layers
 from batchwright.plan.cost import row_keys
 from batchwright.plan.shape import ModelShape
@@ -51,7 +54,7 @@ stands around the products counts, and in few layers it would find itself in the
 
 S_PER_STEP = 0.12
 MIN_STEPS = 3
-WARM_UP = 2
+WARM_UP = RECORD_AT + 1
 """Steps after which one of few tokens is a program."""
 NUM_DECODED = (16, 64)
 """Tokens of rows, in a short and in a long run of an engine without a model."""
@@ -199,6 +202,15 @@ class _Slice:
             max_model_len=self.far,
             vocab_size=shape.vocab_size,
         )
+        # A program keeps its weights, so as many as there are weights take turns. Where it cannot
+        # tell what its kernels take, steps are timed call by call.
+        self._programs: list[StepPrograms | None] = [None]
+        if isinstance(backend, Backend) and ticks_per_second():
+            kv_layers = self._executor._kv_layers
+            self._programs = [
+                StepPrograms(model, backend, kv_layers, group_of_layer)
+                for _ in range(self._part.num_turns)
+            ]
         for layer in self._executor._kv_layers:  # pages never written are not read from memory
             for values in (layer.keys, layer.values):  # type: ignore[attr-defined]
                 values[:] = 0.01
@@ -219,12 +231,19 @@ class _Slice:
         def execute() -> None:
             self._executor.execute(next(turns))
 
+        is_run = steps[0].num_tokens > MANY  # what it computes takes longer than reading weights
+        all_programs = self._programs[:1] if is_run else self._programs
         for _ in range(WARM_UP):
-            execute()
+            for programs in all_programs:
+                self._executor.programs = programs
+                self._part.seconds(execute)
         seconds: list[SliceSeconds] = []
         end = time.thread_time() + S_PER_STEP
-        while len(seconds) < MIN_STEPS or time.thread_time() < end:
-            seconds.append(self._part.seconds(execute, self._executor.programs))
+        for programs in itertools.cycle(all_programs):
+            self._executor.programs = programs
+            seconds.append(self._part.seconds(execute, programs))
+            if len(seconds) >= MIN_STEPS and time.thread_time() > end:
+                break
         return SliceSeconds(*(sorted(one)[len(one) // 2] for one in zip(*seconds, strict=True)))
 
     def close(self) -> None:

@@ -45,6 +45,8 @@ class LayerSlice:
         num_layers: those of the slice, if the model has as many.
         quantize: as in EngineConfig.
         form: how fp32 weights of the layers are stored, a key of FORM_BYTES.
+    Attributes:
+        num_turns: steps until weights are used again.
     """
 
     def __init__(
@@ -83,6 +85,10 @@ class LayerSlice:
             for dtype in {weight.dtype for weight in weights}
         }
         self._scales = self._pool([linear.scales for linear in self._linears])
+        self.num_turns = max(
+            pool.num_elements // sum(w.numel() for w in weights if w.dtype == dtype)
+            for dtype, pool in self._weights.items()
+        )
         self._take_weights()
         for index, layer in enumerate(layers):
             for module in layer.modules():
@@ -154,6 +160,10 @@ class _Pool:
     def __init__(self, num_elements: int, value: torch.Tensor) -> None:
         self._memory = value.repeat(num_elements)
         self._next = 0
+
+    @property
+    def num_elements(self) -> int:
+        return len(self._memory)
 
     def take(self, shape: torch.Size) -> torch.Tensor:
         if self._next + shape.numel() > len(self._memory):

@@ -27,6 +27,9 @@ taken between steps is much."""
 MAX_PROGRAMS = 32
 """Kept at a time. Rows of a batch end one by one: each number of them lasts for some steps."""
 
+RECORD_AT = 3
+"""Which step of as many tokens is recorded, for what a few later ones save."""
+
 PRODUCTS = ("linear", "int8_linear")
 ATTENTION = ("rotary_kv_write", "paged_attention")
 """Kernels, by what they are a part of."""
@@ -54,7 +57,7 @@ class StepPrograms:
         self._group_of_layer = group_of_layer
         self._memory = SharedMemory()
         self._can_record, self._is_checked = True, False
-        self._seen: set[int] = set()
+        self._seen: Counter[int] = Counter()
         self._programs: OrderedDict[int, _StepProgram] = OrderedDict()
         self._dropped_s: Counter[str] = Counter()
 
@@ -73,13 +76,20 @@ class StepPrograms:
         if program is not None:
             self._programs.move_to_end(num_tokens)
             return program.run(x, batch)
-        if num_tokens not in self._seen:  # it may be the only step of so many tokens
-            self._seen.add(num_tokens)
-            return None if self._is_checked else self._check(x, batch)
-        hidden, self._programs[num_tokens] = self._record(x, batch)
+        try:
+            if not self._is_checked:
+                return self._check(x, batch)
+            self._seen[num_tokens] += 1
+            if self._seen[num_tokens] < RECORD_AT:
+                return None
+            hidden, self._programs[num_tokens] = self._record(x, batch)
+        except CannotRecord:
+            self._can_record = False
+            return None
         if len(self._programs) > MAX_PROGRAMS:
-            _, oldest = self._programs.popitem(last=False)
-            self._dropped_s.update(oldest.program.seconds_by_kernel())
+            oldest, dropped = self._programs.popitem(last=False)
+            self._dropped_s.update(dropped.program.seconds_by_kernel())
+            del self._seen[oldest]
         return hidden
 
     def seconds_by_kernel(self) -> Counter[str]:
@@ -89,15 +99,12 @@ class StepPrograms:
             seconds.update(one.program.seconds_by_kernel())
         return seconds
 
-    def _check(self, x: torch.Tensor, batch: AttentionBatch) -> torch.Tensor | None:
-        """Compute a step and see whether others could be recorded."""
-        self._is_checked = True
+    def _check(self, x: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """Compute a step and see whether others can be recorded."""
         copy, attend = x.clone(), self._attend(self._backend.plan(batch))
-        try:
-            return check(lambda: self._model.through_layers(copy, attend))
-        except CannotRecord:
-            self._can_record = False
-            return None
+        hidden = check(lambda: self._model.through_layers(copy, attend))
+        self._is_checked = True
+        return hidden
 
     def _record(self, x: torch.Tensor, batch: AttentionBatch) -> tuple[torch.Tensor, _StepProgram]:
         """Compute a step, and remember how."""

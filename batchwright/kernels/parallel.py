@@ -10,7 +10,10 @@ each call of the loop.)
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -52,19 +55,24 @@ class Recorder(Protocol):
         ...
 
 
-_recorder: Recorder | None = None
+class _Recording(threading.local):
+    """A thread's recorder: other threads' calls are not for its program."""
+
+    recorder: Recorder | None = None
+
+
+_recording = _Recording()
 
 
 @contextmanager
 def recorded(recorder: Recorder) -> Iterator[None]:
-    """Tell a recorder, which must be the only one, of all calls made inside."""
-    global _recorder
-    assert _recorder is None
-    _recorder = recorder
+    """Tell a recorder, which must be the thread's only one, of all calls made inside."""
+    assert _recording.recorder is None
+    _recording.recorder = recorder
     try:
         yield
     finally:
-        _recorder = None
+        _recording.recorder = None
 
 
 def compile_task(function: Callable[[int, int, int], None]) -> Task:
@@ -86,8 +94,8 @@ def run_tasks(task: Task, num_tasks: int, *args: Any) -> None:
         args: must have exactly the types of the reader that the task uses.
     """
     _run_tasks(task.address, num_tasks, *args)
-    if _recorder is not None:
-        _recorder.add(task, num_tasks, args)
+    if _recording.recorder is not None:
+        _recording.recorder.add(task, num_tasks, args)
 
 
 def threads_for(work: int, work_per_thread: int) -> int:
@@ -95,7 +103,7 @@ def threads_for(work: int, work_per_thread: int) -> int:
 
     In a recorded call nobody has to be woken, and a 16th of the work is enough.
     """
-    if _recorder is not None:
+    if _recording.recorder is not None:
         work_per_thread = work_per_thread // 16 + 1
     return min(get_num_threads(), work // max(work_per_thread, 1) + 1)
 
@@ -103,16 +111,16 @@ def threads_for(work: int, work_per_thread: int) -> int:
 def scratch(shape: tuple[int, ...], dtype: Any) -> Any:
     """An array for what a call writes and only it and later calls read."""
     array = np.empty(shape, dtype)
-    if _recorder is not None:
-        _recorder.note(array)
+    if _recording.recorder is not None:
+        _recording.recorder.note(array)
     return array
 
 
 def zero_counters(count: int) -> Any:
     """[count] int64, zeros whenever the call that they are for begins."""
     counters = np.zeros(count, np.int64)
-    if _recorder is not None:
-        _recorder.note(counters, is_counter=True)
+    if _recording.recorder is not None:
+        _recording.recorder.note(counters, is_counter=True)
     return counters
 
 
@@ -289,7 +297,7 @@ def pause(typingctx: Any) -> Any:
         machine = platform.machine()
         if machine == "x86_64":
             _call_llvm(builder, ir.VoidType(), "llvm.x86.sse2.pause")
-        elif machine == "aarch64":
+        elif machine in ("aarch64", "arm64"):
             _call_llvm(builder, ir.VoidType(), "llvm.aarch64.hint", ir.IntType(32)(1))
         return context.get_dummy_value()
 
@@ -312,11 +320,25 @@ def read_ticks(typingctx: Any) -> Any:
     """int64: the processor's clock, of constant rate; 0 where there is none that may be read."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        counters = {"x86_64": "llvm.readcyclecounter", "aarch64": "llvm.readsteadycounter"}
-        name = counters.get(platform.machine())
-        return _call_llvm(builder, _I64, name) if name else _I64(0)
+        if platform.machine() != "x86_64":  # ARM's may not be read, or LLVM does not know it
+            return _I64(0)
+        return _call_llvm(builder, _I64, "llvm.readcyclecounter")
 
     return types.int64(), codegen
+
+
+@njit(cache=True)
+def _ticks():  # type: ignore[no-untyped-def]
+    return read_ticks()
+
+
+@functools.cache
+def ticks_per_second() -> float:
+    """Of `read_ticks`, measured for 20 ms; 0 where there is no such clock."""
+    _ticks()  # compiled or loaded
+    start, ticks = time.perf_counter(), _ticks()
+    time.sleep(0.02)
+    return float(_ticks() - ticks) / (time.perf_counter() - start)
 
 
 def read_only(array: Any) -> Any:

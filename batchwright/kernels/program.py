@@ -12,7 +12,6 @@ of the calls one by one: they are the same calls.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from batchwright.kernels.parallel import (
     read_ticks,
     recorded,
     store_arguments,
+    ticks_per_second,
     wait_for,
 )
 
@@ -65,12 +65,14 @@ class Program:
     Attributes:
         result: what the recorded function returned; overwritten by every run.
         kernels: names of the calls' kernels.
+        threads_come: False once a run has waited for threads that there are not.
     """
+
+    threads_come = True
 
     def __init__(self, calls: list[_Call], counters: Any, result: torch.Tensor) -> None:
         self.result = result
         self.kernels = [one.task.kernel for one in calls]
-        self._seconds = 0.0
         self._held = calls  # their arrays
         self._counters = counters
         self._state = np.zeros((3, CACHE_LINE_BYTES // 8), np.int64)
@@ -87,18 +89,16 @@ class Program:
         """Make all calls, one after the other."""
         self._counters[:] = 0
         self._state[:] = 0
-        start = time.perf_counter()
-        _run(self._calls, get_num_threads(), self._state)
-        self._seconds += time.perf_counter() - start
+        _run(self._calls, get_num_threads() if Program.threads_come else 1, self._state)
+        if self._state.flat[_TEAM] == _ALONE:
+            Program.threads_come = False
         return self.result
 
     def seconds_by_kernel(self) -> dict[str, float]:
         """What its runs took so far; waiting for threads counts as the call that is waited for."""
         seconds = dict.fromkeys(self.kernels, 0.0)
-        ticks = self._calls[:, TICKS]
-        total = max(int(ticks.sum()), 1)
-        for kernel, num in zip(self.kernels, ticks.tolist(), strict=True):
-            seconds[kernel] += self._seconds * num / total
+        for kernel, ticks in zip(self.kernels, self._calls[:, TICKS].tolist(), strict=True):
+            seconds[kernel] += ticks / ticks_per_second()
         return seconds
 
 
@@ -121,6 +121,9 @@ def record(
     is.
 
     The computation must be one that `check` lets pass.
+
+    Raises:
+        CannotRecord: it is not.
     """
     recorder = _Recorder()
     with recorded(recorder):
@@ -161,9 +164,15 @@ class _OnlyViews(TorchDispatchMode):
     """Refuses whatever torch computes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
+        result = func(*args, **(kwargs or {}))
+        # In inference mode there are operations here that may be views, such as reshape.
+        shared = {arg.untyped_storage().data_ptr() for arg in args if torch.is_tensor(arg)}
+        results = result if isinstance(result, list | tuple) else [result]
+        if not func.is_view or any(
+            part.untyped_storage().data_ptr() not in shared for part in results
+        ):
             raise CannotRecord(f"torch computes {func}")
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 class _Recorder:
@@ -201,7 +210,8 @@ class _Recorder:
     def program(self, result: torch.Tensor, memory: SharedMemory) -> Program:
         """The calls so far, with memory between them as small as can be."""
         view = self._view(result.numpy())
-        assert isinstance(view, _View), "the result lies in memory that was there before"
+        if not isinstance(view, _View):
+            raise CannotRecord("the result lies in memory that was there before")
         between = memory.of(_place([piece for piece in self._used if not piece.is_counter]))
         counters = _lines(_place_apart([piece for piece in self._used if piece.is_counter]))
 
@@ -266,7 +276,7 @@ _PATIENCE = 50_000_000
 """Pauses, some seconds, after which a thread that is still the only one does everything."""
 
 
-@njit(cache=True, parallel=True, error_model="numpy")
+@njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _run(calls: Any, num_threads: int, state: Any) -> None:
     flat = state.reshape(-1)
     if num_threads == 1:

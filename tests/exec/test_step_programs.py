@@ -1,9 +1,13 @@
 """Steps that run as programs have the bits of the same steps computed call by call."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from batchwright.engine import Engine
 from batchwright.exec import step_programs
+from batchwright.exec.step_programs import StepPrograms
 from tests.engine.harness import Run, mixed_job, run
 from tests.models.reference import TINY, make_checkpoint
 
@@ -64,6 +68,29 @@ def test_few_programs_are_kept(tmp_path, monkeypatch):
     (last,) = kept._programs.values()
     total, of_last = kept.seconds_by_kernel(), last.program.seconds_by_kernel()
     assert all(total[kernel] > seconds for kernel, seconds in of_last.items())
+
+
+class Interrupted:
+    """A model that torch computes, whose first step is interrupted."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def through_layers(self, x, attend):
+        self.steps += 1
+        if self.steps == 1:
+            raise KeyboardInterrupt
+        return x + 1.0
+
+
+def test_an_interrupted_first_step_checks_nothing():
+    model, backend = Interrupted(), SimpleNamespace(plan=lambda batch: None)
+    programs = StepPrograms(model, backend, [], [])
+    with pytest.raises(KeyboardInterrupt):
+        programs.run(torch.zeros(2, 3), None)
+    for _ in range(5):
+        assert programs.run(torch.zeros(2, 3), None) is None
+    assert model.steps == 2
 
 
 def test_an_unrecordable_model_is_tried_once(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ class LastingPlan:
 
     Attributes:
         plan: arrays as long as any such step needs. Items behind its last one have no entries;
-            num_pairs is that of the step that it was made for.
+            num_pairs is large, since any step may follow.
     """
 
     def __init__(self, plan: AttentionPlan, num_kv_heads: int) -> None:
@@ -132,7 +132,7 @@ class LastingPlan:
             np.zeros(num_tokens, np.int32),
             np.zeros(num_tokens, np.int32),
             np.zeros(num_tokens, np.int32),
-            plan.num_pairs,
+            2**31,
         )
         self.take_over(plan)
 
