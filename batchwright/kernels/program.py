@@ -163,6 +163,11 @@ class _Call(NamedTuple):
 class _OnlyViews(TorchDispatchMode):
     """Refuses whatever torch computes."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: True, torch's default, imports its compiler, which takes more than a second."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         # In inference mode there are operations here that may be views, such as reshape.

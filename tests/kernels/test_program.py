@@ -164,6 +164,20 @@ def test_seconds_are_told_by_kernel():
     assert 0.0 < seconds["linear"] < sum(seconds.values()) < 1.1 * total
 
 
+WHAT_IS_IMPORTED = """
+import sys
+from batchwright.kernels.program import check
+from tests.kernels.test_program import Chain
+check(Chain().compute)
+assert "torch._dynamo.eval_frame" not in sys.modules
+"""
+
+
+def test_a_check_imports_no_compiler():
+    """torch's own, more than a second of the start-up."""
+    subprocess.run([sys.executable, "-c", WHAT_IS_IMPORTED], check=True, timeout=120)
+
+
 FEWER_THREADS = """
 import torch
 from batchwright import kernels
