@@ -27,7 +27,7 @@ from batchwright.exec.layer_slice import NUM_LAYERS, LayerSlice, SliceSeconds
 from batchwright.exec.local import LocalExecutor
 from batchwright.exec.sim import SimExecutor
 from batchwright.exec.step_programs import RECORD_AT, StepPrograms
-from batchwright.kernels.parallel import ticks_per_second
+from batchwright.kernels.ticks import ticks_per_second
 from batchwright.kv.groups import BLOCK_SIZE, KVGroup, windows_of_layers
 from batchwright.plan.cost import row_keys
 from batchwright.plan.shape import ModelShape

@@ -46,7 +46,7 @@ class LayerSlice:
         quantize: as in EngineConfig.
         form: how fp32 weights of the layers are stored, a key of FORM_BYTES.
     Attributes:
-        num_turns: steps until weights are used again.
+        num_turns: steps until weights are used again, at least 1.
     """
 
     def __init__(
@@ -85,10 +85,8 @@ class LayerSlice:
             for dtype in {weight.dtype for weight in weights}
         }
         self._scales = self._pool([linear.scales for linear in self._linears])
-        self.num_turns = max(
-            pool.num_elements // sum(w.numel() for w in weights if w.dtype == dtype)
-            for dtype, pool in self._weights.items()
-        )
+        num_elements = sum(len(pool.memory) for pool in self._weights.values())
+        self.num_turns = max(1, num_elements // sum(weight.numel() for weight in weights))
         self._take_weights()
         for index, layer in enumerate(layers):
             for module in layer.modules():
@@ -113,17 +111,16 @@ class LayerSlice:
         start, clock_start = time.thread_time(), time.perf_counter()
         execute()
         total, clock_total = time.thread_time() - start, time.perf_counter() - clock_start
-        if programs:
-            in_program = programs.seconds_by_kernel()
-            in_program.subtract(before)
-            layers_s = sum(in_program.values()) * total / clock_total
-            if layers_s:
-                products_s = sum(in_program[one] for one in PRODUCTS) * total / clock_total
-                scale = self._num_layers / len(self._layer_s)
-                return SliceSeconds(
-                    products=scale * products_s,
-                    rest=total - layers_s + scale * (layers_s - products_s),
-                )
+        kernels = programs.seconds_by_kernel() if programs else Counter()
+        kernels.subtract(before)
+        if any(kernels.values()):  # by the clock, of which the thread had a part
+            layers_s = sum(kernels.values()) * total / clock_total
+            products_s = sum(kernels[one] for one in PRODUCTS) * total / clock_total
+            scale = self._num_layers / len(self._layer_s)
+            return SliceSeconds(
+                products=scale * products_s,
+                rest=total - layers_s + scale * (layers_s - products_s),
+            )
         others = slice(1, None) if len(self._layer_s) > 1 else slice(None)
         layer_s, product_s = _mean(self._layer_s[others]), _mean(self._product_s[others])
         once = total - len(self._layer_s) * layer_s
@@ -158,18 +155,14 @@ class _Pool:
     """Weights are cut from one piece of memory, one after another, and from its beginning again."""
 
     def __init__(self, num_elements: int, value: torch.Tensor) -> None:
-        self._memory = value.repeat(num_elements)
+        self.memory = value.repeat(num_elements)
         self._next = 0
 
-    @property
-    def num_elements(self) -> int:
-        return len(self._memory)
-
     def take(self, shape: torch.Size) -> torch.Tensor:
-        if self._next + shape.numel() > len(self._memory):
+        if self._next + shape.numel() > len(self.memory):
             self._next = 0
         start, self._next = self._next, self._next + shape.numel()
-        return self._memory[start : self._next].view(shape)
+        return self.memory[start : self._next].view(shape)
 
 
 def _time(module: nn.Module, into: list[float], index: int) -> None:

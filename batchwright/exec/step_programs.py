@@ -1,4 +1,4 @@
-"""Steps of few tokens on a CPU as programs: recorded once for each number of tokens, then re-run.
+"""Steps on a CPU as programs: recorded once for each number of tokens, then run again.
 
 See `kernels/program.py`. Models that do more than call our kernels (some norms, mixtures of
 experts, 16-bit models) cannot be recorded, which shows at the first try; they go on as before.
@@ -56,6 +56,7 @@ class StepPrograms:
         self._kv_layers = kv_layers
         self._group_of_layer = group_of_layer
         self._memory = SharedMemory()
+        self._x = torch.empty(0)
         self._can_record, self._is_checked = True, False
         self._seen: Counter[int] = Counter()
         self._programs: OrderedDict[int, _StepProgram] = OrderedDict()
@@ -108,7 +109,9 @@ class StepPrograms:
 
     def _record(self, x: torch.Tensor, batch: AttentionBatch) -> tuple[torch.Tensor, _StepProgram]:
         """Compute a step, and remember how."""
-        x, batch = x.clone(), _copy(batch)
+        if not len(self._x):  # pages that no step writes are not taken
+            self._x = torch.empty(MAX_TOKENS, x.shape[1], dtype=x.dtype)
+        x, batch = self._x[: len(x)].copy_(x), _copy(batch)
         plan = LastingStepPlan(batch)
         attend = self._attend(plan)
         hidden, program = record(lambda: self._model.through_layers(x, attend), self._memory)

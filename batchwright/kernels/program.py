@@ -17,29 +17,26 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numba import njit, prange
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchwright.kernels import get_num_threads
-from batchwright.kernels.parallel import (
-    Task,
+from batchwright.kernels.aligned import CACHE_LINE_BYTES, aligned_zeros
+from batchwright.kernels.arguments import store_arguments
+from batchwright.kernels.atomics import (
     add_done,
-    call,
     exchange_if_zero,
     load_acquire,
     pause,
-    read_ticks,
-    recorded,
-    store_arguments,
-    ticks_per_second,
     wait_for,
 )
+from batchwright.kernels.parallel import Task, call, recorded
+from batchwright.kernels.ticks import read_ticks, ticks_per_second
 
-CACHE_LINE_BYTES = 64
-
-ADDRESS, NUM_TASKS, ARGUMENTS, TICKS = range(4)
-"""Columns of a program's list of calls. Ticks of the processor's clock are added up."""
+ADDRESS, NUM_TASKS, ARGUMENTS = range(3)
+"""Columns of a program's list of calls."""
 
 
 class CannotRecord(Exception):
@@ -50,13 +47,13 @@ class SharedMemory:
     """What programs have between their calls; one for many, since one runs at a time."""
 
     def __init__(self) -> None:
-        self._lines = _lines(0)
+        self._memory = aligned_zeros((0,), np.uint8)
 
-    def of(self, num_bytes: int) -> Any:
-        """At least so many bytes, [num] int64. What was given out before stays what it is."""
-        if self._lines.nbytes < num_bytes:
-            self._lines = _lines(max(num_bytes, 2 * self._lines.nbytes))
-        return self._lines
+    def of(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """At least so many bytes. What was given out before stays what it is."""
+        if self._memory.nbytes < num_bytes:
+            self._memory = aligned_zeros((max(num_bytes, 2 * self._memory.nbytes),), np.uint8)
+        return self._memory
 
 
 class Program:
@@ -77,19 +74,25 @@ class Program:
         self._counters = counters
         self._state = np.zeros((3, CACHE_LINE_BYTES // 8), np.int64)
         sizes = [store_arguments(0, 0, *one.args) for one in calls]
-        self._arguments = _lines(sum(_up(size) for size in sizes))
-        self._calls = np.zeros((len(calls), 4), np.int64)
+        self._arguments = aligned_zeros((sum(_up(size) for size in sizes),), np.uint8)
+        self._calls = np.zeros((len(calls), 3), np.int64)
+        self._ticks = np.zeros(len(calls), np.int64)  # of the processor's clock, of all runs
         at = self._arguments.ctypes.data
         for line, size, one in zip(self._calls, sizes, calls, strict=True):
             store_arguments(at, size, *one.args)
-            line[:TICKS] = one.task.address, one.num_tasks, at
+            line[:] = one.task.address, one.num_tasks, at
             at += _up(size)
 
     def run(self) -> torch.Tensor:
         """Make all calls, one after the other."""
         self._counters[:] = 0
         self._state[:] = 0
-        _run(self._calls, get_num_threads() if Program.threads_come else 1, self._state)
+        _run(
+            self._calls,
+            get_num_threads() if Program.threads_come else 1,
+            self._state,
+            self._ticks,
+        )
         if self._state.flat[_TEAM] == _ALONE:
             Program.threads_come = False
         return self.result
@@ -97,7 +100,7 @@ class Program:
     def seconds_by_kernel(self) -> dict[str, float]:
         """What its runs took so far; waiting for threads counts as the call that is waited for."""
         seconds = dict.fromkeys(self.kernels, 0.0)
-        for kernel, ticks in zip(self.kernels, self._calls[:, TICKS].tolist(), strict=True):
+        for kernel, ticks in zip(self.kernels, self._ticks.tolist(), strict=True):
             seconds[kernel] += ticks / ticks_per_second()
         return seconds
 
@@ -151,7 +154,7 @@ class _View(NamedTuple):
     def within(self, memory: Any) -> np.ndarray:
         shape, dtype, strides = self.like
         offset = self.piece.offset + self.offset
-        return np.ndarray(shape, dtype, memory.view(np.uint8), offset, strides)
+        return np.ndarray(shape, dtype, memory, offset, strides)
 
 
 class _Call(NamedTuple):
@@ -218,7 +221,9 @@ class _Recorder:
         if not isinstance(view, _View):
             raise CannotRecord("the result lies in memory that was there before")
         between = memory.of(_place([piece for piece in self._used if not piece.is_counter]))
-        counters = _lines(_place_apart([piece for piece in self._used if piece.is_counter]))
+        counters = aligned_zeros(
+            (_place_apart([piece for piece in self._used if piece.is_counter]),), np.uint8
+        )
 
         def moved(arg: Any) -> Any:
             if not isinstance(arg, _View):
@@ -266,33 +271,26 @@ def _up(num_bytes: int) -> int:
     return -(-num_bytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
 
 
-def _lines(num_bytes: int) -> Any:
-    """Zeros, int64, that begin on a cache line."""
-    array = np.zeros(num_bytes // 8 + 2 * CACHE_LINE_BYTES // 8, np.int64)
-    start = -array.ctypes.data % CACHE_LINE_BYTES // 8
-    return array[start : start + _up(num_bytes) // 8]
-
-
 # --- running --------------------------------------------------------------------------------------
 
 _PRESENT, _TEAM, _DONE = (line * CACHE_LINE_BYTES // 8 for line in range(3))
 _TOGETHER, _ALONE = 1, 2
 _PATIENCE = 50_000_000
-"""Pauses, some seconds, after which a thread that is still the only one does everything."""
+"""Pauses, about a second on x86, after which a thread that is still alone does everything."""
 
 
 @njit(cache=True, parallel=True, nogil=True, error_model="numpy")
-def _run(calls: Any, num_threads: int, state: Any) -> None:
+def _run(calls: Any, num_threads: int, state: Any, ticks: Any) -> None:
     flat = state.reshape(-1)
     if num_threads == 1:
-        _go_through(calls, 0, 1, flat)
+        _go_through(calls, 0, 1, flat, ticks)
     else:
         for thread in prange(num_threads):
-            _join(calls, thread, num_threads, flat)
+            _join(calls, thread, num_threads, flat, ticks)
 
 
 @njit(error_model="numpy")
-def _join(calls: Any, thread: int, num_threads: int, state: Any) -> None:
+def _join(calls: Any, thread: int, num_threads: int, state: Any, ticks: Any) -> None:
     """Go through the calls when all threads are there.
 
     The loop may have been given fewer threads than it was asked to (OMP_THREAD_LIMIT): then they
@@ -305,15 +303,15 @@ def _join(calls: Any, thread: int, num_threads: int, state: Any) -> None:
         pause()
         patience -= 1
         if patience == 0 and exchange_if_zero(state, _TEAM, _ALONE) == 0:
-            _go_through(calls, 0, 1, state)
+            _go_through(calls, 0, 1, state, ticks)
             return
         team = load_acquire(state, _TEAM)
     if team == _TOGETHER:
-        _go_through(calls, thread, num_threads, state)
+        _go_through(calls, thread, num_threads, state, ticks)
 
 
 @njit(error_model="numpy")
-def _go_through(calls: Any, thread: int, num_threads: int, state: Any) -> None:
+def _go_through(calls: Any, thread: int, num_threads: int, state: Any, ticks: Any) -> None:
     begin = read_ticks()
     for i in range(len(calls)):
         num_tasks = calls[i, NUM_TASKS]
@@ -324,5 +322,5 @@ def _go_through(calls: Any, thread: int, num_threads: int, state: Any) -> None:
             wait_for(state, _DONE, (i + 1) * num_threads)
         if thread == 0:
             end = read_ticks()
-            calls[i, TICKS] += end - begin
+            ticks[i] += end - begin
             begin = end

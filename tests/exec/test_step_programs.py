@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from batchwright import kernels
 from batchwright.engine import Engine
 from batchwright.exec import step_programs
 from batchwright.exec.step_programs import StepPrograms
+from batchwright.kernels.program import NUM_TASKS
 from tests.engine.harness import Run, mixed_job, run
 from tests.models.reference import TINY, make_checkpoint
 
@@ -55,6 +57,21 @@ def test_settings(settings, tmp_path):
     programs, calls = both_ways(tmp_path, mixed_job(20), **settings)
     assert programs.logits == calls.logits
     assert num_programs(programs) > 0
+
+
+def test_attention_has_all_threads_however_short_the_recorded_rows_are(tmp_path):
+    """Other steps of as many tokens may have far more keys."""
+    make_checkpoint("llama", tmp_path)
+    one = run(tmp_path, mixed_job(20), max_num_seqs=6, num_threads=2)
+    for kept in one.engine._executor.programs._programs.values():
+        program = kept.program
+        tasks = program._calls[:, NUM_TASKS].tolist()
+        of_attention = {
+            number
+            for kernel, number in zip(program.kernels, tasks, strict=True)
+            if kernel == "paged_attention"
+        }
+        assert of_attention == {kernels.get_num_threads()}
 
 
 def test_few_programs_are_kept(tmp_path, monkeypatch):

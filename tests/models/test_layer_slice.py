@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +58,32 @@ def test_times_of_few_layers_are_those_of_all(config, monkeypatch):
     assert found.products == pytest.approx(NUM_LAYERS_OF_MODEL * 4)
     final_norm = 0.25
     assert found.rest == pytest.approx(NUM_LAYERS_OF_MODEL * 2 * 0.25 + final_norm + 5.0)
+
+
+def test_times_of_a_program_of_few_layers_are_those_of_all(config, monkeypatch):
+    """A step takes 10 s of the thread and 20 by the clock; 8 of these in products, 4 in norms."""
+    now, kernels = [0.0], Counter(linear=1.0, rms_norm=1.0)
+    clock = SimpleNamespace(thread_time=lambda: now[0], perf_counter=lambda: 2 * now[0])
+    monkeypatch.setattr(layer_slice, "time", clock)
+    part = LayerSlice(config, dtype=torch.float32, max_positions=64, max_tokens=8)
+
+    def execute():
+        now[0] += 10.0
+        kernels.update(linear=8.0, rms_norm=4.0)
+
+    programs = SimpleNamespace(seconds_by_kernel=lambda: Counter(kernels))
+    found = part.seconds(execute, programs)
+    scale = NUM_LAYERS_OF_MODEL / NUM_LAYERS
+    assert found.products == pytest.approx(scale * 4.0)
+    assert found.rest == pytest.approx(4.0 + scale * 2.0)
+
+
+@pytest.mark.parametrize("pool_bytes, num_turns", [(2**28, 2), (1, 1)])
+def test_weights_take_turns_in_the_memory_that_there_is(config, monkeypatch, pool_bytes, num_turns):
+    """Nine layers hold those of four twice; weights of large models are too large for any pool."""
+    monkeypatch.setattr(layer_slice, "POOL_BYTES", pool_bytes)
+    part = LayerSlice(config, dtype=torch.float32, max_positions=64, max_tokens=8)
+    assert part.num_turns == num_turns
 
 
 @pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "int4"])

@@ -6,7 +6,6 @@ model's dtype.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 
 from batchwright.attention.backend import AttentionBatch, view_numpy
 from batchwright.attention.spec import AttentionSpec
+from batchwright.kernels.aligned import aligned_zeros
 from batchwright.kernels.paged_attention.layout import cache_shapes, scales_of
 from batchwright.kernels.paged_attention.numba import paged_attention
 from batchwright.kernels.paged_attention.plan import (
@@ -113,17 +113,6 @@ def _make_plan(batch: AttentionBatch, key: _PlanKey) -> AttentionPlan:
     )
 
 
-def _zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> CacheArray:
-    """An array that begins on a cache line, so that vectors of 16 lanes lie in one line.
-
-    np.zeros takes pages only when they are first written.
-    """
-    itemsize = np.dtype(dtype).itemsize
-    memory = np.zeros(math.prod(shape) + 64 // itemsize, dtype)
-    start = -memory.ctypes.data % 64 // itemsize
-    return memory[start : start + math.prod(shape)].reshape(shape)
-
-
 class Backend:
     """The CPU backend; see `attention/backend.py` for the contract."""
 
@@ -142,7 +131,7 @@ class Backend:
             block_size,
             has_scales=self.stored_dtype is np.int8,
         )
-        return NumbaKV(*(_zeros(shape, self.stored_dtype) for shape in shapes))
+        return NumbaKV(*(aligned_zeros(shape, self.stored_dtype) for shape in shapes))
 
     def rows_per_load(self, num_q_heads: int, num_kv_heads: int) -> int:
         return tokens_per_item(num_q_heads, num_kv_heads)

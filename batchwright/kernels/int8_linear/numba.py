@@ -21,6 +21,8 @@ import numpy as np
 from numba import literally, njit, types
 
 from batchwright.errors import ShapeError
+from batchwright.kernels.arguments import argument_reader
+from batchwright.kernels.atomics import add_done, next_task, wait_for
 from batchwright.kernels.int8_linear.dot_tile import (
     PAIRS_256,
     PAIRS_512,
@@ -36,14 +38,10 @@ from batchwright.kernels.int8_linear.packing import BLOCK, GROUP, PANEL
 from batchwright.kernels.int8_linear.quantize import quantize_row
 from batchwright.kernels.parallel import (
     Task,
-    add_done,
-    argument_reader,
     compile_task,
-    next_task,
     run_tasks,
     scratch,
     threads_for,
-    wait_for,
     zero_counters,
 )
 
@@ -123,28 +121,23 @@ _read = argument_reader(
 
 
 def _work_vnni_512(i: int, n: int, at: int) -> None:
-    x, values, channels, out, q, scales, starts, chunks, counters = _read(at)
-    _work(VNNI_512, x, values, channels, out, q, scales, starts, chunks, counters)
+    _work(VNNI_512, _read(at))
 
 
 def _work_vnni_256(i: int, n: int, at: int) -> None:
-    x, values, channels, out, q, scales, starts, chunks, counters = _read(at)
-    _work(VNNI_256, x, values, channels, out, q, scales, starts, chunks, counters)
+    _work(VNNI_256, _read(at))
 
 
 def _work_pairs_512(i: int, n: int, at: int) -> None:
-    x, values, channels, out, q, scales, starts, chunks, counters = _read(at)
-    _work(PAIRS_512, x, values, channels, out, q, scales, starts, chunks, counters)
+    _work(PAIRS_512, _read(at))
 
 
 def _work_pairs_256(i: int, n: int, at: int) -> None:
-    x, values, channels, out, q, scales, starts, chunks, counters = _read(at)
-    _work(PAIRS_256, x, values, channels, out, q, scales, starts, chunks, counters)
+    _work(PAIRS_256, _read(at))
 
 
 def _work_plain(i: int, n: int, at: int) -> None:
-    x, values, channels, out, q, scales, starts, chunks, counters = _read(at)
-    _work(PLAIN, x, values, channels, out, q, scales, starts, chunks, counters)
+    _work(PLAIN, _read(at))
 
 
 _WORK = {
@@ -157,23 +150,13 @@ _WORK = {
 
 
 @njit(error_model="numpy")
-def _work(
-    way: Any,
-    x: Any,
-    values: Any,
-    channels: Any,
-    out: Any,
-    rows: Any,
-    scales: Any,
-    starts: Any,
-    chunks: int,
-    counters: Any,
-) -> None:
+def _work(way: Any, args: Any) -> None:
     """Take tasks until there are none left: runs of rows to quantise, then panels.
 
     A panel's task is one of `chunks` equal runs of rows. It waits for rows that others still
     quantise: those have been taken by workers that run, so nobody waits for ever.
     """
+    x, values, channels, out, rows, scales, starts, chunks, counters = args
     way = literally(way)
     num_rows, out_features = out.shape
     quantising = -(-num_rows // _ROWS_PER_TASK)

@@ -18,17 +18,11 @@ from llvmlite.binding import get_host_cpu_features
 from numba import config, literally, njit, types
 
 from batchwright.errors import ShapeError
+from batchwright.kernels.arguments import argument_reader
+from batchwright.kernels.atomics import next_task
 from batchwright.kernels.linear.packing import PANEL
 from batchwright.kernels.linear.panel_tile import BF16, FP16, FP32, INT4, INT8, fma_rows, widen
-from batchwright.kernels.parallel import (
-    Task,
-    argument_reader,
-    compile_task,
-    next_task,
-    run_tasks,
-    threads_for,
-    zero_counters,
-)
+from batchwright.kernels.parallel import Task, compile_task, run_tasks, threads_for, zero_counters
 
 WIDE_REGISTERS = "avx512f" in (
     config.CPU_FEATURES  # type: ignore[attr-defined]  # the user's own NUMBA_CPU_FEATURES
@@ -119,38 +113,32 @@ _read_int8, _read_int4 = _reader(types.int8), _reader(types.uint8)
 
 
 def _work_fp32(i: int, n: int, at: int) -> None:
-    x, values, scales, bias, out, chunks, counter = _read_fp32(at)
-    _work(FP32, x, values, scales, bias, out, chunks, counter)
+    _work(FP32, _read_fp32(at))
 
 
 def _work_bf16(i: int, n: int, at: int) -> None:
-    x, values, scales, bias, out, chunks, counter = _read_16_bits(at)
-    _work(BF16, x, values, scales, bias, out, chunks, counter)
+    _work(BF16, _read_16_bits(at))
 
 
 def _work_fp16(i: int, n: int, at: int) -> None:
-    x, values, scales, bias, out, chunks, counter = _read_16_bits(at)
-    _work(FP16, x, values, scales, bias, out, chunks, counter)
+    _work(FP16, _read_16_bits(at))
 
 
 def _work_int8(i: int, n: int, at: int) -> None:
-    x, values, scales, bias, out, chunks, counter = _read_int8(at)
-    _work(INT8, x, values, scales, bias, out, chunks, counter)
+    _work(INT8, _read_int8(at))
 
 
 def _work_int4(i: int, n: int, at: int) -> None:
-    x, values, scales, bias, out, chunks, counter = _read_int4(at)
-    _work(INT4, x, values, scales, bias, out, chunks, counter)
+    _work(INT4, _read_int4(at))
 
 
 _WORK = (_work_fp32, _work_bf16, _work_fp16, _work_int8, _work_int4)
 
 
 @njit(error_model="numpy")
-def _work(
-    form: Any, x: Any, values: Any, scales: Any, bias: Any, out: Any, chunks: int, counter: Any
-) -> None:
+def _work(form: Any, args: Any) -> None:
     """Take tasks, a panel and one of `chunks` equal runs of rows, until there are none left."""
+    x, values, scales, bias, out, chunks, counter = args
     form = literally(form)
     num_rows, out_features = out.shape
     wide = np.empty(0, np.float32)

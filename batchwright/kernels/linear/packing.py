@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from numba import njit, types
 
 from batchwright.kernels import get_num_threads
-from batchwright.kernels.parallel import Task, argument_reader, compile_task, run_tasks
+from batchwright.kernels.arguments import argument_reader
+from batchwright.kernels.parallel import Task, compile_task, run_tasks
 
 PANEL = 32
 

@@ -14,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from batchwright.kernels.aligned import CACHE_LINE_BYTES
 from batchwright.kernels.fma_tile import build_tile, load_bf16
 from batchwright.kernels.linear.packing import PANEL
 from batchwright.kernels.simd import _address, _splat
@@ -25,8 +26,6 @@ a weight is step * integer + lowest, rounded once."""
 AHEAD_BYTES = 4096
 """How far before its use values are asked for: with few rows they come from memory as fast as they
 are used, and the processor's own guesses end at every page."""
-
-CACHE_LINE_BYTES = 64
 
 _INTP, _I32, _I8 = (ir.IntType(bits) for bits in (64, 32, 8))
 _F32 = ir.FloatType()

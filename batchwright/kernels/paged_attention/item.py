@@ -14,6 +14,7 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_features
 from numba import njit
 
+from batchwright.kernels.aligned import CACHE_LINE_BYTES
 from batchwright.kernels.fma_tile import fma_tile, load_wide
 from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE as SUB
 from batchwright.kernels.paged_attention.online_softmax import RowState, weigh_tile
@@ -32,7 +33,6 @@ from batchwright.kernels.simd import (
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 F32 = np.float32
-CACHE_LINE = 64  # bytes
 FEW_ROWS = 16
 """Up to so many query rows make narrow keys and values fp32 as they use them, tile by tile; for
 more it is done once."""
@@ -187,7 +187,7 @@ def _attend_keys(
 def _prefetch(cache: Any, at: int, num_rows: int, width: int, stride: int) -> None:
     """Ask for the next keys or values, which lie somewhere else: the processor cannot guess it."""
     for row in range(num_rows):
-        for i in range(0, width, CACHE_LINE // cache.itemsize):
+        for i in range(0, width, CACHE_LINE_BYTES // cache.itemsize):
             prefetch(cache, at + row * stride + i)
 
 

@@ -16,19 +16,13 @@ import numpy as np
 from numba import njit, types
 
 from batchwright.errors import ShapeError
+from batchwright.kernels.arguments import argument_reader
+from batchwright.kernels.atomics import next_task
 from batchwright.kernels.paged_attention.item import attend_item
 from batchwright.kernels.paged_attention.layout import KEYS_PER_VECTOR_TILE, SCALE_ROWS
 from batchwright.kernels.paged_attention.online_softmax import RowState
 from batchwright.kernels.paged_attention.plan import TILE, AttentionPlan
-from batchwright.kernels.parallel import (
-    Task,
-    argument_reader,
-    compile_task,
-    next_task,
-    run_tasks,
-    threads_for,
-    zero_counters,
-)
+from batchwright.kernels.parallel import Task, compile_task, run_tasks, threads_for, zero_counters
 from batchwright.kernels.simd import LANES
 
 F32 = np.float32

@@ -13,14 +13,9 @@ import numpy as np
 from numba import njit, types
 
 from batchwright.errors import ShapeError
+from batchwright.kernels.arguments import argument_reader
 from batchwright.kernels.paged_attention.layout import SCALE_ROWS
-from batchwright.kernels.parallel import (
-    Task,
-    argument_reader,
-    compile_task,
-    run_tasks,
-    threads_for,
-)
+from batchwright.kernels.parallel import Task, compile_task, run_tasks, threads_for
 from batchwright.kernels.simd import (
     LANES,
     add,

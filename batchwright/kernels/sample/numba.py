@@ -17,14 +17,8 @@ import numpy as np
 from numba import from_dtype, njit, prange, types
 
 from batchwright.kernels import get_num_threads
-from batchwright.kernels.parallel import (
-    Task,
-    argument_reader,
-    compile_task,
-    own,
-    read_only,
-    run_tasks,
-)
+from batchwright.kernels.arguments import argument_reader
+from batchwright.kernels.parallel import Task, compile_task, own, read_only, run_tasks
 from batchwright.kernels.sample.adjust import adjust, is_adjusted
 from batchwright.kernels.sample.draw import draw
 from batchwright.kernels.sample.filters import NUM_BINS, top_k_cut, top_p_cut

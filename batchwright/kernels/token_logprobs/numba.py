@@ -17,14 +17,8 @@ import numpy as np
 from numba import njit, types
 
 from batchwright.kernels import get_num_threads
-from batchwright.kernels.parallel import (
-    Task,
-    argument_reader,
-    compile_task,
-    own,
-    read_only,
-    run_tasks,
-)
+from batchwright.kernels.arguments import argument_reader
+from batchwright.kernels.parallel import Task, compile_task, own, read_only, run_tasks
 from batchwright.kernels.sample.rowmath import (
     GROUP,
     exp2_32,
