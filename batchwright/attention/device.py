@@ -81,6 +81,7 @@ class DeviceAttention:
         block_size: tokens per block.
         dtype: of queries, and of keys and values as a layer gives them.
         device: where the kernels run.
+        kv_cache_dtype: see DeviceExecutor.
         num_programs: see plan_work; None: as many as the card wants.
         share_prefixes: attention to keys that rows share is computed once for them.
     """
@@ -93,6 +94,7 @@ class DeviceAttention:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_cache_dtype: str = "auto",
         num_programs: tuple[int, int] | None = None,
         share_prefixes: bool = True,
     ) -> None:
@@ -117,6 +119,7 @@ class DeviceAttention:
                 kind.head_dim,
                 dtype.itemsize,
                 architecture=architecture,
+                kv_cache_dtype=kv_cache_dtype,
             )
             for kind in self.kinds
         ]

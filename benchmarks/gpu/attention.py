@@ -3,7 +3,7 @@
 Shapes of Llama-3-8B in bf16 (32 query heads, 8 kv heads of 128, blocks of 64 with shuffled ids):
 decoding, chunked prefill, and decoding of rows with a shared prefix, computed once for all of them
 (Hydragen) and once for each. Beside them torch's scaled_dot_product_attention, and flash-attn where
-it is installed, over contiguous keys.
+it is installed, over contiguous keys. Some of the steps again with keys and values in 8 bits.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ PREFILL = [
 SHARED = [
     Work(rows, prefix + 255, 1, prefix) for prefix in (1024, 4096, 16384) for rows in (16, 64, 256)
 ]
+EIGHT_BITS = {
+    "prefill": [Work(1, 0, 2048), Work(1, 16384, 512), Work(16, 1024, 128)],
+    "decode": [Work(8, 16383), Work(64, 1023), Work(256, 1023), Work(256, 4095)],
+}
 TINY = Heads(num_q_heads=2, num_kv_heads=1, head_dim=16, block_size=16)
 
 
@@ -42,14 +46,17 @@ def run(timer: Timer, budget: Budget) -> dict[str, Any]:
         kinds = {
             "prefill": [Work(1, 10, 3)], "shared": [Work(2, 143, 1, 128)], "decode": [Work(2, 12)],
         }  # fmt: skip
-    pool = Pool(timer.device, num_tokens, heads, dtype)
     lines, left_out = [], 0
-    for kind, works in kinds.items():
-        for work in works:
-            if budget.is_spent() or not pool.holds(work):
-                left_out += 1
-                continue
-            lines.append(_line(timer, pool, kind, work, limits))
+    for cache in ("auto", "int8", "fp8"):
+        pool = Pool(timer.device, num_tokens, heads, dtype, kv_cache_dtype=cache)
+        for kind, works in kinds.items():
+            for work in works:
+                if budget.is_spent() or not pool.holds(work):
+                    left_out += 1
+                    continue
+                lines.append({"keys": cache} | _line(timer, pool, kind, work, limits))
+        kinds = kinds if timer.device == "cpu" else EIGHT_BITS
+        del pool
     return {"ceilings": limits, "lines": lines, "left_out": left_out}
 
 
@@ -64,6 +71,8 @@ def _line(
     if work.shared:
         calls = pool.paged_calls(work, share=False)
         line["each row alone"] = measure(timer, pool, work, limits, calls, share=False)
+    if pool.k.dtype != pool.dtype:
+        return line
     rivals: dict[str, Callable[[Work], list[Call]]] = {"torch": pool.torch_calls}
     if _has_flash_attn():
         rivals["flash-attn"] = lambda work: _flash_attn_calls(pool, work)
@@ -108,7 +117,7 @@ def table(found: dict[str, Any]) -> str:
     """One line per step."""
     lines = [f"{name}: {value:.4g}" for name, value in found["ceilings"].items()]
     lines.append(
-        f"{'':8}{'rows':>5}{'new':>6}{'context':>8}{'shared':>7}{'us':>10}{'GB/s':>7}{'TFLOP/s':>8}"
+        f"{'':13}{'rows':>5}{'new':>6}{'context':>8}{'shared':>7}{'us':>10}{'GB/s':>7}{'TFLOP/s':>8}"
         f"{'of bound':>9}  times as long"
     )
     for line in found["lines"]:
@@ -121,7 +130,7 @@ def table(found: dict[str, Any]) -> str:
             if name in line
         ]
         lines.append(
-            f"{line['kind']:8}{line['rows']:5}{line['new']:6}{line['context']:8}{line['shared']:7}"
+            f"{line['kind']:8}{line['keys']:5}{line['rows']:5}{line['new']:6}{line['context']:8}{line['shared']:7}"
             f"{ours['us']:10.1f}{ours['gb_per_s']:7.0f}{ours['tflops']:8.1f}"
             f"{ours['share_of_bound']:9.1%}  {', '.join(others)}"
         )

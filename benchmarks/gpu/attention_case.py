@@ -76,7 +76,7 @@ class AttentionProblem:
             case.head_dim,
             self.q.element_size(),
             architecture=architecture(self.q.device.type),
-            cache_bytes=self.k_cache.element_size(),
+            kv_cache_dtype=self.case.cache or "auto",
         )
         work = plan_work(
             self.cu_seqlens_q,

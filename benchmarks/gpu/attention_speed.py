@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchwright.exec.device.kv_memory import EIGHT_BIT_DTYPES
 from batchwright.kernels.paged_attention.shared_nodes import SharedNode
 from batchwright.kernels.paged_attention.tiling import Tiling, choose_tiling
 from batchwright.kernels.paged_attention.triton import paged_attention, to_device
@@ -67,12 +68,25 @@ class Work:
 class Pool:
     """Random keys and values, and steps laid out in them."""
 
-    def __init__(self, device: str, num_tokens: int, heads: Heads, dtype: torch.dtype) -> None:
-        self.heads, self.device = heads, device
+    def __init__(
+        self,
+        device: str,
+        num_tokens: int,
+        heads: Heads,
+        dtype: torch.dtype,
+        *,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
+        self.heads, self.device, self.dtype = heads, device, dtype
+        self.kv_cache_dtype = kv_cache_dtype
         self.num_blocks = num_tokens // heads.block_size
         shape = (self.num_blocks, heads.num_kv_heads, heads.block_size, heads.head_dim)
-        self.k = torch.randn(shape, device=device, dtype=dtype)
-        self.v = torch.randn(shape, device=device, dtype=dtype)
+        stored = EIGHT_BIT_DTYPES.get(kv_cache_dtype, dtype)
+        self.k, self.v = (_random(shape, stored, device) for _ in "kv")
+        self.scales: tuple[torch.Tensor, torch.Tensor] | None = None
+        if stored == torch.int8:
+            k_scales, v_scales = (torch.rand(shape[:3], device=device) / 64 for _ in "kv")
+            self.scales = k_scales, v_scales
         self._rng = np.random.default_rng(0)
 
     def holds(self, work: Work) -> bool:
@@ -112,7 +126,9 @@ class Pool:
         """Calls of our kernels that do the step, each over blocks of its own."""
         heads = self.heads
         if tiling is None:
-            tiling = usual_tiling(heads, self.k.element_size(), self.device)
+            tiling = usual_tiling(
+                heads, self.dtype.itemsize, self.device, kv_cache_dtype=self.kv_cache_dtype
+            )
         num_rows, num_new = work.num_rows, work.num_new
         narrow, wide = programs_per_multiprocessor
         multiprocessors = _num_multiprocessors(self.device)
@@ -129,7 +145,7 @@ class Pool:
         )
         on_device = to_device(plan, self.device)
         shape = (num_rows * num_new, heads.num_q_heads, heads.head_dim)
-        q = torch.randn(shape, device=self.device, dtype=self.k.dtype)
+        q = torch.randn(shape, device=self.device, dtype=self.dtype)
         out, lse = torch.empty_like(q), torch.empty(shape[:2], device=self.device)
         partials = (
             torch.empty((plan.total_partials, *shape[1:]), device=self.device),
@@ -139,7 +155,7 @@ class Pool:
         def call(table: torch.Tensor) -> Callable[[], None]:
             return lambda: paged_attention(
                 q, self.k, self.v, table, on_device, tiling=tiling, scale=heads.head_dim**-0.5,
-                out=out, lse=lse, partials=partials,
+                out=out, lse=lse, partials=partials, scales=self.scales,
             )  # fmt: skip
 
         tables = self.block_tables(work, self.num_copies(work))
@@ -179,6 +195,14 @@ class Pool:
         return [call(i) for i in range(copies)]
 
 
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape, dtype=dtype, device=device)
+    if dtype.itemsize == 1:  # torch draws no such numbers
+        return torch.randn(shape, device=device, dtype=torch.bfloat16).to(dtype)
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
 def measure(
     timer: Timer,
     pool: Pool,
@@ -196,7 +220,7 @@ def measure(
     tokens = work.stored_tokens if share else work.num_rows * work.length
     heads, element_bytes = pool.heads, pool.k.element_size()
     queries = 2 * work.num_rows * work.num_new * heads.num_q_heads * heads.head_dim
-    step_bytes = tokens * heads.kv_bytes(element_bytes) + queries * element_bytes
+    step_bytes = tokens * heads.kv_bytes(element_bytes) + queries * pool.dtype.itemsize
     bytes_s = step_bytes / limits["copy_bytes_per_s"]
     flops_s = work.flops(heads) / limits["matrix_flops_per_s"]
     return {
@@ -210,11 +234,16 @@ def measure(
     }
 
 
-def usual_tiling(heads: Heads, element_bytes: int, device: str) -> Tiling:
+def usual_tiling(
+    heads: Heads, element_bytes: int, device: str, *, kv_cache_dtype: str = "auto"
+) -> Tiling:
     """What the engine would take on this card."""
-    group_size = heads.num_q_heads // heads.num_kv_heads
     return choose_tiling(
-        group_size, heads.head_dim, element_bytes, architecture=architecture(device)
+        heads.num_q_heads // heads.num_kv_heads,
+        heads.head_dim,
+        element_bytes,
+        architecture=architecture(device),
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 

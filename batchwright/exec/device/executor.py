@@ -167,6 +167,7 @@ class DeviceExecutor:
             block_size=block_size,
             dtype=self._dtype,
             device=self._device,
+            kv_cache_dtype=kv_cache_dtype,
             num_programs=num_programs,
             share_prefixes=share_prefixes,
         )

@@ -5,9 +5,9 @@ Decoding is bound by bandwidth: 16 query rows, the least that a tensor core take
 of four warps, and several programs on a multiprocessor take turns at products and softmax.
 Products of fp32 run on plain cores, in small tiles: tensor cores would round factors to tf32.
 
-Measured: 2-byte numbers and head_dim 128 on sm_90, an H200 (benchmarks/results/2026-11-26-gpu-h200-
-tune.json). All other shapes are derived and were only compiled and checked,
-those of 8-bit caches only compiled, and checked in the interpreter.
+Measured: 2-byte queries and head_dim 128 on sm_90, an H200 (benchmarks/results/2026-11-26-gpu-h200-
+tune.json, 8-bit caches in 2026-11-27-gpu-h200-tune-forms.json). All other shapes are derived and
+were only compiled and checked.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def choose_tiling(
     element_bytes: int,
     *,
     architecture: int = 90,
-    cache_bytes: int | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Tiling:
     """Tile shapes for a layer.
 
@@ -61,7 +61,7 @@ def choose_tiling(
         head_dim: at most 256.
         element_bytes: of queries: 2 or 4.
         architecture: ten times the compute capability, such as 80, 89 or 90.
-        cache_bytes: of keys and values: 1, or None for those of queries.
+        kv_cache_dtype: of keys and values: "int8", "fp8" or else that of queries.
     Raises:
         ShapeError: the group or the head is too large.
     """
@@ -93,12 +93,17 @@ def choose_tiling(
         narrow, wide = TileShape(16, 64, 4, 5), TileShape(128, 64, 8, wide_stages)
     else:
         narrow, wide = TileShape(16, 128, 4, 5), TileShape(128, 128, 8, wide_stages)
-    if cache_bytes == 1:  # widened in registers, of which some of the shapes above have too few
+    if kv_cache_dtype in ("int8", "fp8"):  # widened in registers; some shapes above have too few
         if element_bytes == 4:
             narrow, wide = TileShape(16, 16, 4, 1), TileShape(16, 16, 8, 1)
-        elif head_dim > 64:
-            num_keys = 32 if head_dim > 128 else 64
-            narrow, wide = TileShape(16, num_keys, 4, 3), TileShape(64, num_keys, 8, 3)
+        elif head_dim > 128:
+            narrow, wide = TileShape(16, 32, 4, 3), TileShape(64, 32, 8, 3)
+        elif head_dim > 64 and architecture // 10 == 9:
+            # Few warps: 256 rows of 1,024 keys in fp8 took 214 us with 4, 169 with 2 and 141 with
+            # 1, in int8 271, 190 (64 keys) and 173 (32); in bf16 252. A prompt of 2,048 tokens with
+            # 8 and with 4: fp8 306 and 140 us, int8 351 and 193; in bf16 95.
+            num_keys, num_stages = (64, 3) if kv_cache_dtype == "fp8" else (32, 4)
+            narrow, wide = TileShape(16, num_keys, 1, num_stages), TileShape(64, 64, 4, 5)
         else:
             narrow, wide = TileShape(16, 64, 4, 3), TileShape(64, 64, 8, 3)
     return Tiling(_hold(narrow, group_size), _hold(wide, group_size))

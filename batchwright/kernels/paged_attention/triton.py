@@ -96,7 +96,8 @@ def paged_attention(
 
     fp32 products are exact fp32 (no tf32); bf16 and fp16 products are summed in fp32. Level
     *rounding*; given 8-bit caches as they are (to store keys so is lossy), 8-bit numbers are exact
-    in q's dtype, scales of keys multiply scores, and those of values the weights, in fp32.
+    in q's dtype, scales of keys multiply scores, and those of values the weights, in fp32. With
+    e4m3 caches bf16 queries become fp16, which holds them exactly between 2^-14 and 65,504.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     _, num_kv_heads, _, k_dim = k_cache.shape
@@ -243,6 +244,9 @@ def _attend(
         mask=live[:, None] & (d < HEAD_DIM)[None, :],
         other=0.0,
     )
+    if q.dtype.element_ty == tl.bfloat16 and k_cache.dtype.element_ty == tl.float8e4nv:
+        # e4m3 to fp16 is one instruction of the card, to bf16 a dozen; both are exact
+        q_rows = q_rows.to(tl.float16)
     top = tl.full([ROWS], float("-inf"), tl.float32)  # largest score so far
     total = tl.zeros([ROWS], tl.float32)  # sum of exp2(score - top)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)  # sum of weighted values
