@@ -21,6 +21,8 @@ DEVICES = ("auto", "cpu", "cuda")
 AUTO_ORDER = "auto"
 KV_BACKENDS = {"bfloat16": "numba_bf16", "int8": "numba_int8"}
 """A CPU's attention backends that keep keys and values in fewer bits, by kv_cache_dtype."""
+QUANTIZED = {"int8": ("cpu", "float32"), "fp8": ("cuda", "bfloat16")}
+"""Number formats of products: the device that has them, and what they take and give there."""
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8")
 
 _COUNTS = (
@@ -45,8 +47,8 @@ class EngineConfig:
         device: "auto", "cpu" or "cuda" (NVIDIA cards); auto is cuda where there is one.
         dtype: "auto", "float32" or "bfloat16"; auto is bfloat16 on a GPU, and float32 on a CPU,
             where bf16 products run at a tenth of the speed without AVX-512 or AMX.
-        quantize: "int8": products have int8 weights and activations, lossy (docs/int8.md), on a
-            CPU alone; None: they have the model's dtype.
+        quantize: products with narrow weights and activations, lossy: "int8" on a CPU
+            (docs/int8.md), "fp8" on a GPU (docs/gpu.md); None: they have the model's dtype.
         max_model_len: most tokens of a sequence, prompt and output.
         max_num_seqs: sequences that run at once, in each replica.
         max_num_batched_tokens: tokens computed per step, in each replica.
@@ -129,10 +131,15 @@ class EngineConfig:
                 "device is cuda, but torch finds no NVIDIA card; install torch with CUDA and a "
                 "driver, or leave device out"
             )
-        if self.quantize and self.device == "auto" and has_gpu:
+        if self.quantize == "int8" and self.device == "auto" and has_gpu:
             problems.append(
-                f"quantize is {self.quantize}, which is for the CPU, and there is a GPU; set "
-                "device to cpu (--device cpu) or leave quantize out"
+                "quantize is int8, which is for the CPU, and there is a GPU; set device to cpu "
+                "(--device cpu), or quantize to fp8"
+            )
+        if self.quantize == "fp8" and self.device == "auto" and not has_gpu:
+            problems.append(
+                "quantize is fp8, which is for GPUs, and torch finds none; use int8 on the CPU, or "
+                "leave it out"
             )
         if problem := self._wrong_kv_cache_dtype(self.uses_gpu(has_gpu)):
             problems.append(problem)
@@ -238,18 +245,22 @@ class EngineConfig:
             problems.append(f"device is {self.device!r}, must be one of {', '.join(DEVICES)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype is {self.dtype!r}, must be auto, float32 or bfloat16")
-        if self.quantize not in (None, "int8"):
-            problems.append(f"quantize is {self.quantize!r:.60}, must be int8 or None")
-        elif self.quantize and self.dtype not in ("auto", "float32"):
+        if self.quantize not in (None, *QUANTIZED):
             problems.append(
-                f"quantize is {self.quantize} and dtype {self.dtype}; int8 products take and give "
-                "float32, so leave dtype out"
+                f"quantize is {self.quantize!r:.60}, must be {' or '.join(QUANTIZED)}, or None"
             )
-        elif self.quantize and self.device == "cuda":
-            problems.append(
-                f"quantize is {self.quantize}, which is for the CPU, and device is cuda; leave one "
-                "of them out"
-            )
+        elif self.quantize:
+            device, dtype = QUANTIZED[self.quantize]
+            if self.dtype not in ("auto", dtype):
+                problems.append(
+                    f"quantize is {self.quantize} and dtype {self.dtype}; {self.quantize} products "
+                    f"take and give {dtype}, so leave dtype out"
+                )
+            if self.device not in ("auto", device):
+                problems.append(
+                    f"quantize is {self.quantize}, which is for {device}, and device is "
+                    f"{self.device}; leave one of them out"
+                )
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             problems.append(
                 f"kv_cache_dtype is {self.kv_cache_dtype!r:.60}, must be one of "

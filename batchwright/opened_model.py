@@ -71,10 +71,12 @@ class OpenedModel:
             if self.dtype == torch.float32 and self.config.device == "cpu":
                 return stored_bytes(self.checkpoint)
             return shape.num_params * self.dtype.itemsize
+        table, itemsize = shape.vocab_size * shape.hidden_size, self.dtype.itemsize
+        num_tables = 1 if config["tie_word_embeddings"] else 2
+        if self.config.quantize == "fp8":  # a byte each, but for embeddings and head
+            return shape.num_params + num_tables * table * (itemsize - 1)
         # A byte each; an embedding table in fp32 besides, where it is the output head's too.
-        embedding = self.dtype.itemsize * shape.vocab_size * shape.hidden_size
-        own_table = 0 if config["tie_word_embeddings"] else shape.vocab_size * shape.hidden_size
-        return shape.num_params - own_table + embedding
+        return shape.num_params - (num_tables - 1) * table + itemsize * table
 
     def identity(self) -> dict[str, Any]:
         """What answers depend on besides the rows; see `answer_identity`."""
@@ -100,6 +102,8 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
     free_memory_bytes = available_memory_bytes()
     if engine_config.uses_gpu(has_gpu()):  # about: the engine measures what a step takes
         itemsize = 4 if engine_config.dtype == "float32" else 2
+        if engine_config.quantize == "fp8":
+            itemsize = 1
         free_memory_bytes = int(GPU_KV_SHARE * (free_bytes() - shape.num_params * itemsize / size))
     config = engine_config.resolve(
         context_length=model_config["max_position_embeddings"],
@@ -201,4 +205,6 @@ def _quantisation(config: ResolvedConfig) -> dict[str, Any]:
     """Jobs without any have no such entry."""
     if config.quantize is None:
         return {}
+    if config.quantize == "fp8":
+        return {"quantize": "fp8"}
     return {"quantize": config.quantize, "activation_bits": activation_bits()}

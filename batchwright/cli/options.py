@@ -30,6 +30,7 @@ class QuantizeName(StrEnum):
     """Number format of products."""
 
     int8 = "int8"
+    fp8 = "fp8"
 
 
 class KVCacheDtypeName(StrEnum):
@@ -125,7 +126,9 @@ Device = Annotated[
 ]
 Quantize = Annotated[
     QuantizeName | None,
-    typer.Option(help="Products in int8 on the CPU: faster, less memory, lossy; docs/int8.md."),
+    typer.Option(
+        help="Products in int8 on the CPU or fp8 on GPUs: faster, less memory, lossy; docs/int8.md."
+    ),
 ]
 KVCacheDtype = Annotated[
     KVCacheDtypeName,

@@ -93,10 +93,13 @@ def _gpu_cost(shape: ModelShape, config: ResolvedConfig) -> CostModel:
     if not known:
         logger.info("no profile of %s: orders are tried as on an %s", name, profile.name)
     itemsize = getattr(torch, config.dtype).itemsize
-    hardware = device_hardware(profile, shape, itemsize, num_devices=config.tensor_parallel_size)
+    is_fp8 = config.quantize == "fp8"
+    hardware = device_hardware(
+        profile, shape, itemsize, num_devices=config.tensor_parallel_size, fp8=is_fp8
+    )
     dtype, head_dim = getattr(torch, config.dtype), shape.attention[0].head_dim
     kv_bytes = element_bytes(config.kv_cache_dtype, dtype, head_dim)
-    return CostModel(shape, hardware, itemsize, kv_bytes, 16, config.block_size)
+    return CostModel(shape, hardware, 1 if is_fp8 else itemsize, kv_bytes, 16, config.block_size)
 
 
 def with_useful_swap(config: ResolvedConfig, shape: ModelShape) -> ResolvedConfig:

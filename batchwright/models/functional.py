@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from batchwright.kernels.fp8_linear import naive as fp8_naive
 from batchwright.kernels.gated_activation import numba as activation_kernel
 from batchwright.kernels.parallel import scratch
 from batchwright.kernels.rms_norm import numba as norm_kernel
@@ -63,6 +64,15 @@ def add_rms_norm(
         return out, residual
     total = residual + x
     return rms_norm(total, weight, eps), total
+
+
+def fp8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x W^T + b with weights in e4m3, and x quantised row by row; see kernels/fp8_linear."""
+    kernel = _gpu("fp8_linear") if x.is_cuda else fp8_naive
+    y: torch.Tensor = kernel.fp8_linear(x, weight, scales, bias)
+    return y
 
 
 def relu(x: torch.Tensor) -> torch.Tensor:

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from batchwright.errors import ConfigError
+from batchwright.kernels.fp8_linear import naive as fp8_naive
 from batchwright.kernels.int8_linear import numba as int8_kernel
 from batchwright.kernels.int8_linear import packing as int8_packing
 from batchwright.kernels.linear import numba as linear_kernel
 from batchwright.kernels.linear.packing import NO_SCALES, PackedWeight, pack, packed_rows
 from batchwright.kernels.parallel import scratch
-from batchwright.models.functional import add_rms_norm, rms_norm
+from batchwright.models.functional import add_rms_norm, fp8_linear, rms_norm
 from batchwright.tensor_parallel.ranks import Ranks
 
 _NOTHING = torch.empty(0)
@@ -61,14 +62,14 @@ class Linear(nn.Module):
 
     Shapes: x [num_tokens, in_features], y [num_tokens, sum of widths], x's dtype.
     Attributes:
-        weight: [out_features, in_features]; after `hold` or `quantize`, in the layout of our own
-            CPU kernels, with more dimensions. On one of several ranks all sizes are its own.
-        scales: of a held weight.
+        weight: [out_features, in_features]; after `hold` or `quantize_int8`, in the layout of our
+            own CPU kernels, with more dimensions. On one of several ranks all sizes are its own.
+        scales: of a held weight, or of one in fp8, [out_features, 1].
         reuses_output: whether y of a held weight is the same memory at every call. For an output
             head, whose logits are used up before the next: memory of their size is given back to
             the system and taken again, a page at a time, if nobody keeps it.
 
-    Level bits when packed, quantised or not: a row of y does not depend on the other rows (contract
+    Level bits when packed, in int8 or not: a row of y does not depend on the other rows (contract
     1). torch's own products, which compute all others, do not promise that.
     """
 
@@ -149,7 +150,27 @@ class Linear(nn.Module):
         start, end = self.ranks.span(whole.shape[1])
         return whole[:, start:end]
 
-    def quantize(self) -> None:
+    def quantize_fp8(self) -> None:
+        """Make the weight e4m3, for good; lossy (`kernels/fp8_linear`). An exact one stays.
+
+        Raises:
+            ConfigError: tensor cores cannot take its sizes.
+        """
+        if self.exact:
+            return
+        if (
+            self.in_features % fp8_naive.SIZE_MULTIPLE
+            or self.out_features % fp8_naive.SIZE_MULTIPLE
+        ):
+            raise ConfigError(
+                f'quantize "fp8" needs sizes that are multiples of {fp8_naive.SIZE_MULTIPLE}, and '
+                f"this model has a product of {self.in_features} inputs and {self.out_features} "
+                "outputs; leave quantize out"
+            )
+        values, self.scales = fp8_naive.quantize_rows(self.weight)
+        self.weight = nn.Parameter(values, requires_grad=False)
+
+    def quantize_int8(self) -> None:
         """Make the weight int8, for good; lossy (`kernels/int8_linear`). An exact one is packed.
 
         Raises:
@@ -179,6 +200,8 @@ class Linear(nn.Module):
         return y if self._combine is None else self._combine(y)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype == fp8_naive.FP8:
+            return fp8_linear(x, self.weight, self.scales, self.bias)
         if self.weight.ndim == 2:
             return F.linear(x, self.weight, self.bias)
         out = self._empty(x.shape[0])

@@ -128,8 +128,8 @@ def load_model(
             embeddings stay as narrow as they are stored.
         max_positions: longest context; rotary tables cover it.
         device: where the parameters shall be; each is copied there as it is read.
-        quantize: "int8": products have int8 weights (lossy), except a router's; embeddings keep
-            their values.
+        quantize: "int8" or "fp8": products have such weights (lossy), except a router's, and with
+            fp8 the output head's; embeddings keep their values.
         ranks: those that have the model together; only this one's part is read.
     Raises:
         UnsupportedModelError: unknown architecture or setting.
@@ -152,7 +152,7 @@ def load_model(
     for module_name, module in model.named_modules():
         if is_tied and module is head:
             continue
-        holds = packs and not quantize and isinstance(module, Linear | Embedding)
+        holds = packs and quantize is None and isinstance(module, Linear | Embedding)
         for name, parameter in sorted(module.named_parameters(recurse=False)):  # biases first
             is_held = holds and name == "weight"
             narrow = is_held and ranks is None  # blocks of integers are not divided
@@ -165,10 +165,10 @@ def load_model(
                 value = _join(parts, parameter.shape, dtype, device)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         if quantize and isinstance(module, Linear) and module is not head:
-            module.quantize()
+            _QUANTIZE[quantize](module)
     if config["tie_word_embeddings"]:
         _tie(model, head)
-    if quantize:
+    if quantize == "int8":
         _quantize_head(model, head)
     if ranks is None or ranks.rank == 0:
         _warn_of_unused(sorted(set(source.names()) - used), model)
@@ -293,9 +293,12 @@ def _same_values(head: Linear, table: Embedding) -> bool:
     return all(torch.equal(head.rows(ids), table.rows(ids)) for ids in parts)
 
 
+_QUANTIZE = {"int8": Linear.quantize_int8, "fp8": Linear.quantize_fp8}
+
+
 def _quantize_head(model: CausalLM, head: Linear) -> None:
     """The output head, whose values the embeddings may share: these keep them as they are."""
-    head.quantize()
+    head.quantize_int8()
     for module in model.modules():
         if isinstance(module, Embedding):
             module.narrow()

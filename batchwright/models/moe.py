@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from batchwright.kernels.fp8_linear.naive import FP8
 from batchwright.models.layers import Combine, Linear, Parallel
 from batchwright.models.llama import MLP
 from batchwright.tensor_parallel.ranks import Ranks
@@ -51,6 +52,7 @@ class SparseMoE(nn.Module):
         self.top_k = top_k
         self.renormalise = renormalise
         self.stacked: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.stacked_scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, hidden_size] -> the same shape and dtype; weighted and summed in fp32."""
@@ -64,7 +66,9 @@ class SparseMoE(nn.Module):
     def _mixture(self, x: torch.Tensor) -> torch.Tensor:
         weights, experts = route(self.gate(x), self.top_k, renormalise=self.renormalise)
         if self.stacked is not None:
-            return _gpu_kernel().expert_mlp(x, experts, weights, *self.stacked)
+            return _gpu_kernel().expert_mlp(
+                x, experts, weights, *self.stacked, scales=self.stacked_scales
+            )
         outputs = self.outputs(x, experts).unflatten(0, experts.shape)
         total = outputs[:, 0].float() * weights[:, :1]
         for rank in range(1, self.top_k):
@@ -77,10 +81,11 @@ class SparseMoE(nn.Module):
         The experts' own parameters become views of it, so nothing is held twice.
         """
         experts = [expert for expert in self.experts if isinstance(expert, MLP)]
-        self.stacked = (
-            _stack([expert.gate_up_proj for expert in experts]),
-            _stack([expert.down_proj for expert in experts]),
-        )
+        ups = [expert.gate_up_proj for expert in experts]
+        downs = [expert.down_proj for expert in experts]
+        self.stacked = _stack(ups), _stack(downs)
+        if ups[0].weight.dtype == FP8:
+            self.stacked_scales = _stacked_scales(ups), _stacked_scales(downs)
 
     def outputs(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Every (token, rank) pair through its expert: [num_tokens * top_k, hidden_size]."""
@@ -100,6 +105,10 @@ def _stack(linears: list[Linear]) -> torch.Tensor:
     for linear, weight in zip(linears, weights, strict=True):
         linear.weight = nn.Parameter(weight, requires_grad=False)
     return weights
+
+
+def _stacked_scales(linears: list[Linear]) -> torch.Tensor:
+    return torch.cat([linear.scales for linear in linears], 1).T.contiguous()
 
 
 @functools.cache

@@ -44,6 +44,7 @@ class DeviceProfile:
     Attributes:
         bf16_flops_per_s: of 2-byte numbers; smaller weights are multiplied as these.
         fp32_flops_per_s: of 4-byte numbers.
+        fp8_flops_per_s: of e4m3 numbers on both sides; None: it has no such products.
         memory_bytes_per_s, memory_bytes: of the device's own memory.
         bus_bytes_per_s: of the bus to the host, in one direction: PCIe 4.0 or 5.0 with 16 lanes.
         product_share, attention_share: of the peak FLOP/s, in products and in attention of prompts.
@@ -56,6 +57,7 @@ class DeviceProfile:
     fp32_flops_per_s: float
     memory_bytes_per_s: float
     memory_bytes: float
+    fp8_flops_per_s: float | None = None
     bus_bytes_per_s: float = 64e9
     product_share: float = PRODUCT_SHARE
     attention_share: float = PRODUCT_SHARE
@@ -82,6 +84,7 @@ DEVICES = {
             fp32_flops_per_s=67e12,
             memory_bytes_per_s=3.35e12,
             memory_bytes=80e9,
+            fp8_flops_per_s=1979e12,
         ),
         DeviceProfile(
             name="H200",
@@ -89,11 +92,13 @@ DEVICES = {
             fp32_flops_per_s=67e12,
             memory_bytes_per_s=4.8e12,
             memory_bytes=141e9,
+            fp8_flops_per_s=1979e12,
             # Shapes of Llama-3-8B in bf16, benchmarks/results/2026-11-26-gpu-h200-*.json. Layers:
             # 681 to 751 TFLOP/s from 1,024 rows on, 3.6 TB/s of weights up to 16 rows (the head
-            # alone 4.2). Attention: 426 to 473 TFLOP/s of a prompt of 8,192 tokens and of chunks
-            # after 16,384 (315 to 368 of chunks after 1,024 to 4,096: there it is too fast), 4.5
-            # TB/s of 256 rows with 4,096 keys or more.
+            # alone 4.2). In fp8 1,267 to 1,313 TFLOP/s from 1,024 rows on, 0.64 to 0.66 of the
+            # peak (2026-11-27-gpu-h200-fp8.json). Attention: 426 to 473 TFLOP/s of a prompt of
+            # 8,192 tokens and of chunks after 16,384 (315 to 368 of chunks after 1,024 to 4,096:
+            # there it is too fast), 4.5 TB/s of 256 rows with 4,096 keys or more.
             product_share=0.71,
             attention_share=0.455,
             memory_share=0.75,
@@ -105,6 +110,7 @@ DEVICES = {
             fp32_flops_per_s=91.6e12,
             memory_bytes_per_s=0.864e12,
             memory_bytes=48e9,
+            fp8_flops_per_s=733e12,
             bus_bytes_per_s=32e9,
         ),
     )
@@ -131,29 +137,35 @@ def device_hardware(
     *,
     num_devices: int = 1,
     overlap: float = 0.0,
+    fp8: bool = False,
 ) -> Hardware:
     """The rates of a device, or of several that share a model, for that model.
 
     Args:
-        weight_bytes: of one element of the weights.
+        weight_bytes: of one element of the weights, but for those in fp8.
         num_devices: every rate is multiplied by it.
         overlap: see `Hardware`.
+        fp8: weights of the layers are e4m3, and multiplied as such where the device can.
     Raises:
         ConfigError: the weights do not fit, or an argument is out of range.
     """
     if not 0 <= overlap <= 1:
         raise ConfigError(f"overlap is {overlap}, must be between 0 and 1")
-    kv_memory_bytes(profile, shape, weight_bytes, num_devices=num_devices)
+    kv_memory_bytes(profile, shape, 1.0 if fp8 else weight_bytes, num_devices=num_devices)
     peak = profile.bf16_flops_per_s if weight_bytes <= 2 else profile.fp32_flops_per_s
     flops_per_s = num_devices * peak * profile.product_share
     bytes_per_s = num_devices * profile.memory_bytes_per_s * profile.memory_share
     # n rows with w-byte weights: 2 n FLOPs an element, against w bytes.
     balance_rows = flops_per_s * weight_bytes / (2 * bytes_per_s)
-    curve = RateCurve((balance_rows,), (flops_per_s,))
+    curve = layers = RateCurve((balance_rows,), (flops_per_s,))
+    if fp8:
+        fp8_peak = profile.fp8_flops_per_s or profile.bf16_flops_per_s
+        fp8_flops_per_s = num_devices * fp8_peak * profile.product_share
+        layers = RateCurve((fp8_flops_per_s / (2 * bytes_per_s),), (fp8_flops_per_s,))
     return Hardware(
         name=profile.name if num_devices == 1 else f"{num_devices} x {profile.name}",
         num_threads=num_devices,
-        layers=curve,
+        layers=layers,
         head=curve,
         ceiling_flops_per_s=num_devices * peak,
         attention_flops_per_s=num_devices * peak * profile.attention_share,

@@ -4,9 +4,9 @@
 
 Sections, each a table and DIR/SECTION.json: `check` (every kernel against its twin, fp32, fp16 and
 bf16), `rates` (what a cost model must know of the card), `attention`, `rowwise`, `sampling` and
-`moe` (shares of bandwidth and matrix rate), and, only when named, `tune` (other tile shapes),
-`parity` (SmolLM2's tokens against transformers'), `engine` (whole jobs on random weights) and
-`swap` (keys and values that go to the host).
+`moe` (shares of bandwidth and matrix rate), `fp8` (products in 8 bits), and, only when named,
+`tune` (other tile shapes), `parity` (SmolLM2's tokens against transformers'), `engine` (whole jobs
+on random weights) and `swap` (keys and values that go to the host).
 `check` takes at most half of the budget; what it did not reach counts as failed. After a failed
 check the exit status is 1 and the JSON of the others says so: such speeds are for finding the
 fault, they are no results. Needs torch, triton, numpy and numba; `parity` also safetensors,
@@ -27,7 +27,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("check", "rates", "attention", "rowwise", "sampling", "moe")
+SECTIONS = ("check", "rates", "attention", "rowwise", "sampling", "moe", "fp8")
 ALL_SECTIONS = (*SECTIONS, "tune", "parity", "engine", "swap")
 
 
@@ -42,6 +42,8 @@ def main() -> int:
     parser.add_argument(
         "--model", default="smollm2", help="for parity: a model, or a folder of part-* of its file"
     )
+    parser.add_argument("--models", default="", help="for engine: names, with semicolons")
+    parser.add_argument("--workloads", default="", help="for engine: names, with commas")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # of a process of `check`: number/of
     args = parser.parse_args()
     names = args.only.split(",")
@@ -78,7 +80,9 @@ def main() -> int:
             text = _check_table(found)
         else:
             section = import_module(f"benchmarks.gpu.{name}")
-            extra = (args.model,) if name == "parity" else ()
+            parity = (args.model,)
+            engine = _names(args.models, ";"), _names(args.workloads, ",")
+            extra = {"parity": parity, "engine": engine}.get(name, ())
             try:
                 found = section.run(timer, budget, *extra)
                 text = section.table(found)
@@ -96,6 +100,10 @@ def main() -> int:
         (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"== {name} ({seconds:.0f} s)\n{text}", flush=True)
     return int(failed or checks == "failed")
+
+
+def _names(text: str, separator: str) -> list[str]:
+    return [part for part in text.split(separator) if part]
 
 
 def _check(workers: int, dry_run: bool, budget: Any) -> dict[str, Any]:

@@ -11,18 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
+from batchwright.kernels.expert_product.triton import ProductTile
 from batchwright.kernels.gated_activation import naive as naive_gated
 from batchwright.kernels.gated_activation import triton as gated
 from batchwright.kernels.rms_norm import naive as naive_rms_norm
 from batchwright.kernels.rms_norm.triton import rms_norm
 from batchwright.kernels.rotary_kv_write import naive as naive_rotary
 from batchwright.kernels.rotary_kv_write.triton import rotary_kv_write
+from benchmarks.gpu import fp8_case
 from benchmarks.gpu.attention_case import (
     AttentionCase,
     largest_difference,
     make_problem,
     relative_error,
 )
+from benchmarks.gpu.card import architecture
 from benchmarks.gpu.expert_case import expert_errors
 from benchmarks.gpu.sample_case import logprob_errors
 from benchmarks.gpu.sample_case import make_problem as make_sample_problem
@@ -198,6 +201,13 @@ def all_checks() -> Iterator[Check]:
     ):
         name = f"experts: {tokens} tokens to {top_k} of {num_experts}, {hidden} x {width}"
         yield Check(name, _experts((tokens, num_experts, top_k, hidden, width)), small)
+    for rows, size, small in ((4, 37, True), (77, 4096, False), (9, 14336, False)):
+        yield Check(f"fp8: {rows} rows of {size}", _quantize(rows, size), small)
+    for shape in ((1, 4096, 6144), (7, 576, 192), (300, 14336, 4096)):
+        yield Check(f"fp8: {shape[0]} rows, {shape[1]} x {shape[2]}", _fp8_linear(shape), False)
+    for shape, small in (((13, 5, 64, 20), True), ((300, 8, 1024, 1792), False)):
+        name = f"fp8: {shape[0]} tokens to 2 of {shape[1]}, {shape[2]} x {shape[3]}"
+        yield Check(name, _fp8_experts(shape), small)
     for samples, vocab_size, small in (
         (7, 133, True), (48, 49152, False), (96, 32000, False), (24, 128256, False),
     ):  # fmt: skip
@@ -206,6 +216,33 @@ def all_checks() -> Iterator[Check]:
 
 def _experts(shape: tuple[int, int, int, int, int]) -> Callable[[torch.dtype, str], Errors]:
     return lambda dtype, device: expert_errors(*shape, dtype, device)
+
+
+def _quantize(rows: int, size: int) -> Callable[[torch.dtype, str], Errors]:
+    return lambda dtype, device: fp8_case.quantize_errors(rows, size, dtype, device)
+
+
+def _fp8_linear(shape: tuple[int, int, int]) -> Callable[[torch.dtype, str], Errors]:
+    """In bf16 alone, and not before compute capability 8.9."""
+
+    def run(dtype: torch.dtype, device: str) -> Errors:
+        if dtype != torch.bfloat16 or architecture(device) < 89:
+            return {}
+        return fp8_case.linear_errors(*shape, device)
+
+    return run
+
+
+def _fp8_experts(shape: tuple[int, int, int, int]) -> Callable[[torch.dtype, str], Errors]:
+    def run(dtype: torch.dtype, device: str) -> Errors:
+        if architecture(device) < 89:
+            return {}
+        tile = ProductTile(16, 16, 32, 4, 2) if device == "cpu" else None
+        # fp32 outputs of e4m3 products have the rounding of their sums
+        out_dtype = torch.bfloat16 if device != "cpu" else dtype
+        return fp8_case.expert_errors(*shape, out_dtype, device, tile=tile)
+
+    return run
 
 
 def _sample(num_samples: int, vocab_size: int) -> Callable[[torch.dtype, str], Errors]:

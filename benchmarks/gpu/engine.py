@@ -1,10 +1,12 @@
 """Section `engine`: whole jobs through the engine, on random weights in the shapes of real models.
 
 Models: Llama-3-8B (all workloads), Qwen3-4B and as much of Mixtral-8x7B as fits beside its keys
-and values (two each), all in bf16, tokens greedy, end tokens ignored. Workloads: fixed lengths of
-input / output (128/128, 1000/1000, 2048/128, 128/2048) that share nothing, and W1 to W4 of
-batchwright.bench.workloads with GPU_SCALE times the rows. transformers' `generate` runs 128/128 and
-2048/128 of Llama-3-8B in static batches, in the same process, on weights of the same shape.
+and values, in bf16; the first and the last with products in fp8 too, and the first with keys and
+values in 8 bits. Tokens greedy, end tokens ignored; `--models` and `--workloads` take some.
+Workloads: fixed lengths of input / output (128/128, 1000/1000, 2048/128, 128/2048) that share
+nothing, and W1 to W4 of batchwright.bench.workloads with GPU_SCALE times the rows. transformers'
+`generate` runs 128/128 and 2048/128 of Llama-3-8B in static batches, in the same process, on
+weights of the same shape, unless models are named.
 
 A line has: output and total tokens a second by the clock, the share of two bounds, what the card
 did. The bounds follow from what the steps had to compute and to read and from the copy bandwidth
@@ -21,6 +23,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,7 @@ import torch
 from batchwright.bench.workloads import build_workloads
 from batchwright.engine import Engine
 from batchwright.exec.device.executor import DeviceExecutor, Pending
+from batchwright.exec.device.kv_memory import element_bytes
 from batchwright.exec.device.sampler import HostSampler
 from batchwright.models.shape import shape_of
 from batchwright.plan.cost import CostModel
@@ -38,14 +42,19 @@ from batchwright.plan.shared_keys import StepCosts
 from batchwright.request import Request, SamplingParams
 from batchwright.step import Step
 from benchmarks.gpu.card import Budget, Timer, ceilings
+from benchmarks.gpu.fp8 import fp8_rate
 from benchmarks.gpu.parity import compare_draws
 from benchmarks.gpu.under_test import make_engine, random_model
 
 GPU_SCALE = 4
 NUM_ROWS = {"128/128": 1536, "2048/128": 224, "1000/1000": 256, "128/2048": 256}
 PROFILED_STEPS = 12
-PROFILED_ROWS = {"decoding": ("128/128", 512, 60), "prompts": ("2048/128", 64, 6)}
-"""Workload, rows, and first step that is profiled: 128/128 decodes by then, 2048/128 does not."""
+PROFILED_ROWS = {
+    "decoding": ("128/128", 512, 60),
+    "prompts": ("2048/128", 64, 6),
+    "shared prefix": ("W1", 1024, 6),
+}
+"""Workload, rows, and first step that is profiled: 128/128 decodes by then, the others do not."""
 ROWS_PER_LOAD = 16
 """Tokens of a wide tile of the attention kernel, for four query heads per kv head."""
 
@@ -109,19 +118,43 @@ TINY = {
 Row = tuple[list[int], int]  # prompt, number of output tokens
 
 
-def run(timer: Timer, budget: Budget) -> dict[str, Any]:
-    """All lines; `left_out` names what the budget did not reach, most important last."""
+@dataclass(frozen=True)
+class Trial:
+    """A model, how its numbers are kept, and the workloads that it runs."""
+
+    name: str
+    config: dict[str, Any]
+    workloads: tuple[str, ...]
+    quantize: str | None = None
+    kv_cache_dtype: str = "auto"
+
+
+def run(
+    timer: Timer, budget: Budget, models: Sequence[str] = (), workloads: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All lines; `left_out` names what the budget did not reach, most important last.
+
+    Args:
+        models, workloads: names of those to run; none: all.
+    """
     dry = timer.device == "cpu"
     limits = ceilings(timer)
+    if not dry and torch.cuda.get_device_capability() >= (8, 9):
+        limits["fp8_flops_per_s"] = fp8_rate(timer)
     found: dict[str, Any] = {"ceilings": limits, "models": {}, "lines": [], "left_out": []}
     if not dry:
         found["sampler"] = _usable_sampler(timer.device)
-    for name, config, wanted in _models(dry):
-        if budget.is_spent():
-            found["left_out"].append(name)
+    for trial in _trials(dry):
+        if models and trial.name not in models:
             continue
-        _run_model(name, config, wanted, timer.device, budget, limits, found)
-        if not dry and "transformers" not in found:  # on the shape of the first
+        if workloads:
+            wanted = tuple(name for name in trial.workloads if name in workloads)
+            trial = replace(trial, workloads=wanted)
+        if budget.is_spent():
+            found["left_out"].append(trial.name)
+            continue
+        _run_model(trial, timer.device, budget, limits, found)
+        if not dry and not models and "transformers" not in found:  # on the shape of the first
             found["transformers"] = _transformers(budget, found)
             _free()
     return found
@@ -145,24 +178,35 @@ def _usable_sampler(device: str) -> str:
     return "device" if found["different_rows"] <= 1 else "host"
 
 
-def _models(dry: bool) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]:
-    """(name, config, workloads), most important first."""
+def _trials(dry: bool) -> list[Trial]:
+    """Most important first."""
     mixtral = dict(MIXTRAL)
+    fp8, int8 = {"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "int8"}
+    all_workloads = "128/128", "2048/128", "W1", "W2", "1000/1000", "W3", "W4", "128/2048"
     if not dry:
         memory = torch.cuda.get_device_properties(0).total_memory
         mixtral["num_hidden_layers"] = min(32, int(0.7 * memory) // MIXTRAL_LAYER_BYTES)
-    models = [
-        (
-            "Llama-3-8B",
-            dict(LLAMA_8B),
-            ("128/128", "2048/128", "W1", "W2", "1000/1000", "W3", "W4", "128/2048"),
-        ),
-        ("Qwen3-4B", dict(QWEN3_4B), ("128/128", "2048/128")),
-        (f"Mixtral-8x7B, {mixtral['num_hidden_layers']} of 32 layers", mixtral, ("128/128",)),
+    mixture, num_layers = "Mixtral-8x7B", mixtral["num_hidden_layers"]
+    if num_layers < 32:
+        mixture += f", {num_layers} of 32 layers"
+    trials = [
+        Trial("Llama-3-8B", dict(LLAMA_8B), all_workloads),
+        Trial("Qwen3-4B", dict(QWEN3_4B), ("128/128", "2048/128")),
+        Trial(mixture, mixtral, ("128/128", "2048/128")),
     ]
-    if not dry:
-        return models
-    return [(name, config | TINY, wanted[:2]) for name, config, wanted in models]
+    if dry:
+        trials = [replace(one, config=one.config | TINY) for one in trials]
+        trials.append(replace(trials[0], name="Llama-3-8B, int8 keys", kv_cache_dtype="int8"))
+        return [replace(one, workloads=one.workloads[:2]) for one in trials]
+    some = "128/128", "2048/128", "1000/1000", "W1"
+    return [
+        *trials,
+        Trial("Llama-3-8B, fp8", dict(LLAMA_8B), some, "fp8"),
+        Trial("Llama-3-8B, fp8, fp8 keys", dict(LLAMA_8B), some, "fp8", **fp8),
+        Trial(f"{mixture}, fp8", mixtral, ("128/128", "2048/128"), "fp8"),
+        Trial("Llama-3-8B, fp8 keys", dict(LLAMA_8B), ("1000/1000",), **fp8),
+        Trial("Llama-3-8B, int8 keys", dict(LLAMA_8B), ("1000/1000",), **int8),
+    ]
 
 
 def workload(name: str, vocab_size: int, *, dry: bool) -> list[Row]:
@@ -188,24 +232,24 @@ def workload(name: str, vocab_size: int, *, dry: bool) -> list[Row]:
 
 
 def _run_model(
-    name: str,
-    config: dict[str, Any],
-    wanted: Sequence[str],
+    trial: Trial,
     device: str,
     budget: Budget,
     limits: dict[str, float],
     found: dict[str, Any],
 ) -> None:
+    name, config = trial.name, trial.config
     dry = device == "cpu"
     start = time.monotonic()
     dtype = torch.float32 if dry else torch.bfloat16
     length = 512 if dry else 4352
-    model = random_model(config, dtype, device, length)
+    model = random_model(config, dtype, device, length, quantize=trial.quantize)
     shape = shape_of(model)
     made_s = time.monotonic() - start
     sizes: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "block_size": 32}
     if not dry:
         sizes = {"max_num_seqs": 512, "max_num_batched_tokens": 4096, "block_size": 64}
+    sizes["kv_cache_dtype"] = trial.kv_cache_dtype
     engine, executor, about = make_engine(model, device, max_model_len=length, **sizes)
     if found.get("sampler") == "host":
         sizes_of_slots = about["max_num_seqs"], length, config["vocab_size"]
@@ -213,6 +257,7 @@ def _run_model(
     recorder = Recorder(engine, executor)
     ready_s = time.monotonic() - start - made_s
     recorder.play(_requests(workload("128/128", config["vocab_size"], dry=True), "warm"))
+    about |= {"quantize": trial.quantize, "kv_cache_dtype": trial.kv_cache_dtype}
     found["models"][name] = about | {
         "num_layers": config["num_hidden_layers"],
         "num_params": shape.num_params,
@@ -221,7 +266,7 @@ def _run_model(
         "first_steps_s": round(time.monotonic() - start - made_s - ready_s, 1),
         "captures_graphs": executor._graphs is not None,
     }
-    for which in wanted:
+    for which in trial.workloads:
         if budget.is_spent():
             found["left_out"].append(f"{name} {which}")
             continue
@@ -356,7 +401,8 @@ FAMILIES = (
     ("rotary and KV write", ("_rotary_kv_write",)),
     ("norms", ("_rms_norm",)),
     ("activation", ("_activation",)),
-    ("products", ("nvjet", "gemm", "cutlass", "cublas", "splitk", "xmma", "wgmma")),
+    ("quantising", ("_quantize_rows",)),
+    ("products", ("_product", "nvjet", "gemm", "cutlass", "cublas", "splitk", "xmma", "wgmma")),
     ("copies", ("memcpy", "memset")),
 )
 """Families of kernels by parts of their names, the first that fits; the rest are `other`."""
@@ -446,13 +492,16 @@ def _card_cost(
     shape: ModelShape, about: dict[str, Any], limits: dict[str, float], *, overlap: float
 ) -> CostModel:
     """What steps cost where products and attention reach the rates that were measured."""
-    itemsize = getattr(torch, about["dtype"]).itemsize
+    dtype, is_fp8 = getattr(torch, about["dtype"]), about["quantize"] == "fp8"
+    itemsize = dtype.itemsize
+    kv_bytes = element_bytes(about["kv_cache_dtype"], dtype, shape.attention[0].head_dim)
     card = DeviceProfile(
         name="this card",
         bf16_flops_per_s=limits["matrix_flops_per_s"],
         fp32_flops_per_s=limits["matrix_flops_per_s"],
         memory_bytes_per_s=limits["copy_bytes_per_s"],
         memory_bytes=1e15,
+        fp8_flops_per_s=limits.get("fp8_flops_per_s"),
         product_share=1.0,
         attention_share=1.0,
         memory_share=1.0,
@@ -460,8 +509,8 @@ def _card_cost(
         step_s=0.0,
         tile_rows=1,
     )
-    hardware = device_hardware(card, shape, itemsize, overlap=overlap)
-    return CostModel(shape, hardware, itemsize, itemsize, ROWS_PER_LOAD)
+    hardware = device_hardware(card, shape, itemsize, overlap=overlap, fp8=is_fp8)
+    return CostModel(shape, hardware, 1 if is_fp8 else itemsize, kv_bytes, ROWS_PER_LOAD)
 
 
 def _transformers(budget: Budget, found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -76,6 +76,8 @@ def run(timer: Timer, budget: Budget, model_name: str) -> dict[str, Any]:
         found["failed"] += int(found["draws"]["different_rows"] > 1)
         found["mixture"] = compare_draws(device, TINY_MIXTURE)
         found["failed"] += int(found["mixture"]["different_rows"] > 1)
+        found["int8_kv"] = compare_draws(device, kv_cache_dtype="int8")
+        found["failed"] += int(found["int8_kv"]["different_rows"] > 1)
     if device == "cpu" or budget.is_spent():
         return found
     start = time.monotonic()
@@ -115,7 +117,9 @@ DRAWS: tuple[dict[str, Any], ...] = (
 """Every kind of draw."""
 
 
-def compare_draws(device: str, config: dict[str, Any] | None = None) -> dict[str, Any]:
+def compare_draws(
+    device: str, config: dict[str, Any] | None = None, **settings: Any
+) -> dict[str, Any]:
     """Rows whose tokens differ from those that the same engine draws on the CPU, by its sampler.
 
     fp32 logits differ in the last bits, which may decide a draw: one row may differ.
@@ -132,7 +136,9 @@ def compare_draws(device: str, config: dict[str, Any] | None = None) -> dict[str
     drawn, logprobs = [], []
     for where in ("cpu", device):
         model = random_model(dict(config or TINY), torch.float32, "cpu", 256).to(where)
-        engine, _, _ = make_engine(model, where, max_num_seqs=8, max_num_batched_tokens=64, seed=0)
+        engine, _, _ = make_engine(
+            model, where, max_num_seqs=8, max_num_batched_tokens=64, seed=0, **settings
+        )
         results = {result.request_id: result for result in engine.run(requests)}
         engine.close()
         drawn.append({id: [o.token_ids for o in result.outputs] for id, result in results.items()})
@@ -301,6 +307,7 @@ def table(found: dict[str, Any]) -> str:
     if "draws" in found:
         lines.append(f"draws, against the CPU's sampler: {found['draws']}")
         lines.append(f"draws of a mixture of experts: {found['mixture']}")
+        lines.append(f"draws with keys and values in int8: {found['int8_kv']}")
     if "left_out" in found:
         lines.append(f"left out: {found['left_out']}")
     if "bf16" in found:

@@ -31,11 +31,22 @@ class NoText:
         return ""
 
 
-def random_model(config: dict[str, Any], dtype: torch.dtype, device: str, length: int) -> CausalLM:
-    """A model of random weights, so small that activations stay in range, made on the device."""
+def random_model(
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    device: str,
+    length: int,
+    *,
+    quantize: str | None = None,
+) -> CausalLM:
+    """A model of random weights, so small that activations stay in range, made on the device.
+
+    quantize: "fp8": products of the layers have such weights.
+    """
     model = build_empty(config, length)
     model.dtype = dtype
     torch.manual_seed(0)
+    head = model.get_submodule("lm_head")
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -44,7 +55,8 @@ def random_model(config: dict[str, Any], dtype: torch.dtype, device: str, length
             else:
                 value.normal_(0.0, 0.02)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
-    head = model.get_submodule("lm_head")
+        if quantize and isinstance(module, Linear) and module is not head:
+            module.quantize_fp8()
     assert isinstance(head, Linear)
     if model.config["tie_word_embeddings"]:
         head.weight = model.get_parameter("model.embed_tokens.weight")

@@ -34,7 +34,7 @@ class Chain:
             linear = Linear(SIZE, 2 * SIZE)
             linear.weight.data = torch.randn(2 * SIZE, SIZE)
             if quantized:
-                linear.quantize()
+                linear.quantize_int8()
             else:
                 linear.hold(pack(linear.weight))
             self.linears.append(linear)

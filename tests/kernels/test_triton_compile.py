@@ -17,6 +17,8 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[2]
 # a program's limit: on an L40S or RTX 4090; half of an H100's multiprocessor, less 1 KiB
 MAX_SHARED_BYTES = {80: 99 << 10, 90: 113 << 10}
+MAX_EXPERTS_SHARED_BYTES = 227 << 10
+"""Of products of many rows on an H100, of which one program fills a multiprocessor."""
 MAX_STACK_BYTES = 32  # spilled registers, of the largest tiles on sm_80
 
 
@@ -35,7 +37,10 @@ def compile_set(name: str) -> list[dict[str, Any]]:
 
 def check_resources(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
-        assert kernel["shared_bytes"] <= MAX_SHARED_BYTES[kernel["architecture"]], kernel
+        limit = MAX_SHARED_BYTES[kernel["architecture"]]
+        if kernel["kernel"].startswith("experts") and kernel["architecture"] == 90:
+            limit = MAX_EXPERTS_SHARED_BYTES
+        assert kernel["shared_bytes"] <= limit, kernel
         assert kernel["stack_bytes"] <= MAX_STACK_BYTES, kernel
         is_attention = kernel["kernel"].startswith(("narrow", "wide"))
         if is_attention and "fp32" in kernel["kernel"]:

@@ -26,6 +26,7 @@ from batchwright.kernels.expert_product.triton import (
 from benchmarks.gpu.expert_case import expert_errors
 
 SMALL = ProductTile(16, 16, 16, 4, 2)
+HALVED = ProductTile(128, 16, 16, 4, 2)  # experts' last rows are half a tile, or one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -34,6 +35,12 @@ SMALL = ProductTile(16, 16, 16, 4, 2)
 )
 def test_equals_twin(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     errors = expert_errors(*shape, dtype, DEVICE, tile=SMALL)
+    assert all(error <= tolerance for error, tolerance in errors.values()), errors
+
+
+@pytest.mark.parametrize("num_tokens", [60, 200])
+def test_half_tiles_equal_the_twin(num_tokens: int) -> None:
+    errors = expert_errors(num_tokens, 3, 2, 24, 20, torch.float32, DEVICE, tile=HALVED)
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
 
 

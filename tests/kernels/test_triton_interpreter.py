@@ -48,7 +48,7 @@ def test_dry_run_of_parity(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_dry_run_of_the_gpu_benchmark(tmp_path: Path) -> None:
-    sections = "check,rates,attention,rowwise,sampling,moe,tune,engine"
+    sections = "check,rates,attention,rowwise,sampling,moe,fp8,tune,engine"
     run("-m", "benchmarks.gpu", "--dry-run", "--only", sections, "--out", str(tmp_path))
     for section in sections.split(","):
         found = json.loads((tmp_path / f"{section}.json").read_text())
@@ -68,7 +68,7 @@ class Missing:
 UPPER = ("batchwright.job", "batchwright.server")
 MISSING = {"llguidance", "matplotlib", "msgspec", "psutil", "pyarrow", "rich", "starlette", "typer"}
 sys.meta_path.insert(0, Missing())
-SECTIONS = "attention check engine moe parity rates rowwise sampling tune __main__"
+SECTIONS = "attention check engine fp8 moe parity rates rowwise sampling tune __main__"
 for name in SECTIONS.split():
     importlib.import_module(f"benchmarks.gpu.{name}")
 loaded = [name for name in sys.modules if name.startswith(UPPER)]

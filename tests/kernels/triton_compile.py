@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from batchwright.kernels.expert_product import triton as expert_product
+from batchwright.kernels.fp8_linear import triton as fp8_linear
 from batchwright.kernels.gated_activation import triton as gated_activation
 from batchwright.kernels.paged_attention import triton as paged_attention
 from batchwright.kernels.paged_attention.tiling import choose_tiling
@@ -42,7 +43,7 @@ def attend(
         head_dim,
         ELEMENT_BYTES[dtype],
         architecture=architecture,
-        cache_bytes=1 if cache else None,
+        kv_cache_dtype={"fp8e4nv": "fp8", "i8": "int8"}.get(cache, "auto"),
     )
     shape = tiling.wide if wide else tiling.narrow
     flags = {"WINDOWED": False, "SOFT_CAP": False, "SINKS": False, "BLOCK_SIZE": 64} | options
@@ -136,16 +137,30 @@ def logprobs(dtype: str) -> tuple[Any, dict[str, Any]]:
     }  # fmt: skip
 
 
-def experts(dtype: str, num_pairs: int, down: bool) -> tuple[Any, dict[str, Any]]:
+def experts(
+    dtype: str, num_pairs: int, down: bool, architecture: int = 90, *, fp8: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """A product of Mixtral-8x7B's experts."""
-    tile = expert_product.choose_tile(num_pairs, 8, ELEMENT_BYTES[dtype])
-    x = f"*{dtype}"
+    element_bytes = 1 if fp8 else ELEMENT_BYTES[dtype]
+    tile = expert_product.choose_tile(num_pairs, 8, element_bytes, architecture=architecture)
+    x, scales = ("*fp8e4nv", "*fp32") if fp8 else (f"*{dtype}", None)
     return expert_product._product, {
-        "x": x, "weight": x, "pairs": "*i32", "starts": "*i32", "out": x, "num_tiles": "i32",
-        "x_stride": "i32", "NUM_EXPERTS": 8, "BLOCK_E": 8, "TOP_K": 0 if down else 2,
+        "x": x, "weight": x, "x_scales": scales, "w_scales": scales, "SCALED": fp8,
+        "pairs": "*i32", "starts": "*i32", "out": f"*{dtype}", "x_stride": "i32",
+        "NUM_EXPERTS": 8, "BLOCK_E": 8, "TOP_K": 0 if down else 2,
         "TO_PAIRS": down, "COLUMNS": 4096 if down else 28672, "DEPTH": 14336 if down else 4096,
         "ROWS": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
         "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+
+
+def quantize_rows(dtype: str, size: int) -> tuple[Any, dict[str, Any]]:
+    """Rows to e4m3."""
+    block = triton.next_power_of_2(size)
+    return fp8_linear._quantize_rows, {
+        "x": f"*{dtype}", "values": "*fp8e4nv", "scales": "*fp32", "size": "i32",
+        "x_stride": "i32", "BLOCK": block, "num_warps": min(16, max(1, block // 512)),
+        "num_stages": 3,
     }  # fmt: skip
 
 
@@ -180,7 +195,9 @@ def everyday() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
     yield "draw special bf16", 90, *draw("bf16", True)
     yield "logprobs bf16", 90, *logprobs("bf16")
     yield "experts bf16 1024 up", 90, *experts("bf16", 1024, False)
-    yield "experts bf16 64 down", 80, *experts("bf16", 64, True)
+    yield "experts bf16 64 down", 80, *experts("bf16", 64, True, 80)
+    yield "experts bf16 1024 up fp8", 90, *experts("bf16", 1024, False, fp8=True)
+    yield "rows to fp8 14336", 90, *quantize_rows("bf16", 14336)
 
 
 def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
@@ -220,7 +237,12 @@ def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
             for num_pairs in (64, 512, 4096):
                 for down in (False, True):
                     label = f"experts {dtype} {num_pairs} {'down' if down else 'up'}"
-                    yield label, architecture, *experts(dtype, num_pairs, down)
+                    yield label, architecture, *experts(dtype, num_pairs, down, architecture)
+                    if architecture >= 89:
+                        case = experts(dtype, num_pairs, down, fp8=True)
+                        yield f"{label} fp8", architecture, *case
+            if architecture >= 89:
+                yield f"rows to fp8 {dtype}", architecture, *quantize_rows(dtype, 28672)
             yield f"sum of ranks {dtype}", architecture, *sum_ranks(dtype)
             yield f"merge {dtype} 2", architecture, *merge(dtype, 2)
             yield f"merge {dtype} 64", architecture, *merge(dtype, 64)

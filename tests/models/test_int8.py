@@ -105,15 +105,15 @@ def test_other_number_formats_are_refused(load_int8):
     with pytest.raises(ConfigError, match="fp32 weights on the CPU, not torch"):
         load_int8("llama", torch.bfloat16)
     with torch.device("meta"), pytest.raises(ConfigError, match="on meta"):
-        Linear(8, 8).quantize()
+        Linear(8, 8).quantize_int8()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantize": "int4"}, "quantize is 'int4', must be int8 or None"),
+        ({"quantize": "int4"}, "quantize is 'int4', must be int8 or fp8, or None"),
         ({"quantize": "int8", "dtype": "bfloat16"}, "leave dtype out"),
-        ({"quantize": "int8", "device": "cuda"}, "is for the CPU, and device is cuda"),
+        ({"quantize": "int8", "device": "cuda"}, "is for cpu, and device is cuda"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):

@@ -137,3 +137,14 @@ def test_errors_name_the_value_and_the_remedy():
         device_hardware(A100, LLAMA, 2, overlap=1.5)
     with pytest.raises(ConfigError, match="num_devices is 0"):
         device_hardware(A100, LLAMA, 2, num_devices=0)
+
+
+def test_fp8_products_run_at_the_devices_own_rate_and_read_half_the_bytes():
+    plain, fp8 = (device_hardware(find_device("H200"), LLAMA, 2, fp8=fp8) for fp8 in (False, True))
+    assert fp8.layers.best == pytest.approx(2 * plain.layers.best, rel=2e-3)
+    assert fp8.head == plain.head
+    for layers in (plain.layers, fp8.layers):  # few rows: the weights are read
+        assert layers.seconds(1, 1.0) == pytest.approx(layers.rows[0] / layers.best)
+    assert fp8.layers.seconds(1, 1.0) == pytest.approx(plain.layers.seconds(1, 1.0) / 2)
+    a100 = device_hardware(A100, LLAMA, 2, fp8=True)  # has none: widened, and multiplied in bf16
+    assert a100.layers.best == device_hardware(A100, LLAMA, 2).layers.best

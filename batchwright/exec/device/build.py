@@ -43,12 +43,8 @@ def build_device_executor(
     windows, group_of_layer = windows_of_layers([spec.window for spec in specs])
     of_head = partial(element_bytes, config.kv_cache_dtype, getattr(torch, config.dtype))
     sizes = bytes_of_blocks(specs, group_of_layer, config, of_head)
-    if on_gpu and config.kv_cache_dtype == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        raise ConfigError(
-            f"kv_cache_dtype is fp8, which {torch.cuda.get_device_name()} cannot compute with; use "
-            "int8 (--kv-cache-dtype int8) or leave it out"
-        )
     if on_gpu:
+        check_card(config)
         for module in model.modules():
             if isinstance(module, SparseMoE):
                 module.stack()
@@ -84,6 +80,25 @@ def build_device_executor(
         executor.allocate(groups)
         executor.capture_decoding()
     return executor, groups, config
+
+
+def check_card(config: ResolvedConfig) -> None:
+    """Refuse number formats that the card does not have.
+
+    Raises:
+        ConfigError: fp8 is asked for, and the compute capability is below 8.9.
+    """
+    if torch.cuda.get_device_capability() >= (8, 9):
+        return
+    for name, value, instead in (
+        ("quantize", config.quantize, "leave it out"),
+        ("kv_cache_dtype", config.kv_cache_dtype, "use int8 (--kv-cache-dtype int8)"),
+    ):
+        if value == "fp8":
+            raise ConfigError(
+                f"{name} is fp8, which {torch.cuda.get_device_name()} cannot compute with; "
+                f"{instead}"
+            )
 
 
 def bytes_of_blocks(

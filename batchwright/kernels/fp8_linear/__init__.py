@@ -1,0 +1,1 @@
+"""Products with e4m3 weights and activations, for GPUs; lossy."""
