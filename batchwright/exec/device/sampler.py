@@ -124,7 +124,7 @@ class HostSampler:
 
 
 class DeviceSampler:
-    """Draws by kernels/sample/triton.py; nothing waits.
+    """Draws by kernels/sample/triton.py; nothing waits, and no graph has recorded its memory.
 
     Args: as SamplingState.
         device: where the logits are.
