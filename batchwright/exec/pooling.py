@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from batchwright.request import Float32Array
 from batchwright.step import Step
 
 
@@ -24,8 +23,12 @@ class Pooler:
         self._pooling[slot] = pooling
         self._sums.pop(slot, None)
 
-    def pool(self, step: Step, hidden: torch.Tensor) -> dict[int, Float32Array]:
-        """Take in a step's hidden states [num_tokens, hidden_size]; returns finished embeddings."""
+    def pool(self, step: Step, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Take in a step's hidden states [num_tokens, hidden_size].
+
+        Returns:
+            Finished embeddings by slot, [hidden_size] fp32 where `hidden` is; nothing waits.
+        """
         embeddings = {}
         for row, done in zip(step.pool_rows.tolist(), step.pool_done.tolist(), strict=True):
             slot = int(step.slots[row])
@@ -36,7 +39,7 @@ class Pooler:
             else:
                 pooled = self._add(slot, states.double()) / num_tokens
             if done:
-                embeddings[slot] = pooled.float().cpu().numpy()
+                embeddings[slot] = pooled.float()
         return embeddings
 
     def _add(self, slot: int, states: torch.Tensor) -> torch.Tensor:

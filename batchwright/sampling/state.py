@@ -6,7 +6,7 @@ kernels/sample; which noise a draw uses is sampling/noise.py.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,15 +24,8 @@ NO_LOGPROBS = -1
 MIN_TEMPERATURE = 1e-8  # keeps 1 / temperature and logits divided by it finite in float32
 
 
-class SlotLine(NamedTuple):
-    """Lists of a slot; `num_tokens` is the length of its history."""
-
-    num_biased: int
-    num_suppressed: int
-    num_tokens: int
-    bias_ids: Int32Array
-    bias_values: Float32Array
-    suppressed_ids: Int32Array
+Lists = dict[int, Int32Array] | dict[int, Float32Array]
+"""By slot; none is empty."""
 
 
 class SamplingState:
@@ -123,18 +116,21 @@ class SamplingState:
         self._bias_ids[slot, : len(bias)] = list(bias)
         self._bias_values[slot, : len(bias)] = list(bias.values())
 
-    def line(self, slot: int) -> SlotLine:
-        """What is kept of a slot beside its record, for a sampler that keeps it elsewhere."""
-        record = self._slots[slot]
-        num_biased, num_suppressed = int(record["num_biased"]), int(record["num_suppressed"])
-        return SlotLine(
-            num_biased,
-            num_suppressed,
-            int(record["num_tokens"]),
-            self._bias_ids[slot, :num_biased],
-            self._bias_values[slot, :num_biased],
-            self._suppressed_ids[slot, :num_suppressed],
-        )
+    def lists(self, slots: npt.NDArray[np.int64]) -> dict[str, Lists]:
+        """What is kept of slots beside their records, for a sampler that keeps it elsewhere.
+
+        Returns:
+            bias_ids, bias_values, suppressed_ids, history: arguments of the kernels in
+            kernels/sample; only slots that have any, views that hold until the next `add`.
+        """
+        records = self._slots[slots]
+        num_suppressed = np.where(records["min_tokens"] > 0, records["num_suppressed"], 0)
+        return {
+            "bias_ids": _lists(self._bias_ids, slots, records["num_biased"]),
+            "bias_values": _lists(self._bias_values, slots, records["num_biased"]),
+            "suppressed_ids": _lists(self._suppressed_ids, slots, num_suppressed),
+            "history": _lists(self._history, slots, records["num_tokens"]),
+        }
 
     def records(self, slots: npt.NDArray[np.int64]) -> Int32Array:
         """[num_slots, SLOT.itemsize / 4] int32, the words of the slots' records."""
@@ -257,6 +253,12 @@ def _has_penalties(params: SamplingParams) -> bool:
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
     )
+
+
+def _lists(lines: Any, slots: npt.NDArray[np.int64], lengths: Int32Array) -> Lists:
+    has_any = lengths > 0
+    pairs = zip(slots[has_any].tolist(), lengths[has_any].tolist(), strict=True)
+    return {slot: lines[slot, :length] for slot, length in pairs}
 
 
 def _widened(array: Any, num_columns: int) -> Any:

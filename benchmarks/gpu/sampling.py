@@ -5,23 +5,36 @@ temperature alone, top-p 0.95, top-k 50 with top-p, min-p 0.05, penalties with 1
 history, a grammar mask, log-probabilities with five rivals; torch's argmax, and its softmax with
 exponential noise, for comparison. The limit is the bytes of the logits, once, at the copy
 bandwidth. Sets of logits take turns, so that none is found in the cache.
+
+`starting`: the host's time to send what 64 rows with penalties want that start in one step (1,000
+tokens of history each) while the card has BUSY_CYCLES of work queued. It is the host's own work;
+were it to wait for the card it would take as long as that work, `busy_ms`.
 """
 
 from __future__ import annotations
 
+import time
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
+from batchwright.exec.device.layout import Layout
+from batchwright.exec.device.sampler import DeviceSampler
+from batchwright.exec.device.transfer import Upload
 from batchwright.kernels.sample.layout import SLOT
 from batchwright.kernels.sample.triton import make_scratch, sample_rows
 from batchwright.kernels.token_logprobs.triton import logprob_rows
+from batchwright.request import SamplingParams
+from batchwright.step import NewSequence, Step
 from benchmarks.gpu.card import Budget, Call, Timer, ceilings
 
 ROWS = (1, 16, 64, 256, 512)
 VOCAB_SIZE = 128256
 CACHE_BYTES = 200 << 20
+NUM_STARTING, NUM_HISTORY = 64, 1000
+BUSY_CYCLES = 40_000_000
 
 SLOTS: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0},
@@ -64,7 +77,44 @@ def run(timer: Timer, budget: Budget) -> dict[str, Any]:
                         "share_of_one_read": sets[0].nbytes / limits["copy_bytes_per_s"] / seconds,
                     }
                 )
-    return {"ceilings": limits, "lines": lines, "left_out": left_out}
+    starting = _starting(timer.device, vocab_size)
+    return {"ceilings": limits, "lines": lines, "left_out": left_out, "starting": starting}
+
+
+def _starting(device: str, vocab_size: int) -> dict[str, float]:
+    """Medians of five, ms."""
+    there = torch.device(device)
+    sampler = DeviceSampler(NUM_STARTING, 4 * NUM_HISTORY, vocab_size, there)
+    upload, none = Upload(4 << 20, there), np.empty(0, np.int32)
+    params = SamplingParams(repetition_penalty=1.1)
+    prompts = np.random.default_rng(0).integers(0, vocab_size, (NUM_STARTING, NUM_HISTORY))
+    rows = tuple(
+        NewSequence(slot, prompt.astype(np.int32), NUM_HISTORY, params, slot, 0, ())
+        for slot, prompt in enumerate(prompts)
+    )
+    step = Step(
+        step_id=0, finished_slots=none, new_sequences=rows, table_updates=(), block_copies=(),
+        slots=none, cu_seqlens_q=none, token_ids=none, positions=none, kv_slots=(),
+        sample_tokens=none, sample_slots=none, score_tokens=none, score_targets=none,
+    )  # fmt: skip
+    host_s, all_s = [], []
+    for _ in range(6):
+        if there.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda._sleep(BUSY_CYCLES)
+        start = time.perf_counter()
+        for row in rows:
+            sampler.add(row)
+        arrays = sampler.inputs(step, none)
+        layout = Layout.of(arrays)
+        layout.write(arrays, upload.begin(layout.end))
+        sampler.apply(layout.views(upload.send(layout.end)))
+        host_s.append(time.perf_counter() - start)
+        if there.type == "cuda":
+            torch.cuda.synchronize()
+        all_s.append(time.perf_counter() - start)
+    # the first is of memory that nobody has touched
+    return {"host_ms": 1e3 * median(host_s[1:]), "busy_ms": 1e3 * median(all_s[1:])}
 
 
 def _sets(rows: int, vocab_size: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
@@ -124,8 +174,13 @@ def _softmax(name: str, logits: torch.Tensor) -> Call:
 
 def table(found: dict[str, Any]) -> str:
     """One line per kind of row and number of rows."""
-    return "\n".join(
+    lines = "\n".join(
         f"{line['what']:28}{line['dtype']:9}{line['rows']:5} rows{line['us']:10.2f} us"
         f"{line['share_of_one_read']:8.1%} of one read"
         for line in found["lines"]
+    )
+    starting = found["starting"]
+    return (
+        f"{lines}\n{NUM_STARTING} rows with penalties start: {starting['host_ms']:.2f} ms of the "
+        f"host, while the card is busy for {starting['busy_ms']:.2f} ms"
     )

@@ -31,6 +31,7 @@ from batchwright.step import NewSequence, Step
 from batchwright.weights.checkpoint import open_checkpoint
 from tests.engine.harness import NoTokenizer, mixed_job, run
 from tests.engine.test_parity import bytes_of_a_block
+from tests.exec.waiting import nothing_waits
 from tests.models.reference import make_checkpoint
 from tests.sched.harness import start_what_fits_now
 
@@ -221,6 +222,62 @@ def varied_job(max_tokens: int = 10) -> list[Request]:
         )
         for index, kind in enumerate(kinds)
     ]
+
+
+def test_draws_after_preemption(tmp_path, monkeypatch):
+    """Rows with penalties, bias and minima come back with what they drew; samples of one prompt."""
+    make_checkpoint("llama", tmp_path)
+    rng = np.random.default_rng(3)
+    kinds = [
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5, "n": 2},
+        {"temperature": 0.0, "logit_bias": {token: float(token % 5) for token in range(40)}},
+        {"temperature": 0.5, "min_tokens": 5, "stop_token_ids": tuple(range(3, 40))},
+    ]
+    job = [
+        Request(
+            id=f"p{index}",
+            prompt_token_ids=rng.integers(3, 90, 29 + index).astype(np.int32),
+            params=SamplingParams(max_tokens=6, seed=index, **kind),
+        )
+        for index, kind in enumerate(kinds)
+    ]
+    expected = run(tmp_path, job).tokens()
+    engine = device_engine(
+        tmp_path,
+        monkeypatch,
+        kv_cache_bytes=6 * bytes_of_a_block(tmp_path),
+        max_num_batched_tokens=60,
+        max_num_seqs=5,
+    )
+    start_what_fits_now(engine._scheduler)
+    assert tokens_of(engine, job) == expected
+    assert engine.stats.num_preemptions > 0
+
+
+@pytest.mark.skipif(not KERNELS, reason="without kernels the host draws, and so waits")
+def test_no_step_waits_for_draws_scores_or_embeddings(tmp_path, monkeypatch):
+    make_checkpoint("llama", tmp_path)
+    prompt = np.arange(5, 45, dtype=np.int32)
+    job = [one for one in varied_job(2) if one.id in ("v6", "v7", "v8", "v9")]
+    job += [
+        Request(id="s", prompt_token_ids=prompt, task=Task.SCORE),
+        Request(id="e", prompt_token_ids=prompt, task=Task.EMBED, pooling="mean"),
+        Request(id="l", prompt_token_ids=prompt + 1, task=Task.EMBED, pooling="last"),
+    ]
+    executors = []
+    engine = device_engine(
+        tmp_path, monkeypatch, made=executors.append, max_num_batched_tokens=32, max_num_seqs=6
+    )
+    execute = executors[0].execute
+
+    def guarded(step):
+        with nothing_waits():
+            return execute(step)
+
+    executors[0].execute = guarded
+    results = {result.request_id: result for result in engine.run(job)}
+    assert {id for id, result in results.items() if result.error is not None} == set()
 
 
 def test_draws_are_those_of_the_cpu(tmp_path, monkeypatch):

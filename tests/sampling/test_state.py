@@ -190,6 +190,26 @@ def test_many_end_tokens_and_many_biases_fit() -> None:
     assert tokens[2] == 85 + int(logits[0, 85:].argmax())
 
 
+def test_lists_are_those_of_slots_that_have_any() -> None:
+    """For a sampler that keeps them elsewhere; of end tokens only where they may be held back."""
+    state = make_state()
+    state.add(sequence(0, temperature=0, end_token_ids=(1, 2)))
+    state.add(sequence(3, logit_bias={7: 1.5, 4: -2.0}, min_tokens=2, end_token_ids=(1, 2)))
+    state.add(sequence(5, output=[9, 2], presence_penalty=1.0))
+    lists = state.lists(np.array([5, 0, 3]))
+    found = {
+        name: {slot: one.tolist() for slot, one in some.items()} for name, some in lists.items()
+    }
+    assert found == {
+        "bias_ids": {3: [7, 4]},
+        "bias_values": {3: [1.5, -2.0]},
+        "suppressed_ids": {3: [1, 2]},
+        "history": {5: [*PROMPT, 9, 2]},
+    }
+    state.add(sequence(5, temperature=0))
+    assert not any(state.lists(np.array([5])).values())
+
+
 def test_logprobs_are_those_of_the_raw_logits_for_the_slots_that_asked() -> None:
     state, logits = make_state(), make_logits(3)
     state.add(sequence(0, temperature=0, logprobs=0, logit_bias={7: 100.0}))

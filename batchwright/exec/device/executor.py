@@ -37,13 +37,12 @@ from batchwright.exec.device.shapes import (
     padded_rows,
     token_arrays,
 )
-from batchwright.exec.device.transfer import Arriving, Download, Upload
+from batchwright.exec.device.transfer import Arriving, Download, Upload, fetch
 from batchwright.exec.local import LOGITS_CHUNK
 from batchwright.exec.pooling import Pooler
 from batchwright.exec.slot_state import SlotState
 from batchwright.kernels.paged_attention.device_work import DeviceWork
 from batchwright.kernels.paged_attention.work_list import WorkList
-from batchwright.kernels.token_logprobs.numba import token_logprobs
 from batchwright.kv.groups import KVGroup
 from batchwright.models.causal_lm import CausalLM
 from batchwright.request import Float32Array, Int32Array
@@ -92,25 +91,40 @@ class PlannedStep:
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A StepResult whose tokens are on their way."""
+    """A StepResult that is on its way.
+
+    Attributes:
+        drawn: token ids; None: nothing is drawn.
+        sample_logprobs, score_logprobs: the fields of TokenLogprobs.
+        embeddings: one, [number of slots, hidden_size], of `pooled_slots`.
+    """
 
     step_id: int
     drawn: Arriving | None
-    score_logprobs: TokenLogprobs | None
-    embeddings: dict[int, Float32Array] | None
+    sample_logprobs: Arriving | None
+    score_logprobs: Arriving | None
+    embeddings: Arriving | None
+    pooled_slots: list[int]
 
     def wait(self) -> StepResult:
         """Waits for the device."""
-        token_ids, logprobs = np.empty(0, np.int32), None
+        token_ids = np.empty(0, np.int32)
         if self.drawn is not None:
-            token_ids, logprobs = self.drawn.wait()
+            token_ids = self.drawn.wait()[0].copy()  # its memory serves again
+        embeddings: dict[int, Float32Array] | None = None
+        if self.embeddings is not None:
+            embeddings = dict(zip(self.pooled_slots, self.embeddings.wait()[0].copy(), strict=True))
         return StepResult(
             step_id=self.step_id,
             token_ids=token_ids,
-            sample_logprobs=logprobs,
-            score_logprobs=self.score_logprobs,
-            embeddings=self.embeddings,
+            sample_logprobs=_logprobs(self.sample_logprobs),
+            score_logprobs=_logprobs(self.score_logprobs),
+            embeddings=embeddings,
         )
+
+
+def _logprobs(arriving: Arriving | None) -> TokenLogprobs | None:
+    return None if arriving is None else TokenLogprobs(*arriving.wait())
 
 
 class DeviceExecutor:
@@ -232,15 +246,18 @@ class DeviceExecutor:
         layout, views = self._send(planned, changes)
         self._apply(step, views)
         hidden = self._compute(planned, layout)
-        drawn = None
+        drawn, told = None, None
         if len(slots):
-            drawn = self._draw(step, hidden, output_positions, views)
-        score = self._score(step, hidden, views["score_tokens"]) if len(step.score_tokens) else None
+            drawn, told = self._draw(step, hidden, output_positions, views)
+        score = self._score(step, hidden, views) if len(step.score_tokens) else None
+        pooled = self._pooler.pool(step, hidden) if len(step.pool_rows) else {}
         return Pending(
             step_id=step.step_id,
             drawn=drawn,
+            sample_logprobs=told,
             score_logprobs=score,
-            embeddings=self._pooler.pool(step, hidden) if len(step.pool_rows) else None,
+            embeddings=fetch([torch.stack(list(pooled.values()))]) if pooled else None,
+            pooled_slots=list(pooled),
         )
 
     def _install(self, new: NewSequence) -> None:
@@ -419,7 +436,8 @@ class DeviceExecutor:
         hidden: torch.Tensor,
         output_positions: Int32Array,
         views: dict[str, torch.Tensor],
-    ) -> Arriving | None:
+    ) -> tuple[Arriving | None, Arriving | None]:
+        """Token ids and log-probabilities, if any."""
         logits = self._model.logits(hidden.index_select(0, views["sample_tokens"]))
         drawn = None
         token_ids = self._zeros(len(step.sample_slots))
@@ -430,23 +448,25 @@ class DeviceExecutor:
             self._ranks.share(token_ids)
         # -1, of a row that has failed, is never looked up: see SlotState.note_sampled
         self._last_token.index_copy_(0, views["sample_slots"], token_ids.clamp(min=0))
-        return None if drawn is None else self._download.start(*drawn)
+        if drawn is None:
+            return None, None
+        told = None if drawn.logprobs is None else fetch(drawn.logprobs)
+        return self._download.start(token_ids), told
 
     def _score(
-        self, step: Step, hidden: torch.Tensor, tokens: torch.Tensor
-    ) -> TokenLogprobs | None:
-        """Score given tokens a chunk of rows at a time, on the host."""
+        self, step: Step, hidden: torch.Tensor, views: dict[str, torch.Tensor]
+    ) -> Arriving | None:
+        """Score given tokens a chunk of rows at a time: never a [num_tokens, vocab] tensor."""
         chunks = []
         for start in range(0, len(step.score_tokens), LOGITS_CHUNK):
             rows = slice(start, start + LOGITS_CHUNK)
-            logits = self._model.logits(hidden.index_select(0, tokens[rows]))
-            if not self._draws:
-                continue
-            on_host = logits.float().cpu().contiguous().numpy()
-            chunks.append(token_logprobs(on_host, step.score_targets[rows], step.score_top))
+            tokens = views["score_tokens"][rows]
+            logits = self._model.logits(hidden.index_select(0, tokens))
+            if self._draws:
+                chunks.append(self._sampler.score(logits, step, rows, views))
         if not self._draws:
             return None
-        return TokenLogprobs(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+        return fetch([torch.cat(column) for column in zip(*chunks, strict=True)])
 
     # Before the first step -------------------------------------------------------------------
 

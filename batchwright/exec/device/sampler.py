@@ -13,7 +13,10 @@ import numpy as np
 import torch
 
 from batchwright.exec.device.layout import Array
+from batchwright.exec.device.slot_lists import SlotLists
+from batchwright.exec.local import LOGITS_CHUNK
 from batchwright.kernels.sample.layout import SLOT
+from batchwright.kernels.token_logprobs.numba import token_logprobs
 from batchwright.request import Int32Array
 from batchwright.sampling.state import SamplingState
 from batchwright.step import NewSequence, Step
@@ -66,6 +69,15 @@ class Sampler(Protocol):
         """
         ...
 
+    def score(self, logits: torch.Tensor, step: Step, rows: slice, views: Views) -> Logprobs:
+        """Log-probabilities of the given tokens `step.score_targets[rows]`.
+
+        Args:
+            logits: [number of rows, vocab_size] on the device, at most LOGITS_CHUNK rows.
+            views: `inputs` on the device.
+        """
+        ...
+
 
 class HostSampler:
     """Greedy draws by torch; all others by the CPU's sampler, which waits for the logits.
@@ -105,9 +117,14 @@ class HostSampler:
             return Drawn(there, None)
         return Drawn(there, tuple(torch.from_numpy(column) for column in logprobs))
 
+    def score(self, logits: torch.Tensor, step: Step, rows: slice, views: Views) -> Logprobs:
+        on_host = logits.float().cpu().contiguous().numpy()
+        found = token_logprobs(on_host, step.score_targets[rows], step.score_top)
+        return tuple(torch.from_numpy(column) for column in found)
+
 
 class DeviceSampler:
-    """Draws by kernels/sample/triton.py; nothing waits.
+    """Draws by kernels/sample/triton.py; nothing waits, and no graph has recorded its memory.
 
     Args: as SamplingState.
         device: where the logits are.
@@ -118,47 +135,39 @@ class DeviceSampler:
     ) -> None:
         self._state = SamplingState(max_num_seqs, max_model_len, vocab_size)  # what was asked for
         self._device, self._vocab_size = device, vocab_size
-        self._new: list[int] = []  # slots whose lines the device does not have yet
+        self._new: dict[int, None] = {}  # slots that the device does not have yet, in order
         self._special = np.zeros(max_num_seqs, np.bool_)  # more than a temperature
 
-        def lines(width: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros((max_num_seqs, width), dtype=dtype, device=device)
-
-        self._slots = lines(SLOT.itemsize // 4)
-        self._bias_ids, self._bias_values = lines(1), lines(1, torch.float32)
-        self._suppressed = lines(8)
-        self._history = lines(max_model_len + 1)
-        self._rows = torch.arange(max_num_seqs, dtype=torch.int32, device=device)
+        words = SLOT.itemsize // 4
+        self._slots = torch.zeros((max_num_seqs, words), dtype=torch.int32, device=device)
+        self._lists = {
+            name: SlotLists(name, max_num_seqs, longest, dtype, device)
+            for name, longest, dtype in (
+                ("bias_ids", 1, torch.int32),
+                ("bias_values", 1, torch.float32),
+                ("suppressed_ids", 1, torch.int32),
+                ("history", max_model_len + 1, torch.int32),
+            )
+        }
+        num_rows = max(max_num_seqs, LOGITS_CHUNK)
+        self._rows = torch.arange(num_rows, dtype=torch.int32, device=device)
         self._scratch: Any = None
         self._sample = importlib.import_module("batchwright.kernels.sample.triton")
         self._logprobs = importlib.import_module("batchwright.kernels.token_logprobs.triton")
 
     def add(self, new: NewSequence) -> None:
         self._state.add(new)
-        if new.slot not in self._new:
-            self._new.append(new.slot)
-        line = self._state.line(new.slot)
+        self._new[new.slot] = None
         self._special[new.slot] = self._state.is_special(new.slot)
-        if line.num_tokens:
-            tokens = torch.from_numpy(np.ascontiguousarray(new.token_ids))
-            self._history[new.slot, : line.num_tokens].copy_(tokens)
-        if line.num_biased:
-            self._bias_ids = _widened(self._bias_ids, line.num_biased)
-            self._bias_values = _widened(self._bias_values, line.num_biased)
-            self._bias_ids[new.slot, : line.num_biased].copy_(torch.from_numpy(line.bias_ids))
-            values = torch.from_numpy(line.bias_values)
-            self._bias_values[new.slot, : line.num_biased].copy_(values)
-        if line.num_suppressed and new.params.min_tokens:
-            self._suppressed = _widened(self._suppressed, line.num_suppressed)
-            ids = torch.from_numpy(line.suppressed_ids)
-            self._suppressed[new.slot, : line.num_suppressed].copy_(ids)
 
     def inputs(self, step: Step, output_positions: Int32Array) -> dict[str, Array]:
         arrays: dict[str, Array] = {}
         if self._new:
-            slots = np.array(self._new, np.int64)
+            slots = np.array(list(self._new), np.int64)
             arrays = {"new_slots": slots, "new_lines": self._state.records(slots)}
-            self._new = []
+            for name, lists in self._state.lists(slots).items():
+                arrays |= self._lists[name].inputs(lists)
+            self._new = {}
         if len(step.sample_slots):
             arrays |= {"draw_slots": step.sample_slots, "output_positions": output_positions}
         if step.masks is not None:
@@ -168,6 +177,8 @@ class DeviceSampler:
             arrays |= {"masks": step.masks.view(np.int32), "mask_of_sample": lines}
         if self._num_top(step) >= 0:
             arrays["num_top"] = self._state.num_logprobs(step.sample_slots)
+        if len(step.score_targets):
+            arrays["score_targets"] = step.score_targets
         return arrays
 
     def _num_top(self, step: Step) -> int:
@@ -177,9 +188,11 @@ class DeviceSampler:
         return int(self._state.num_logprobs(step.sample_slots).max())
 
     def apply(self, views: Views) -> None:
-        """Lines of new sequences."""
+        """What new sequences want, after the draws that are queued for those before them."""
         if "new_slots" in views:
             self._slots.index_copy_(0, views["new_slots"], views["new_lines"])
+            for lists in self._lists.values():
+                lists.apply(views)
 
     def draw(
         self, logits: torch.Tensor, step: Step, output_positions: Int32Array, views: Views
@@ -188,44 +201,43 @@ class DeviceSampler:
         is_special = bool(self._special[step.sample_slots].any())
         if is_special and self._scratch is None:
             self._scratch = self._sample.make_scratch(
-                len(self._rows), self._vocab_size, self._device
+                len(self._slots), self._vocab_size, self._device
             )
         table = self._slots.view(torch.uint8)
+        lists = {name: one.lines for name, one in self._lists.items()}
         token_ids = self._sample.sample_rows(
             logits,
             rows,
             slots,
             views["output_positions"],
             table,
-            bias_ids=self._bias_ids,
-            bias_values=self._bias_values,
-            suppressed_ids=self._suppressed,
-            history=self._history,
+            **lists,
             allowed=views.get("masks"),
             mask_of_sample=views.get("mask_of_sample"),
             scratch=self._scratch if is_special else None,
         )
         if is_special:
-            self._sample.append_tokens(table, self._history, slots, token_ids)
+            self._sample.append_tokens(table, lists["history"], slots, token_ids)
         num_top = self._num_top(step)
         if num_top < 0:
             return Drawn(token_ids, None)
-        found = self._logprobs.logprob_rows(
-            logits, rows, token_ids, views["num_top"], max_top=num_top
-        )
-        return Drawn(token_ids, tuple(found))
+        return Drawn(token_ids, self._told(logits, token_ids, views["num_top"], num_top))
+
+    def score(self, logits: torch.Tensor, step: Step, rows: slice, views: Views) -> Logprobs:
+        targets = views["score_targets"][rows]
+        num_top = torch.full_like(targets, step.score_top)
+        return self._told(logits, targets, num_top, step.score_top)
+
+    def _told(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: torch.Tensor, max_top: int
+    ) -> Logprobs:
+        """Log-probabilities of a token of each row."""
+        rows, max_top = self._rows[: len(logits)], min(max_top, self._vocab_size)
+        found = self._logprobs.logprob_rows(logits, rows, token_ids, num_top, max_top=max_top)
+        return tuple(found)
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
     """[num_rows] int32: the token of the largest logit; -1 for a row with a NaN or +inf."""
     best, token_ids = logits.max(dim=1)
     return torch.where(best.isfinite(), token_ids, -1).int()
-
-
-def _widened(lines: torch.Tensor, width: int) -> torch.Tensor:
-    """`lines` itself, or a copy with at least twice the columns if it is too narrow."""
-    if width <= lines.shape[1]:
-        return lines
-    wider = lines.new_zeros(len(lines), max(width, 2 * lines.shape[1]))
-    wider[:, : lines.shape[1]] = lines
-    return wider

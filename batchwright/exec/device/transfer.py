@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from batchwright.exec.device.layout import Bytes
-from batchwright.exec.device.sampler import Logprobs
-from batchwright.request import Int32Array
-from batchwright.step import TokenLogprobs
 
 NUM_TURNS = 3
 """Steps whose memory may be in use at once: two handed out and one being made."""
@@ -60,6 +59,43 @@ class Upload:
         return there
 
 
+class Arriving:
+    """Tensors that are on their way to the host.
+
+    Args:
+        tensors: on the host, being written.
+        event: recorded after the copies; None: they are done.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], event: torch.cuda.Event | None) -> None:
+        self._tensors, self._event = tensors, event
+
+    def wait(self) -> list[Any]:
+        """What has come, as numpy arrays on the memory that it came to; waits for the device."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.numpy() for tensor in self._tensors]
+
+
+def fetch(tensors: Sequence[torch.Tensor]) -> Arriving:
+    """Begin to copy tensors, all on one device, into pinned memory of their own."""
+    pin = any(tensor.is_cuda for tensor in tensors)
+    places = [torch.empty(x.shape, dtype=x.dtype, pin_memory=pin) for x in tensors]
+    return _copied(tensors, places, pin)
+
+
+def _copied(
+    tensors: Sequence[torch.Tensor], places: Sequence[torch.Tensor], pinned: bool
+) -> Arriving:
+    for there, here in zip(tensors, places, strict=True):
+        here.copy_(there, non_blocking=True)
+    event = None
+    if pinned:
+        event = torch.cuda.Event()
+        event.record()
+    return Arriving(places, event)
+
+
 class Download:
     """Drawn tokens from the device, without waiting.
 
@@ -75,39 +111,7 @@ class Download:
         ]
         self._turn = 0
 
-    def start(self, token_ids: torch.Tensor, logprobs: Logprobs | None = None) -> Arriving:
-        """Begin to copy [n] int32 tokens, and what is told of them."""
+    def start(self, token_ids: torch.Tensor) -> Arriving:
+        """Begin to copy [n] int32 tokens, to memory that serves again some steps later."""
         self._turn = (self._turn + 1) % len(self._host)
-        place = self._host[self._turn][: len(token_ids)]
-        place.copy_(token_ids, non_blocking=True)
-        told = None
-        if logprobs is not None:
-            told = [torch.empty(x.shape, dtype=x.dtype, pin_memory=self._pin) for x in logprobs]
-            for there, here in zip(logprobs, told, strict=True):
-                here.copy_(there, non_blocking=True)
-        event = None
-        if self._pin:
-            event = torch.cuda.Event()
-            event.record()
-        return Arriving(place, told, event)
-
-
-class Arriving:
-    """Tokens that are on their way."""
-
-    def __init__(
-        self,
-        place: torch.Tensor,
-        told: list[torch.Tensor] | None,
-        event: torch.cuda.Event | None,
-    ) -> None:
-        self._place, self._told, self._event = place, told, event
-
-    def wait(self) -> tuple[Int32Array, TokenLogprobs | None]:
-        """([n] int32, a copy, and log-probabilities if any were drawn); waits for the device."""
-        if self._event is not None:
-            self._event.synchronize()
-        logprobs = None
-        if self._told is not None:
-            logprobs = TokenLogprobs(*(column.numpy() for column in self._told))
-        return np.array(self._place.numpy(), np.int32), logprobs
+        return _copied([token_ids], [self._host[self._turn][: len(token_ids)]], self._pin)
