@@ -1,8 +1,9 @@
-"""What do `--quantize int8` and `--kv-cache-dtype` lose?
+"""What do `--quantize` and `--kv-cache-dtype` lose?
 
 Loss on SmolLM2, each variant against fp32: int8 as the engine makes it, with the 8-bit activations
 of processors that have VNNI and with the 7-bit ones of those that have only AVX2, and both with the
-output head left in fp32; and fp32 with keys and values in bf16 and in int8.
+output head left in fp32; fp32 with keys and values in bf16 and in int8; and the fp8 products of a
+GPU, computed by their twin (all else is fp32 then, which is bf16 on a GPU).
 
 - Perplexity of the Python reference (`pydoc_data.topics`, part of every Python) and of this
   repository's own docs/*.md, in windows of 512 tokens.
@@ -29,11 +30,13 @@ from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from batchwright.kernels.int8_linear import dot_tile
 from batchwright.kernels.int8_linear import numba as int8_kernel
 from batchwright.kernels.linear.packing import pack
 from batchwright.llm import LLM
+from batchwright.models.layers import Linear
 from batchwright.request import Request, SamplingParams, Task
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
 
@@ -70,11 +73,13 @@ class Variant(NamedTuple):
         way: of int8 products, None for fp32.
         exact_head: whether the output head stays fp32.
         kv_cache_dtype: as in EngineConfig.
+        fp8: whether products of the layers are in fp8.
     """
 
     way: int | None
     exact_head: bool = False
     kv_cache_dtype: str = "auto"
+    fp8: bool = False
 
 
 VARIANTS = {
@@ -86,6 +91,7 @@ VARIANTS = {
     "int8, 7-bit activations": Variant(dot_tile.PAIRS_256),
     "int8, 8-bit, head in fp32": Variant(dot_tile.VNNI_512, exact_head=True),
     "int8, 7-bit, head in fp32": Variant(dot_tile.PAIRS_256, exact_head=True),
+    "fp8": Variant(None, fp8=True),
 }
 
 
@@ -97,7 +103,10 @@ def load(variant: Variant) -> LLM:
         "kv_cache_dtype": variant.kv_cache_dtype,
     }
     if variant.way is None:
-        return LLM("smollm2", **settings)
+        llm = LLM("smollm2", **settings)
+        if variant.fp8:
+            _make_fp8(llm)
+        return llm
     way = variant.way
     int8_kernel.best_way_here = functools.cache(lambda: way)
     llm = LLM("smollm2", quantize="int8", **settings)
@@ -106,6 +115,16 @@ def load(variant: Variant) -> LLM:
         table = model.model.embed_tokens.weight.float()
         model.lm_head.hold(pack(table))
     return llm
+
+
+def _make_fp8(llm: LLM) -> None:
+    """What `quantize="fp8"` does on a GPU."""
+    model = llm.engine._executor._model  # type: ignore[attr-defined]
+    for module in model.modules():
+        if isinstance(module, Linear) and module is not model.lm_head:
+            values = module.rows(torch.arange(module.out_features))
+            module.weight = torch.nn.Parameter(values, requires_grad=False)
+            module.quantize_fp8()
 
 
 def windows(text: str, llm: LLM, count: int) -> list[np.ndarray]:

@@ -45,6 +45,19 @@ TRIALS = {
 }
 """(shape, programs per multiprocessor); 4 stages of narrow and 6 of wide compile to 3 and 5."""
 
+EIGHT_BIT_TRIALS = {
+    "narrow": [
+        (TileShape(16, num_keys, num_warps, stages), 8)
+        for num_warps in (1, 2, 4)
+        for num_keys, stages in ((64, 3), (32, 4))
+    ],
+    "wide": [
+        *((TileShape(64, 64, 4, stages), 2) for stages in (5, 3, 2)),
+        (TileShape(64, 64, 8, 3), 2),
+    ],
+}
+"""With keys and values in 8 bits."""
+
 
 def run(timer: Timer, budget: Budget) -> dict[str, Any]:
     """Microseconds of every shape on every step; None where the card lacks the shared memory."""
@@ -53,27 +66,31 @@ def run(timer: Timer, budget: Budget) -> dict[str, Any]:
         heads, num_tokens, dtype = TINY, 3000, torch.float32
         steps = {"narrow": [Work(2, 12)], "wide": [Work(1, 0, 9)]}
         trials = {"narrow": [(TileShape(16, 16, 4, 2), 2)], "wide": [(TileShape(16, 32, 4, 2), 2)]}
-    pool = Pool(timer.device, num_tokens, heads, dtype)
-    usual = usual_tiling(heads, pool.k.element_size(), timer.device)
     lines: list[dict[str, Any]] = []
     left_out = 0
     numbers = dict(zip(("narrow", "wide"), PROGRAMS_PER_MULTIPROCESSOR, strict=True))
-    todo = [(kind, *trial) for kind, tried in trials.items() for trial in tried]
-    for kind, shape, number in todo:
-        if budget.is_spent():
-            left_out += 1
-            continue
-        tiling = replace(usual, **{kind: shape})
-        changed = numbers | {kind: number}
-        programs = changed["narrow"], changed["wide"]
-        line: dict[str, Any] = {
-            "kind": kind,
-            "shape": str(shape),
-            "programs_per_multiprocessor": number,
-        }
-        for work in steps[kind]:
-            line[_name(work)] = _microseconds(timer, pool, work, tiling, programs)
-        lines.append(line)
+    for keys in ("auto", "fp8", "int8"):
+        pool = Pool(timer.device, num_tokens, heads, dtype, kv_cache_dtype=keys)
+        usual = usual_tiling(heads, dtype.itemsize, timer.device, kv_cache_dtype=keys)
+        todo = [(kind, *trial) for kind, tried in trials.items() for trial in tried]
+        for kind, shape, number in todo:
+            if budget.is_spent():
+                left_out += 1
+                continue
+            tiling = replace(usual, **{kind: shape})
+            changed = numbers | {kind: number}
+            programs = changed["narrow"], changed["wide"]
+            line: dict[str, Any] = {
+                "kind": kind,
+                "keys": keys,
+                "shape": str(shape),
+                "programs_per_multiprocessor": number,
+            }
+            for work in steps[kind]:
+                line[_name(work)] = _microseconds(timer, pool, work, tiling, programs)
+            lines.append(line)
+        trials = trials if timer.device == "cpu" else EIGHT_BIT_TRIALS
+        del pool
     return {"lines": lines, "left_out": left_out}
 
 
@@ -101,10 +118,10 @@ def table(found: dict[str, Any]) -> str:
         times = [
             f"{name}: {value:.1f} us" if value is not None else f"{name}: too large"
             for name, value in line.items()
-            if name not in ("kind", "shape", "programs_per_multiprocessor")
+            if name not in ("kind", "keys", "shape", "programs_per_multiprocessor")
         ]
+        number = line["programs_per_multiprocessor"]
         lines.append(
-            f"{line['kind']:7}{line['shape']} x{line['programs_per_multiprocessor']:<3}"
-            f"{'; '.join(times)}"
+            f"{line['kind']:7}{line['keys']:5}{line['shape']} x{number:<3}{'; '.join(times)}"
         )
     return "\n".join([*lines, f"left out: {found['left_out']}"])

@@ -6,7 +6,7 @@ of four warps, and several programs on a multiprocessor take turns at products a
 Products of fp32 run on plain cores, in small tiles: tensor cores would round factors to tf32.
 
 Measured: 2-byte queries and head_dim 128 on sm_90, an H200 (benchmarks/results/2026-11-26-gpu-h200-
-tune.json, 8-bit caches in 2026-11-27-gpu-h200-tune-forms.json). All other shapes are derived and
+tune.json; 8-bit caches: 2026-11-27-gpu-h200-tune-8bit-keys.json). All other shapes are derived and
 were only compiled and checked.
 """
 
