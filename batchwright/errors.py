@@ -10,8 +10,9 @@ BatchwrightError
 │   └── UnsupportedModelError  sound files of a kind this version cannot run
 ├── RequestError           one row is bad; that row fails and the others go on
 ├── ResourceError          the machine lacks memory, or room for a temporary file
-│   ├── RankError              a process that has a part of the model has failed or is gone
-│   └── ReplicaError           no process is left that could run rows
+│   └── GoneError              processes that compute are gone; this one cannot go on
+│       ├── RankError              one that has a part of the model has failed or is gone
+│       └── ReplicaError           none is left that could run rows
 └── ShapeError             arrays that must agree do not
 
 Messages say what was wrong, the value, the limit and the remedy. `assert` is kept for our own bugs.
@@ -56,11 +57,16 @@ class ResourceError(BatchwrightError):
     """The machine lacks memory, or room for a temporary file. What is finished is kept."""
 
 
-class RankError(ResourceError):
+class GoneError(ResourceError):
+    """Processes that compute are gone: this one computes nothing any more. What is finished is
+    kept."""
+
+
+class RankError(GoneError):
     """One of the processes that have a model together has failed. What is finished is kept."""
 
 
-class ReplicaError(ResourceError):
+class ReplicaError(GoneError):
     """All processes that have an engine each are gone. What is finished is kept."""
 
 

@@ -7,11 +7,15 @@ A Llama of 100 M random weights in fp32, greedy, in turns: rows that decode and 
 all prompt. Both do the same arithmetic on the same cores, so what differs is what is sent (two sums
 a layer, between processes of one machine over loopback), and what runs on rank 0 alone or on both
 (norms, embeddings, drawing). A machine with several sockets or cards may gain; this one cannot.
+
+Beside each time stands what the cost model says of it, calibrated before every round: with two
+ranks it is charged for what they send (`plan/exchange.py`). Both are by the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import math
@@ -24,13 +28,22 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from batchwright.config import EngineConfig
+from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.engine import Engine
+from batchwright.exec.machine_cost import machine_cost
+from batchwright.kv.groups import BLOCK_SIZE, KVGroup
 from batchwright.llm import build_engine
 from batchwright.models.layers import Linear
 from batchwright.models.loader import build_empty
+from batchwright.models.shape import read_shape
+from batchwright.plan.cost import CostModel
+from batchwright.plan.shared_keys import StepCosts
+from batchwright.predict import families
 from batchwright.request import Request, SamplingParams
+from batchwright.simulate import EngineSizes, Simulation
+from batchwright.synthetic import Part, make_workload, parse_lengths
 from batchwright.weights.checkpoint import open_checkpoint
+from batchwright.weights.forms import stored_forms
 from benchmarks.machine import describe_commit, describe_machine, describe_versions
 
 CONFIG = {
@@ -77,8 +90,10 @@ def main() -> None:
         times: dict[str, dict[str, list[float]]] = {
             workload: {way: [] for way in WAYS} for workload in WORKLOADS
         }
+        predicted = copy.deepcopy(times)
         for number in range(options.rounds + 1):
             for way, settings in WAYS.items():
+                cost, config = _cost(Path(directory), settings)
                 engine, _ = build_engine(
                     open_checkpoint(Path(directory)),
                     _NoTokenizer(),  # type: ignore[arg-type]
@@ -88,14 +103,19 @@ def main() -> None:
                     seconds = _seconds(engine, *WORKLOADS[workload])
                     if number:  # the first round compiles kernels
                         times[workload][way].append(seconds)
+                        seconds = _predicted_s(cost, config, *WORKLOADS[workload])
+                        predicted[workload][way].append(seconds)
                 engine.close()
                 del engine
                 gc.collect()
     for workload, by_way in times.items():
         one, two = (float(np.median(by_way[way])) for way in WAYS)
         print(f"{workload:>16}: {one:.3f} s in one process, {two:.3f} s in two, {two / one:.2f} x")
+        one, two = (float(np.median(predicted[workload][way])) for way in WAYS)
+        print(f"{'predicted':>16}: {one:.3f} s in one process, {two:.3f} s in two")
     result = {
         "times_s": times,
+        "predicted_s": predicted,
         "machine": describe_machine(),
         "versions": describe_versions("torch", "numpy"),
         "commit": describe_commit(),
@@ -103,6 +123,32 @@ def main() -> None:
     print(json.dumps(result))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _cost(directory: Path, settings: dict[str, int]) -> tuple[CostModel, ResolvedConfig]:
+    config = EngineConfig(device="cpu", **settings).resolve(
+        context_length=CONFIG["max_position_embeddings"], free_memory_bytes=2**30
+    )
+    forms = stored_forms(open_checkpoint(directory))
+    return machine_cost(CONFIG, read_shape(CONFIG), config, forms), config
+
+
+def _predicted_s(
+    cost: CostModel, config: ResolvedConfig, num_rows: int, num_prompt: int, num_output: int
+) -> float:
+    part = Part(parse_lengths(str(num_prompt)), parse_lengths(str(num_output)))
+    workload = make_workload((part,), num_rows)
+    engine = EngineSizes(
+        groups=[KVGroup(None, 1024)],
+        block_size=BLOCK_SIZE,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+    )
+    rows = families(workload.rows, workload.columns, workload.output, np.arange(num_rows))
+    run = Simulation(rows, engine, StepCosts(cost, BLOCK_SIZE))
+    run.run()
+    return cost.hardware.busy * run.clock.now()
 
 
 def _write_model(directory: Path) -> None:

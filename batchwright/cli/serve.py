@@ -64,7 +64,8 @@ def serve(
     The API key is read from the environment variable BATCHWRIGHT_API_KEY or from --api-key-file.
     Ctrl-C (or SIGTERM) finishes what runs, for a minute at most; a second one ends at once.
 
-    Exit status: 0 nothing is left to do, 2 it could not start, 75 batches go on at the next start.
+    Exit status: 0 nothing is left to do, 2 it could not start, 75 batches go on at the next start
+    (stopped before their end, or a process that computed is gone).
     """
     _check_packages()
     from batchwright.config import EngineConfig

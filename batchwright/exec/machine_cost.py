@@ -18,8 +18,10 @@ from batchwright.exec.build import use_threads
 from batchwright.exec.device.kv_memory import element_bytes
 from batchwright.exec.layer_slice import NUM_LAYERS
 from batchwright.plan.cost import CostModel
+from batchwright.plan.exchange import with_exchange
 from batchwright.plan.hardware import DEVICES, device_hardware, find_device
 from batchwright.plan.shape import ModelShape
+from batchwright.tensor_parallel.measure_link import measure_link
 from batchwright.weights.block_tensor import FORM_BYTES
 from batchwright.weights.forms import StoredForms
 
@@ -52,7 +54,7 @@ def machine_cost(
     """
     if config.device == "cuda":
         return _gpu_cost(shape, config)
-    # Ranks and replicas are pretended to be threads; what they send to each other is not measured.
+    # Ranks and replicas are pretended to be threads; what ranks send to each other is added.
     num_cores = len(os.sched_getaffinity(0))
     num_processes = config.tensor_parallel_size * config.data_parallel_size
     num_threads = min(config.num_threads * num_processes, num_cores)
@@ -68,6 +70,9 @@ def machine_cost(
         forms=forms,
     )
     use_threads(config.num_threads)
+    if (num_ranks := config.tensor_parallel_size) > 1:
+        link = measure_link(num_ranks, shape.hidden_size, dtype)
+        hardware = with_exchange(hardware, shape, link, num_ranks, dtype.itemsize)
     backend: AttentionBackend = techniques.find("attention.backends", config.attention).Backend()
     heads = shape.attention[0]
     return CostModel(

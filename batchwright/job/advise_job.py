@@ -37,7 +37,6 @@ from batchwright.plan.advise.devices import (
     REPLICA_SIZES,
     Layout,
     smallest_layout,
-    with_exchange,
 )
 from batchwright.plan.advise.knobs import Knobs, best_trial, runners_up, search
 from batchwright.plan.advise.replicas import num_replicas, replica_gain
@@ -209,7 +208,6 @@ class Advisor:
         shape = self.question.model_shape or model.shape
         element_bytes = self._element_bytes
         hardware = device_hardware(device, shape, element_bytes, num_devices=replica_size)
-        hardware = with_exchange(hardware, shape, device.name, replica_size, element_bytes)
         cost = CostModel(shape, hardware, element_bytes, element_bytes)
         config = self._device_config(device, shape, replica_size)
         return Trials(self.job, shape, config, lambda _: cost, element_bytes)

@@ -76,6 +76,8 @@ class Hardware:
         token_s: norms, rotations, activations and the like, of one token in all layers.
         step_s: fixed time of a step.
         draw_s: drawing one token from its logits.
+        logits_s: sending one line of logits, where several processes have parts of it
+            (`exchange.py`).
         tile_rows: rows of a product are rounded up to a multiple of this.
         busy: seconds by the clock for one of the machine's own, as others used it when it was
             measured; no part of a step's time here.
@@ -95,6 +97,7 @@ class Hardware:
     token_s: float = 0.0
     step_s: float = 0.0
     draw_s: float = 0.0
+    logits_s: float = 0.0
     tile_rows: int = 1
     overlap: float = 0.0
     busy: float = 1.0
@@ -166,7 +169,8 @@ class CostModel:
         """Time of equal Steps, all of them; `shared` as in `parts`, the same in each."""
         num_rows, hardware = len(steps.slots), self.hardware
         products_s = self._layers_s(num_rows) + self._head_s(num_rows)
-        other_s = hardware.step_s + num_rows * (hardware.token_s + hardware.draw_s)
+        row_s = hardware.token_s + hardware.draw_s + hardware.logits_s
+        other_s = hardware.step_s + num_rows * row_s
         compute_s = np.full(steps.num_steps, products_s)
         memory_s = np.zeros(steps.num_steps)
         for group, attention in enumerate(self.shape.attention):
@@ -217,7 +221,8 @@ class CostModel:
             shared: what rows share, by KV group, which a Step does not say; `StepCosts` follows it.
         """
         hardware = self.hardware
-        layers, head = self._layers_s(step.num_tokens), self._head_s(_num_logits(step))
+        num_logits = _num_logits(step)
+        layers, head = self._layers_s(step.num_tokens), self._head_s(num_logits)
         attention = self._attention_s(step, shared)
         return StepSeconds(
             layers=layers,
@@ -226,6 +231,7 @@ class CostModel:
             other=hardware.step_s
             + step.num_swapped * self.block_copy_s
             + hardware.token_s * step.num_tokens
+            + hardware.logits_s * num_logits
             + hardware.draw_s * len(step.sample_tokens),
             hidden=0.0
             if not hardware.overlap
@@ -268,7 +274,7 @@ class CostModel:
         return (
             num_tokens * (shape.layer_flops_per_token / hardware.layers.best + hardware.token_s)
             + shape.attention_flops(num_keys) / hardware.attention_flops_per_s
-            + num_logits * shape.head_flops_per_token / hardware.head.best
+            + num_logits * (shape.head_flops_per_token / hardware.head.best + hardware.logits_s)
             + num_draws * hardware.draw_s
         )
 

@@ -5,8 +5,8 @@ rates has one point: the rows at which both take the same time. Peaks are the ma
 the H200 were measured by this project, from its kernels alone (docs/gpu.md).
 Those of the others are assumed: they follow from BlendServe's Table 1 (arXiv:2411.16102:
 Llama-3-8B on an A100, products in 205 to 223 TFLOP/s, 1.73 TB/s in attention of single tokens).
-Several devices share a model by dividing every product and head (tensor parallel); what they send
-to each other is not charged.
+Several devices share a model by dividing every product and head (tensor parallel), and are charged
+for what they send to each other (`exchange.py`), nothing of which was measured.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from batchwright.errors import ConfigError
 from batchwright.plan.cost import Hardware, RateCurve
+from batchwright.plan.exchange import Link, with_exchange
 from batchwright.plan.shape import ModelShape
 
 PRODUCT_SHARE = 218 / 312
@@ -28,7 +29,11 @@ STEP_S = 1e-3
 0.35 ms for 300 small kernels in one graph on an H200."""
 
 BUS_SHARE = 0.8
-"""Of the bus's bandwidth, that copies from and to pinned memory reach. Assumed."""
+"""Of the bus's bandwidth, that copies from and to pinned memory reach, and of the links' that large
+tensors do. Assumed."""
+
+EXCHANGE_S = 10e-6
+"""Latency of one collective between devices. Assumed."""
 
 TILE_ROWS = 128
 """Rows of one tile of a product."""
@@ -47,6 +52,8 @@ class DeviceProfile:
         fp8_flops_per_s: of e4m3 numbers on both sides; None: it has no such products.
         memory_bytes_per_s, memory_bytes: of the device's own memory.
         bus_bytes_per_s: of the bus to the host, in one direction: PCIe 4.0 or 5.0 with 16 lanes.
+        nvlink_bytes_per_s: to the other devices of the machine, in one direction: half of what the
+            data sheet gives, which is both. 0: there is none, they meet over the bus.
         product_share, attention_share: of the peak FLOP/s, in products and in attention of prompts.
         memory_share, kv_share: of the bandwidth, in products of few rows and in attention of single
             tokens.
@@ -59,12 +66,19 @@ class DeviceProfile:
     memory_bytes: float
     fp8_flops_per_s: float | None = None
     bus_bytes_per_s: float = 64e9
+    nvlink_bytes_per_s: float = 0.0
     product_share: float = PRODUCT_SHARE
     attention_share: float = PRODUCT_SHARE
     memory_share: float = MEMORY_SHARE
     kv_share: float = MEMORY_SHARE
     step_s: float = STEP_S
     tile_rows: int = TILE_ROWS
+
+    @property
+    def link(self) -> Link:
+        """Between devices that share a model."""
+        bytes_per_s = self.nvlink_bytes_per_s or self.bus_bytes_per_s
+        return Link(bytes_per_s * BUS_SHARE, EXCHANGE_S)
 
 
 DEVICES = {
@@ -77,6 +91,7 @@ DEVICES = {
             memory_bytes_per_s=2.039e12,
             memory_bytes=80e9,
             bus_bytes_per_s=32e9,
+            nvlink_bytes_per_s=300e9,
         ),
         DeviceProfile(
             name="H100",
@@ -85,6 +100,7 @@ DEVICES = {
             memory_bytes_per_s=3.35e12,
             memory_bytes=80e9,
             fp8_flops_per_s=1979e12,
+            nvlink_bytes_per_s=450e9,
         ),
         DeviceProfile(
             name="H200",
@@ -93,6 +109,7 @@ DEVICES = {
             memory_bytes_per_s=4.8e12,
             memory_bytes=141e9,
             fp8_flops_per_s=1979e12,
+            nvlink_bytes_per_s=450e9,
             # Shapes of Llama-3-8B in bf16, benchmarks/results/2026-11-26-gpu-h200-*.json. Layers:
             # 681 to 751 TFLOP/s from 1,024 rows on, 3.6 TB/s of weights up to 16 rows (the head
             # alone 4.2). In fp8 1,267 to 1,313 TFLOP/s from 1,024 rows on, 0.64 to 0.66 of the
@@ -115,7 +132,7 @@ DEVICES = {
         ),
     )
 }
-"""H100 and A100 are the SXM modules."""
+"""H100 and A100 are the SXM modules, which have NVLink; an L40S has PCIe 4.0 only."""
 
 
 def find_device(name: str) -> DeviceProfile:
@@ -143,7 +160,7 @@ def device_hardware(
 
     Args:
         weight_bytes: of one element of the weights, but for those in fp8.
-        num_devices: every rate is multiplied by it.
+        num_devices: every rate is multiplied by it; what they send is charged.
         overlap: see `Hardware`.
         fp8: weights of the layers are e4m3, and multiplied as such where the device can.
     Raises:
@@ -162,7 +179,7 @@ def device_hardware(
         fp8_peak = profile.fp8_flops_per_s or profile.bf16_flops_per_s
         fp8_flops_per_s = num_devices * fp8_peak * profile.product_share
         layers = RateCurve((fp8_flops_per_s / (2 * bytes_per_s),), (fp8_flops_per_s,))
-    return Hardware(
+    together = Hardware(
         name=profile.name if num_devices == 1 else f"{num_devices} x {profile.name}",
         num_threads=num_devices,
         layers=layers,
@@ -176,6 +193,7 @@ def device_hardware(
         tile_rows=profile.tile_rows,
         overlap=overlap,
     )
+    return with_exchange(together, shape, profile.link, num_devices, 2 if weight_bytes <= 2 else 4)
 
 
 def kv_memory_bytes(

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
-from batchwright.errors import RequestError, ResourceError
+from batchwright.errors import GoneError, RequestError, ResourceError
 from batchwright.job.answer import AnswerForm, answer_form
 from batchwright.job.formats.response_body import response_body
 from batchwright.job.prepare import prepare_rows
@@ -112,7 +112,7 @@ class Calls:
             return await asyncio.to_thread(self._write, result.result(), begun.form)
         except RequestError as error:
             raise _told(error) from None
-        except ServerStoppingError as error:
+        except (ServerStoppingError, GoneError) as error:
             raise _stopping(error) from None
         except ResourceError as error:
             raise ApiError(503, str(error), code="out_of_memory") from None
@@ -162,7 +162,7 @@ def _told(error: RequestError) -> ApiError:
     return from_request_error(error)
 
 
-def _stopping(error: ServerStoppingError) -> ApiError:
+def _stopping(error: Exception) -> ApiError:
     return busy(str(error), status=503, retry_after_s=30)
 
 

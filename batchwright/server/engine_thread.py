@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from batchwright.errors import ConfigError, InputError, OutputError, ResourceError
+from batchwright.errors import ConfigError, GoneError, InputError, OutputError, ResourceError
 from batchwright.job.answer import TokenBytes
 from batchwright.job.directory import JobDirectory
 from batchwright.job.events import JobEvent, Measured, Progressed
@@ -25,7 +25,7 @@ from batchwright.prompt_cache.compose import PromptSchemas
 from batchwright.server.batch_record import Batch, BatchError, Counts, Status
 from batchwright.server.batches import Batches, Live
 from batchwright.server.check_batch import RowChecks, batch_rows
-from batchwright.server.shared_engine import SharedEngine
+from batchwright.server.shared_engine import STOPPING, SharedEngine
 from batchwright.server.stored_files import FileStore
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,10 @@ class EngineThread:
         files: where their rows are and their results go.
         model_name: written into each body.
         schemas: that rows may name in prompt_cache; `row_settings` says which, for the manifests.
+
+    Attributes:
+        gone: why it ended by itself: processes that computed are gone. Batches go on when the
+            server is started again.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class EngineThread:
         schemas: PromptSchemas | None = None,
         row_settings: Mapping[str, Any] | None = None,
     ) -> None:
+        self.gone: str | None = None
         self._model = model
         self._engine = model.engine
         self._batches = batches
@@ -140,7 +145,7 @@ class EngineThread:
 
     def _work(self) -> None:
         try:
-            while not self._num_stops:
+            while not self._num_stops and self.gone is None:
                 self._engine.alive()
                 if (ready := self._batches.next()) is not None:
                     self._run(*ready)
@@ -148,10 +153,10 @@ class EngineThread:
                     self._step()
                 elif self._engine.arrived.wait(IDLE_S):
                     self._engine.arrived.clear()
-            while self._engine.num_unfinished and self._may_drain:
+            while self._engine.num_unfinished and self._may_drain and self.gone is None:
                 self._step()
         finally:
-            self._engine.close()
+            self._engine.close(self.gone or STOPPING)
 
     @property
     def _may_drain(self) -> bool:
@@ -161,6 +166,8 @@ class EngineThread:
         """A step of single calls alone."""
         try:
             self._engine.step()
+        except GoneError as error:
+            self.gone = str(error)
         except Exception as error:
             logger.error("a step failed: %s", type(error).__name__)
             logger.debug("the failed step", exc_info=error)
@@ -182,6 +189,9 @@ class EngineThread:
             codes = dict(summary.error_codes)
             expired = "batch_expired" in codes
             self._batches.finish(id, stopped=summary.stopped, expired=expired, error_codes=codes)
+        except GoneError as error:
+            self.gone = str(error)
+            self._batches.put_back(id, self.gone, None)
         except (OutputError, ResourceError) as error:
             logger.warning("batch %s waits %.0f s: %s", id, RETRY_S, error)
             self._batches.put_back(id, str(error), RETRY_S)

@@ -62,7 +62,7 @@ def listen(settings: ServerSettings) -> socket.socket:
 def serve(
     parts: Parts, listener: socket.socket, *, say: Callable[[str], None] = lambda text: None
 ) -> int:
-    """Serve until a signal asks to stop; returns the exit status.
+    """Serve until a signal asks to stop, or what computes is gone; returns the exit status.
 
     The first SIGINT or SIGTERM lets running rows and calls finish, for a minute at most; the
     second ends after the step that runs; the third ends the process where it is. What is on the
@@ -117,6 +117,9 @@ async def _serve(
         server.should_exit = True
         await serving
         parts.close()
+    if (gone := parts.engine_thread.gone) is not None:
+        say(f"batchwright: {gone}")
+        return INTERRUPTED
     if not parts.is_stopping:
         say("The engine has ended by itself, which is a bug; start the server again to go on.")
         return FAILED

@@ -23,6 +23,7 @@ from batchwright.request import Request, Result
 from batchwright.watchdog import Watchdog
 
 CALL_PREFIX = "call-"
+STOPPING = "the server is stopping"
 LOOK_S = 0.25  # between two looks at how busy the engine is
 
 
@@ -74,9 +75,10 @@ class SharedEngine:
         self._max_calls = max_calls
         self._now = now
         self._inbox: queue.SimpleQueue[Call | str] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of the two below
+        self._lock = threading.Lock()  # of the three below
         self._num_open = 0
         self._is_closed = False
+        self._why_closed = STOPPING
         self._calls: dict[str, Call] = {}  # in the engine
         self._rows: set[str] = set()  # of the job that runs, in the engine
         self._watchdog = Watchdog(now, poll_s=None)
@@ -97,7 +99,7 @@ class SharedEngine:
         call = Call(request)
         with self._lock:
             if self._is_closed:
-                raise ServerStoppingError("the server is stopping")
+                raise ServerStoppingError(self._why_closed)
             if self._num_open + call.num_inputs > self._max_calls:
                 raise TooManyCallsError(
                     f"{self._num_open} calls are waiting or running, at most {self._max_calls} may"
@@ -114,10 +116,10 @@ class SharedEngine:
             self._inbox.put(call.request.id)
             self.arrived.set()
 
-    def refuse_calls(self) -> None:
-        """Take no single calls any more; those that are here are still answered."""
+    def refuse_calls(self, why: str = STOPPING) -> None:
+        """Take no single calls any more, and say why; those that are here are still answered."""
         with self._lock:
-            self._is_closed = True
+            self._is_closed, self._why_closed = True, why
 
     @property
     def num_open_calls(self) -> int:
@@ -216,11 +218,11 @@ class SharedEngine:
         finally:
             self._rows.clear()
 
-    def close(self) -> None:
-        """Fail what is still here; the engine runs no more."""
-        self.refuse_calls()
+    def close(self, why: str = STOPPING) -> None:
+        """Fail what is still here, and say why; the engine runs no more."""
+        self.refuse_calls(why)
         self._take_inbox()
-        self._fail_calls(ServerStoppingError("the server is stopping"))
+        self._fail_calls(ServerStoppingError(why))
 
     # Inside ------------------------------------------------------------------------------------
 

@@ -103,8 +103,9 @@ def test_overlap_hides_its_share_of_the_shorter(overlap):
     assert cost.seconds(step) == pytest.approx(expected, rel=1e-9)
 
 
-def test_two_devices_halve_everything_but_the_fixed_time():
+def test_two_devices_halve_everything_but_the_fixed_time_and_what_they_send():
     two = device_hardware(A100, LLAMA, 2, num_devices=2)
+    two = replace(two, step_s=A100.step_s, token_s=0.0, logits_s=0.0)
     step = make_step([(0, 512), *[(999, 1000)] * 256], [600])
     one_s = model().seconds(step) - A100.step_s
     two_s = CostModel(LLAMA, two, 2, 2).seconds(step) - A100.step_s

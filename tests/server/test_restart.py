@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 
-from batchwright.errors import OutputError, ResourceError
+from batchwright.errors import OutputError, RankError, ReplicaError, ResourceError
 from tests.job.fakes import FakeModel, chat_row
 from tests.server.running import (
     MODEL,
@@ -146,6 +146,43 @@ def test_what_passes_is_waited_for(
     batch = ended(client, begin(client, [chat_row(str(i)) for i in range(6)]))
     assert (batch.status, batch.request_counts.completed) == ("completed", 6)
     assert len(lines_of(client, batch.output_file_id)) == 6
+
+
+@pytest.mark.parametrize("kind", [RankError, ReplicaError])
+@pytest.mark.parametrize("batch_runs", [True, False])
+def test_without_the_processes_that_compute_the_server_ends(
+    start: Start, kind: type[Exception], batch_runs: bool
+) -> None:
+    engine = PacedEngine(max_running=1)
+
+    def on_step(number: int) -> None:
+        if number >= 3:
+            raise kind("rank 1 was ended by signal 9")
+
+    engine.on_step = on_step
+    server = start(engine)
+    client = server.client()
+    batch = begin(client, [chat_row(str(i)) for i in range(6)]) if batch_runs else None
+    if not batch_runs:
+        with pytest.raises(openai.APIStatusError, match="signal 9") as told:
+            client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "a"}], max_tokens=9
+            )
+        assert (told.value.status_code, told.value.code) == (503, "service_unavailable")
+        assert told.value.response.headers["retry-after"] == "30"
+    until(lambda: not server.parts.engine_thread.is_alive)
+    assert server.parts.engine_thread.gone == "rank 1 was ended by signal 9"
+    status, _, body = server.ask("GET", "/health")
+    assert (status, json.loads(body)) == (503, {"status": "dead"})
+    call = {"messages": [{"role": "user", "content": "a"}]}
+    assert server.error("POST", "/v1/chat/completions", call) == (503, "service_unavailable")
+    if batch is None:
+        return
+    found = client.batches.retrieve(batch.id)
+    assert found.status == "in_progress" and found.errors.data[0].code == "held"
+    server.close()
+    found = ended(start().client(), batch)
+    assert (found.status, found.request_counts.completed) == ("completed", 6)
 
 
 def test_a_bug_fails_one_batch_and_keeps_what_it_finished(start: Start) -> None:

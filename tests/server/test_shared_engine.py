@@ -115,8 +115,14 @@ def test_closing_tells_who_waits() -> None:
     engine.close()
     for call in (waiting, running):
         assert isinstance(call.result.exception(0), ServerStoppingError)
-    with pytest.raises(ServerStoppingError):
+    with pytest.raises(ServerStoppingError, match="stopping"):
         engine.submit(request("call-3"))
+    engine = shared()
+    waiting = engine.submit(request("call-1"))
+    engine.close("rank 1 is gone")
+    assert str(waiting.result.exception(0)) == "rank 1 is gone"
+    with pytest.raises(ServerStoppingError, match="rank 1"):
+        engine.submit(request("call-2"))
 
 
 def test_being_stuck_is_told_by_the_time_since_the_last_sign() -> None:

@@ -2,35 +2,18 @@
 
 The question of a deployer (UELLM, arXiv:2409.14961), answered for one kind of device: a layout is
 so many replicas, each divided over so many devices (tensor parallel). Replicas run parts of the job
-and do not talk; the devices of one replica add up partial results twice a layer, over links that
-are slower than memory.
+and do not talk; the devices of one replica do (`plan/exchange.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from batchwright.plan.cost import Hardware
-from batchwright.plan.shape import ModelShape
-
 MAX_DEVICES = 64
 REPLICA_SIZES = (1, 2, 4, 8)
 """Devices of one replica; links are fast within a machine of eight."""
-
-LINK_BYTES_PER_S = {"A100-80G": 300e9, "H100": 450e9, "H200": 450e9, "L40S": 32e9}
-"""One direction, from data sheets: NVLink of the SXM modules; the L40S has PCIe 4.0 only."""
-
-SLOWEST_LINK_BYTES_PER_S = min(LINK_BYTES_PER_S.values())
-"""Of a device that is not listed."""
-
-LINK_SHARE = 0.8
-"""Of a link's peak, that large transfers reach. Assumed."""
-
-EXCHANGE_S = 10e-6
-"""What one exchange takes, however small. Assumed."""
 
 
 class Layout(NamedTuple):
@@ -58,31 +41,6 @@ class LayoutTime(NamedTuple):
 
     layout: Layout
     seconds: float
-
-
-def with_exchange(
-    hardware: Hardware, shape: ModelShape, device: str, replica_size: int, element_bytes: float
-) -> Hardware:
-    """The hardware of one replica, charged for what its devices send to each other.
-
-    Two sums over all devices a layer, each moving 2 (p - 1) / p of the hidden states over the link.
-
-    Args:
-        hardware: of all devices of the replica together.
-        device: the name of its kind.
-        element_bytes: of one element of the hidden states.
-    """
-    if replica_size == 1:
-        return hardware
-    link = LINK_BYTES_PER_S.get(device, SLOWEST_LINK_BYTES_PER_S) * LINK_SHARE
-    num_sums = 2 * shape.num_layers
-    share = 2 * (replica_size - 1) / replica_size
-    token_s = num_sums * share * shape.hidden_size * element_bytes / link
-    return dataclasses.replace(
-        hardware,
-        token_s=hardware.token_s + token_s,
-        step_s=hardware.step_s + num_sums * EXCHANGE_S,
-    )
 
 
 def smallest_layout(

@@ -1,17 +1,14 @@
-"""How many devices: the fewest that meet a target, memory and links counted."""
+"""How many devices: the fewest that meet a target, memory counted."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchwright.plan.advise.devices import Layout, smallest_layout, with_exchange
-from batchwright.plan.cost import Hardware, RateCurve
-from tests.plan.test_cost import SHAPE
+from batchwright.plan.advise.devices import Layout, smallest_layout
 
 
 def amdahl(work_s: float, drain_s: float, fits_on: int = 1):
@@ -74,26 +71,3 @@ def test_none_smaller_would_do(work_s, drain_s, fits_on, target_s) -> None:
     assert found.layout.num_devices == fewest
     same = [seconds(layout) for layout in possible if layout.num_devices == fewest]
     assert found.seconds == min(same)
-
-
-def test_devices_of_a_replica_pay_for_their_link() -> None:
-    flat = RateCurve((1,), (100.0,))
-    hardware = Hardware(
-        name="2 x H100",
-        num_threads=2,
-        layers=flat,
-        head=flat,
-        ceiling_flops_per_s=100.0,
-        attention_flops_per_s=50.0,
-        kv_bytes_per_s=1e9,
-        memory_bytes_per_s=1e9,
-        step_s=1e-3,
-    )
-    two = with_exchange(hardware, SHAPE, "H100", 2, 2)
-    # 6 sums, each moving one hidden state of 2 elements at 0.8 x 450 GB/s
-    assert two.token_s == pytest.approx(6 * 2 * 2 / (0.8 * 450e9))
-    assert two.step_s == pytest.approx(1e-3 + 6 * 10e-6)
-    assert with_exchange(hardware, SHAPE, "H100", 1, 2) == hardware
-    slow = with_exchange(hardware, SHAPE, "some other", 2, 2)
-    assert slow.token_s > two.token_s
-    assert replace(slow, token_s=0.0, step_s=0.0) == replace(hardware, token_s=0.0, step_s=0.0)
