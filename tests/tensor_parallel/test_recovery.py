@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from batchwright import llm
+from batchwright.engine import Engine
 from batchwright.tensor_parallel.followers import Followers
 from batchwright.tensor_parallel.ranks import LostRanksError
 from tests.engine.harness import mixed_job, request, run
@@ -110,3 +111,24 @@ def test_without_a_cause_or_a_follower_it_is_the_end():
         words = "rank 1 was ended by signal 9" if kill else "rank 0 failed: LostRanksError: gone"
         assert str(error).startswith(words)
         assert follower.process.poll() is not None
+
+
+def test_what_fails_before_a_step_is_sent_needs_no_meeting(
+    tmp_path, failing_ranks, steps_given_up, monkeypatch
+):
+    """Between GPUs too, where ranks do not meet again."""
+    make_checkpoint("llama", tmp_path, **EVEN)
+    monkeypatch.setattr(failing_ranks, "_on_gpu", True)
+    masked = Engine._masked
+
+    def fail(self, step):
+        if "bad0" in self._scheduler.requests_of(step):
+            raise ValueError("a bug in masks")
+        return masked(self, step)
+
+    monkeypatch.setattr(Engine, "_masked", fail)
+    found = run(tmp_path, with_bad_rows(5, 1), **SETTINGS)
+    assert "a bug in masks" in found.results.pop("bad0").error.message
+    assert not steps_given_up
+    monkeypatch.undo()
+    assert found.tokens() == run(tmp_path, mixed_job(), max_num_seqs=6).tokens()
