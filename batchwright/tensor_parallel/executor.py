@@ -24,7 +24,7 @@ class _Pending:
 
 
 class TensorParallelExecutor:
-    """See `Executor`. After a failed or interrupted step the ranks are no longer in step: for good.
+    """See `Executor`. After a failed step the ranks meet again, or the followers have been ended.
 
     Args:
         own: rank 0's.
@@ -38,13 +38,18 @@ class TensorParallelExecutor:
         """See `Executor`.
 
         Raises:
-            RankError: some rank has failed in this step or an earlier one.
+            RankError: nothing can be computed any more, since this step or an earlier one.
+            Exception: the step failed on some rank, and all have given it up; go on as with a
+                single process.
         """
         self._followers.send(step)
         try:
             pending = self._own.execute(step)
         except Exception as error:
-            raise self._followers.failure(error) from error
+            cause = self._followers.give_up_step(error)
+            if cause is error:
+                raise
+            raise cause from error
         except BaseException:  # an interrupt, somewhere between two collectives
             self._followers.close()
             raise

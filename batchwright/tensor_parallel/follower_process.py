@@ -16,10 +16,11 @@ import torch
 from batchwright.config import ResolvedConfig
 from batchwright.exec.build import build_executor, use_threads
 from batchwright.exec.executor import Executor
+from batchwright.exec.memory import is_out_of_memory
 from batchwright.models.loader import load_model, read_config
 from batchwright.recovery import describe
-from batchwright.tensor_parallel.followers import ORDER, READY
-from batchwright.tensor_parallel.ranks import Ranks, join
+from batchwright.tensor_parallel.followers import ORDER, READY, STEP
+from batchwright.tensor_parallel.ranks import LostRanksError, Ranks, join
 from batchwright.tensor_parallel.step_message import decode_step
 from batchwright.weights.checkpoint import open_checkpoint
 
@@ -50,17 +51,33 @@ def _follow(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
     ranks: Ranks | None = None
     executor: Executor | None = None
     build: Callable[[], Executor] | None = None
+    on_gpu = has_left = False
     while True:
         message = inbox.get()
         kind, rest = message[: len(ORDER)], message[len(ORDER) :]
         if kind != ORDER:
-            assert executor is not None
-            executor.execute(decode_step(rest))
+            assert executor is not None and ranks is not None
+            if has_left:  # sent before rank 0 knew
+                continue
+            try:
+                executor.execute(decode_step(rest))
+            except Exception as error:
+                if on_gpu:
+                    raise
+                has_left = True
+                ranks.leave()
+                connection.send_bytes(STEP + _report(error))
             continue
         order = json.loads(b"{" + rest)
         if "join" in order:
-            store, rank, size = order["join"]
-            ranks = join(Path(store), rank, size, on_gpu=order["on_gpu"])
+            (store, rank, size), on_gpu = order["join"], order["on_gpu"]
+            ranks = join(Path(store), rank, size, on_gpu=on_gpu)
+        elif "rejoin" in order:
+            assert ranks is not None
+            ranks.leave()
+            connection.send_bytes(READY)
+            ranks.rejoin(Path(order["rejoin"]))
+            has_left = False
         elif "model" in order:
             assert ranks is not None
             executor, build = None, _load(order, ranks)
@@ -68,6 +85,16 @@ def _follow(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
         else:
             assert build is not None
             executor, build = build(), None
+
+
+def _report(error: Exception) -> bytes:
+    """Why a step failed here."""
+    what = {
+        "is_cause": not isinstance(error, LostRanksError),
+        "is_memory": is_out_of_memory(error),
+        "text": describe(error),
+    }
+    return json.dumps(what).encode()
 
 
 def _load(order: dict[str, Any], ranks: Ranks) -> Callable[[], Executor]:

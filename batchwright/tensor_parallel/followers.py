@@ -21,17 +21,22 @@ from batchwright.config import ResolvedConfig
 from batchwright.errors import RankError
 from batchwright.recovery import describe
 from batchwright.step import Step
-from batchwright.tensor_parallel.ranks import Ranks, join
+from batchwright.tensor_parallel.ranks import LostRanksError, Ranks, join
 from batchwright.tensor_parallel.step_message import encode_step
 
 ORDER, STEP = b"order: {", b"step: .."
-"""What the first eight bytes of a message say: JSON, or an encoded Step."""
+"""What the first eight bytes of a message say: JSON, or an encoded Step; from a follower, why it
+has failed, as JSON."""
 
 READY = b"ready"
 
 CAUSE_S = 3.0
 """How long after a failed step a follower may need to say why. Those that lost their neighbour fail
 too, so what comes first need not be the cause."""
+
+MEET_S = 60.0
+"""Longest wait, after a failed step, for the followers to give it up: they notice at their next
+collective, which is a layer away."""
 
 # As in structured/worker.py: our search path, and the main module is not run again.
 PROGRAM = (
@@ -47,16 +52,23 @@ class _Reports:
         self.changed = threading.Condition()
         self.num_ready = 0
         self.failures: list[tuple[bool, str]] = []  # (it died without a word, what is told)
+        self.step_causes: list[Exception] = []  # why followers could not compute a step
         self.ranks: Ranks | None = None
 
     def listen(self, follower: ChildProcess) -> None:
         """Until the follower fails or ends."""
         was_told = True
         try:
-            while (message := follower.connection.recv_bytes()) == READY:
-                with self.changed:
-                    self.num_ready += 1
-                    self.changed.notify_all()
+            while True:
+                message = follower.connection.recv_bytes()
+                if message == READY:
+                    with self.changed:
+                        self.num_ready += 1
+                        self.changed.notify_all()
+                elif message.startswith(STEP):
+                    self._note_step(follower.number, json.loads(message[len(STEP) :]))
+                else:
+                    break
             text = f"failed: {message.decode()}"
         except (EOFError, OSError):
             was_told, text = False, follower.how_it_ended()
@@ -65,6 +77,11 @@ class _Reports:
             self.changed.notify_all()
         if self.ranks is not None:
             self.ranks.abort()
+
+    def _note_step(self, rank: int, report: dict[str, Any]) -> None:
+        if report["is_cause"]:
+            kind = MemoryError if report["is_memory"] else RuntimeError
+            self.step_causes.append(kind(f"rank {rank}: {report['text']}"))
 
 
 class Followers:
@@ -86,6 +103,7 @@ class Followers:
         self._followers = [start_child(rank, self._directory, PROGRAM) for rank in range(1, size)]
         self._end = weakref.finalize(self, end_children, self._followers, self._directory)
         self._failure: str | None = None
+        self._on_gpu, self._num_meetings = on_gpu, 0
         for follower in self._followers:
             threading.Thread(target=self._reports.listen, args=(follower,), daemon=True).start()
         try:
@@ -134,6 +152,37 @@ class Followers:
         except OSError as error:
             raise self.failure(error) from error
 
+    def give_up_step(self, error: Exception) -> Exception:
+        """A step failed on rank 0, or broke off there: let all ranks give it up and meet again.
+
+        Leaving ends the connections of a rank, so that all others break off the collective in
+        which they wait for it, and leave too. Steps before this one are complete on every rank, as
+        far as anybody relies on them: what rank 0 has drawn depends on all their keys and values.
+
+        Returns:
+            Why the step failed, when all are together again. RankError, and all followers are
+            ended: between GPUs; if one is gone or does not come; if no rank knows a cause.
+        """
+        reports = self._reports
+        if self._on_gpu or self._failure is not None:
+            return self.failure(error)
+        self._num_meetings += 1
+        store = self._directory / f"store-{self._num_meetings}"
+        try:
+            self.ranks.leave()
+            for follower in self._followers:
+                self._order(follower, rejoin=str(store))
+            self._wait_ready(MEET_S)  # each has told its cause before
+            causes = [] if isinstance(error, LostRanksError) else [error]
+            causes += reports.step_causes
+            reports.step_causes.clear()
+            if not causes:
+                return self.failure(error)
+            self.ranks.rejoin(store)
+        except Exception:  # noqa: BLE001 - whatever it is, they do not come together
+            return self.failure(error)
+        return causes[0]
+
     def check(self) -> None:
         """Raise RankError if one has failed."""
         if self._failure is not None:
@@ -169,10 +218,12 @@ class Followers:
     def _order(self, follower: ChildProcess, **what: Any) -> None:
         follower.connection.send_bytes(ORDER + json.dumps(what).encode()[1:])
 
-    def _wait_ready(self) -> None:
+    def _wait_ready(self, timeout_s: float | None = None) -> None:
         reports, wanted = self._reports, len(self._followers)
         with reports.changed:
-            reports.changed.wait_for(lambda: reports.failures or reports.num_ready == wanted)
-            if reports.failures:
-                raise RankError("a rank is gone")
+            reports.changed.wait_for(
+                lambda: reports.failures or reports.num_ready == wanted, timeout_s
+            )
+            if reports.failures or reports.num_ready != wanted:
+                raise RankError("a rank is gone, or does not answer")
             reports.num_ready = 0

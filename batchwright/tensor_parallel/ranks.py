@@ -8,6 +8,7 @@ for the program that uses this package. Every rank must call the same ones in th
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,10 @@ import torch.nn.functional as F
 TIMEOUT_S = 600.0
 """Longest wait for the other ranks in one collective. A rank that dies is noticed at once, by its
 connection; this is for one that hangs. The first step compiles kernels, which takes a minute."""
+
+
+class LostRanksError(RuntimeError):
+    """A collective broke off: another rank is gone, or has given up the step."""
 
 
 class Ranks:
@@ -49,10 +54,10 @@ class Ranks:
         is NCCL's all-reduce, level rounding.
         """
         if self._on_gpu:
-            self._group.allreduce([x]).wait()
+            self._wait(self._group.allreduce, [x])
             return x
         parts = x.new_empty(self.size, *x.shape)
-        self._group.allgather([list(parts.unbind())], [x.contiguous()]).wait()
+        self._wait(self._group.allgather, [list(parts.unbind())], [x.contiguous()])
         total = parts[0].float()
         for part in parts[1:]:
             total += part
@@ -71,7 +76,7 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else []
         options = dist.GatherOptions()
         options.rootRank = 0
-        self._group.gather([parts] if parts else [], [padded], options).wait()
+        self._wait(self._group.gather, [parts] if parts else [], [padded], options)
         if not parts:
             return x
         ends = [num_columns * rank // self.size for rank in range(self.size + 1)]
@@ -82,13 +87,28 @@ class Ranks:
         """Overwrite x with that of rank 0."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        self._group.broadcast([x], options).wait()
+        self._wait(self._group.broadcast, [x], options)
 
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers, on all of them."""
         there = torch.tensor([number], device="cuda" if self._on_gpu else "cpu")
-        self._group.allreduce([there], dist.ReduceOp.MIN).wait()
+        self._wait(self._group.allreduce, [there], dist.ReduceOp.MIN)
         return int(there.item())
+
+    def leave(self) -> None:
+        """Give up the step: between CPUs this ends the connections, so that no rank waits for this
+        one. `rejoin` makes new ones."""
+        self._group = None
+
+    def rejoin(self, store: Path) -> None:
+        """Meet the others again, after all have left; see `join`."""
+        self._group = join(store, self.rank, self.size, on_gpu=False)._group
+
+    def _wait(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            collective(*arguments).wait()
+        except RuntimeError as error:
+            raise LostRanksError(str(error)) from error
 
     def abort(self) -> None:
         """Break off what waits for a rank that is gone. gloo notices by itself."""

@@ -49,9 +49,11 @@ def test_a_killed_rank_ends_the_job(tmp_path):
     engine.close()
 
 
-def test_when_rank_0_fails_the_others_end(tmp_path, monkeypatch):
+def test_between_gpus_ranks_do_not_meet_again(tmp_path, monkeypatch):
+    """What NCCL and graphs hold is not made anew: the others end, and the run."""
     engine, pids = divided_engine(tmp_path)
     monkeypatch.setattr(followers_module, "CAUSE_S", 0.1)
+    monkeypatch.setattr(engine._executor._followers, "_on_gpu", True)
 
     def fail(self, step):
         raise MemoryError("no room")
@@ -60,6 +62,27 @@ def test_when_rank_0_fails_the_others_end(tmp_path, monkeypatch):
     with pytest.raises(RankError, match=r"^rank 0 failed: MemoryError: no room; all 2 ranks"):
         list(engine.run(mixed_job()))
     assert not any(map(is_running, pids))
+
+
+def test_a_follower_killed_after_a_step_was_given_up_ends_the_job(tmp_path, monkeypatch):
+    engine, pids = divided_engine(tmp_path)
+    forward = LocalExecutor._forward
+    num_failed = 0
+
+    def fail_twice(self, step):
+        nonlocal num_failed
+        num_failed += 1
+        if num_failed == 2:
+            os.kill(pids[0], signal.SIGKILL)
+        if num_failed <= 2:
+            raise ValueError("a bug")
+        return forward(self, step)
+
+    monkeypatch.setattr(LocalExecutor, "_forward", fail_twice)
+    start_s = time.monotonic()
+    with pytest.raises(RankError, match=r"^rank 1 was ended by signal 9"):
+        list(engine.run(mixed_job()))
+    assert num_failed == 2 and time.monotonic() - start_s < 30
 
 
 def test_an_interrupt_within_a_step_ends_the_others(tmp_path, monkeypatch):
