@@ -20,6 +20,7 @@ from batchwright.engine import Engine
 from batchwright.engine_around import engine_around
 from batchwright.errors import BatchwrightError, ConfigError, RequestError
 from batchwright.exec.build import build_executor, use_threads
+from batchwright.exec.device.formats import check_formats
 from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
 from batchwright.exec.executor import Executor
 from batchwright.exec.machine_cost import with_useful_swap
@@ -227,6 +228,7 @@ def build_engine(
         free_memory_bytes=free_bytes() if on_gpu else available_memory_bytes(),
         num_gpus=num_gpus(),
     )
+    check_formats(checkpoint.config, resolved)
     if resolved.swap_space_bytes:
         resolved = with_useful_swap(resolved, read_shape(checkpoint.config))
         check_room_on_host(resolved.swap_space_bytes * resolved.tensor_parallel_size)

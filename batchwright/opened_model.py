@@ -14,6 +14,7 @@ from batchwright import techniques
 from batchwright.attention.backend import AttentionBackend
 from batchwright.config import EngineConfig, ResolvedConfig
 from batchwright.errors import ConfigError
+from batchwright.exec.device.formats import check_formats
 from batchwright.exec.device.kv_memory import element_bytes
 from batchwright.exec.device.memory import free_bytes, has_gpu, num_gpus
 from batchwright.exec.machine_cost import with_useful_swap
@@ -71,16 +72,21 @@ class OpenedModel:
             if self.dtype == torch.float32 and self.config.device == "cpu":
                 return stored_bytes(self.checkpoint)
             return shape.num_params * self.dtype.itemsize
-        table, itemsize = shape.vocab_size * shape.hidden_size, self.dtype.itemsize
-        num_tables = 1 if config["tie_word_embeddings"] else 2
-        if self.config.quantize == "fp8":  # a byte each, but for embeddings and head
-            return shape.num_params + num_tables * table * (itemsize - 1)
+        is_tied = bool(config["tie_word_embeddings"])
+        if self.config.quantize == "fp8":
+            return _fp8_bytes(shape, is_tied)
         # A byte each; an embedding table in fp32 besides, where it is the output head's too.
-        return shape.num_params - (num_tables - 1) * table + itemsize * table
+        table = shape.vocab_size * shape.hidden_size
+        return shape.num_params - (0 if is_tied else table) + self.dtype.itemsize * table
 
     def identity(self) -> dict[str, Any]:
         """What answers depend on besides the rows; see `answer_identity`."""
         return answer_identity(self.checkpoint.fingerprint, self.tokenizer, self.config)
+
+
+def _fp8_bytes(shape: ModelShape, is_tied: bool) -> int:
+    """Weights of a byte each, but for embeddings and output head, which are bf16."""
+    return shape.num_params + (1 if is_tied else 2) * shape.vocab_size * shape.hidden_size
 
 
 def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
@@ -101,15 +107,16 @@ def open_model(model: str, settings: dict[str, Any]) -> OpenedModel:
         check_divisible(build_empty(checkpoint.config, 1), size)
     free_memory_bytes = available_memory_bytes()
     if engine_config.uses_gpu(has_gpu()):  # about: the engine measures what a step takes
-        itemsize = 4 if engine_config.dtype == "float32" else 2
+        weight_bytes = shape.num_params * (4 if engine_config.dtype == "float32" else 2)
         if engine_config.quantize == "fp8":
-            itemsize = 1
-        free_memory_bytes = int(GPU_KV_SHARE * (free_bytes() - shape.num_params * itemsize / size))
+            weight_bytes = _fp8_bytes(shape, bool(model_config["tie_word_embeddings"]))
+        free_memory_bytes = int(GPU_KV_SHARE * (free_bytes() - weight_bytes / size))
     config = engine_config.resolve(
         context_length=model_config["max_position_embeddings"],
         free_memory_bytes=free_memory_bytes,
         num_gpus=num_gpus(),
     )
+    check_formats(checkpoint.config, config)
     config = with_useful_swap(config, shape)
     return OpenedModel(
         path=path,

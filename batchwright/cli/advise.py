@@ -178,7 +178,9 @@ def _question(
     for name in ("quantize", "kv_cache_dtype", "num_threads"):
         if device is not None and name in fixed:
             flag = "--threads" if name == "num_threads" else f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} is for this machine's CPU; leave it out with --device")
+            raise ConfigError(
+                f"{flag} is not simulated for another device; leave it out with --device"
+            )
     if replica_size is not None and device is None:
         raise ConfigError(
             "--tensor-parallel-size is for --device; advice on this machine is for one process "

@@ -76,7 +76,8 @@ def bench(
     """Measure the four workloads, or a file, and say how near that is to what the machine allows.
 
     Rows generate exactly as many tokens as they may, greedily. Every run has a process of its own;
-    other engines take turns with ours. docs/bench.md explains each number. Use an idle machine.
+    other engines take turns with ours, on the CPU. docs/bench.md explains each number. Use an idle
+    machine.
 
     With -o, what is measured is written after every run, so a bench that is stopped keeps it.
 
@@ -88,6 +89,7 @@ def bench(
     if input_path is not None or input_option is not None:
         source = options.one_source(input_path, input_option)
     settings = options.given(
+        device="cpu",  # whose products the bounds are of
         dtype=dtype.value,
         quantize=quantize and quantize.value,
         kv_cache_dtype=kv_cache_dtype.value,

@@ -104,7 +104,7 @@ def make_real(linear: Linear, dtype: torch.dtype, quantize: str | None, form: st
     if linear.bias is not None:
         bias = torch.zeros(linear.out_features, dtype=dtype)
         linear.bias = nn.Parameter(bias, requires_grad=False)
-    if quantize and not linear.exact:
+    if quantize == "int8" and not linear.exact:
         linear.hold_int8(int8_packing.blank(linear.out_features, linear.in_features))
     elif dtype == torch.float32:
         linear.hold(blank(linear.out_features, linear.in_features, form))

@@ -257,15 +257,17 @@ class Advisor:
         own, shape = simulation.own, simulation.shape
         cost = simulation.cost(own.num_threads)
         budget = max(own.max_num_batched_tokens, best.batch_size)
-        activations = activation_bytes(shape, budget, best.batch_size, cost.weight_bytes)
+        itemsize = self.model.dtype.itemsize if device is None else self._element_bytes
+        activations = activation_bytes(shape, budget, best.batch_size, itemsize)
         block_size = simulation.config.block_size
         kv_tokens = math.ceil(best.kv_tokens * (1 + KV_MARGIN) / block_size) * block_size
         engine = simulation.engine(own)
         assert engine is not None, "these settings were simulated before"
         kv_tokens = min(kv_tokens, max(one.num_blocks for one in engine.groups) * block_size)
         kv_bytes = math.ceil(kv_tokens * simulation.kv_token_bytes)
-        weights = math.ceil(shape.num_params * cost.weight_bytes)
+        weights = shape.num_params * self._element_bytes
         if device is None:
+            weights = self.model.weight_bytes
             activations += HOST_BYTES
             memory = self.model.free_memory_bytes
         else:

@@ -78,6 +78,8 @@ def _key(start: RunStart) -> _Key | None:
     dtype, num_threads = start.settings.get("dtype"), start.settings.get("num_threads")
     if start.shape is None or dtype not in _DTYPES or not isinstance(num_threads, int):
         return None
+    if start.settings.get("device") == "cuda":  # what is measured here are the CPU's products
+        return None
     num_threads *= start.settings.get("data_parallel_size", 1)  # of all replicas
     quantize = start.settings.get("quantize")
     return _Key(start.machine, start.shape, dtype, num_threads, quantize)

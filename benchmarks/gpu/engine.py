@@ -143,7 +143,7 @@ def run(
         limits["fp8_flops_per_s"] = fp8_rate(timer)
     found: dict[str, Any] = {"ceilings": limits, "models": {}, "lines": [], "left_out": []}
     if not dry:
-        found["sampler"] = _usable_sampler(timer.device)
+        found["draws"], found["sampler"] = _usable_sampler(timer.device)
     for trial in _trials(dry):
         if models and trial.name not in models:
             continue
@@ -167,15 +167,16 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _usable_sampler(device: str) -> str:
-    """`device`, or `host` if the sampling kernel is wrong on this card: the rest is measured."""
+def _usable_sampler(device: str) -> tuple[dict[str, Any], str]:
+    """Draws compared with the CPU's, and `device`, or `host` if the sampling kernel is wrong on
+    this card: the rest is measured."""
     try:
         found = compare_draws(device)
     except Exception as error:  # noqa: BLE001  told, and the rest goes on
         print(f"the sampling kernel fails: {type(error).__name__}: {error}"[:500], flush=True)
-        return "host"
+        return {}, "host"
     print(f"draws, against the CPU's sampler: {found}", flush=True)
-    return "device" if found["different_rows"] <= 1 else "host"
+    return found, "device" if found["different_rows"] <= 1 else "host"
 
 
 def _trials(dry: bool) -> list[Trial]:

@@ -42,9 +42,9 @@ def quantize_errors(num_rows: int, size: int, dtype: torch.dtype, device: str) -
     errors = {"exact rows": _quantize_error(exact, device, 0.0)}
     wrong = torch.randn(4, size, generator=generator).to(dtype)
     wrong[0, 1], wrong[1, 0] = torch.inf, torch.nan
-    _, scales = quantize_rows(wrong.to(device))
-    finite = scales[:, 0].isfinite().tolist() == [False, False, True, True]
-    errors["finite rows"] = (float(not finite), 0.0)
+    values, scales = (one.cpu() for one in quantize_rows(wrong.to(device)))
+    finite = (values.float() * scales).isfinite().all(1).tolist()
+    errors["finite rows"] = (float(finite != [False, False, True, True]), 0.0)
     if device != "cpu":
         x = torch.randn(num_rows, size + 8, generator=generator).to(dtype)[:, :size]
         errors["random rows"] = _quantize_error(x, device, DIFFERENT_SHARE)

@@ -44,7 +44,8 @@ def test_half_tiles_equal_the_twin(num_tokens: int) -> None:
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
+@pytest.mark.parametrize("tile", [SMALL, HALVED], ids=["small", "halved"])
+def test_a_row_does_not_depend_on_the_others(tile: ProductTile) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(9, 24, generator=generator).to(DEVICE)
     weight = torch.randn(4, 20, 24, generator=generator).to(DEVICE)
@@ -53,7 +54,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     for tokens in (slice(None), slice(2, 7)):
         rows = sort_by_expert(experts[tokens].contiguous(), 4)
         out = x.new_full((len(experts[tokens]), 20), torch.nan)
-        expert_product(x[tokens], weight, rows, out, top_k=1, to_pairs=True, tile=SMALL)
+        expert_product(x[tokens], weight, rows, out, top_k=1, to_pairs=True, tile=tile)
         outs.append(out)
     assert torch.equal(outs[0][2:7], outs[1])
 

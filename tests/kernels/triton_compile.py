@@ -208,7 +208,7 @@ def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
         " window": {"WINDOWED": True},
         " cap and sinks": {"SOFT_CAP": True, "SINKS": True},
     }
-    for architecture in (80, 90):
+    for architecture in (80, 89, 90):
         yield "sort of experts", architecture, *sort_experts()
         for dtype in ("bf16", "fp16", "fp32"):
             for head_dim in (64, 80, 128, 256):
@@ -239,7 +239,7 @@ def every() -> Iterator[tuple[str, int, Any, dict[str, Any]]]:
                     label = f"experts {dtype} {num_pairs} {'down' if down else 'up'}"
                     yield label, architecture, *experts(dtype, num_pairs, down, architecture)
                     if architecture >= 89:
-                        case = experts(dtype, num_pairs, down, fp8=True)
+                        case = experts(dtype, num_pairs, down, architecture, fp8=True)
                         yield f"{label} fp8", architecture, *case
             if architecture >= 89:
                 yield f"rows to fp8 {dtype}", architecture, *quantize_rows(dtype, 28672)

@@ -11,7 +11,6 @@ import torch
 from batchwright.attention.backend import block_bytes
 from batchwright.attention.spec import AttentionSpec
 from batchwright.config import ResolvedConfig
-from batchwright.errors import ConfigError
 from batchwright.exec.device.executor import DeviceExecutor
 from batchwright.exec.device.graphs import CudaGraphs, Graphs, Rerun
 from batchwright.exec.device.kv_memory import element_bytes
@@ -44,7 +43,6 @@ def build_device_executor(
     of_head = partial(element_bytes, config.kv_cache_dtype, getattr(torch, config.dtype))
     sizes = bytes_of_blocks(specs, group_of_layer, config, of_head)
     if on_gpu:
-        check_card(config)
         for module in model.modules():
             if isinstance(module, SparseMoE):
                 module.stack()
@@ -80,25 +78,6 @@ def build_device_executor(
         executor.allocate(groups)
         executor.capture_decoding()
     return executor, groups, config
-
-
-def check_card(config: ResolvedConfig) -> None:
-    """Refuse number formats that the card does not have.
-
-    Raises:
-        ConfigError: fp8 is asked for, and the compute capability is below 8.9.
-    """
-    if torch.cuda.get_device_capability() >= (8, 9):
-        return
-    for name, value, instead in (
-        ("quantize", config.quantize, "leave it out"),
-        ("kv_cache_dtype", config.kv_cache_dtype, "use int8 (--kv-cache-dtype int8)"),
-    ):
-        if value == "fp8":
-            raise ConfigError(
-                f"{name} is fp8, which {torch.cuda.get_device_name()} cannot compute with; "
-                f"{instead}"
-            )
 
 
 def bytes_of_blocks(

@@ -3,8 +3,7 @@
 Block tables, keys and values, and the last drawn tokens live on the device. A step is planned on
 the host in numpy, sent in one transfer, computed as a captured graph if it is small, and its tokens
 come back while the next step is being made: `execute` does not wait for the device, so with one
-step of look-ahead the device never waits for the host (unless a row asks for what only the CPU
-draws; see sampler.py).
+step of look-ahead the device never waits for the host.
 
 On a CPU it does the same with stand-ins for kernels and graphs, for tests.
 """

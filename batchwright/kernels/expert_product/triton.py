@@ -10,8 +10,9 @@ written; a token's experts are then summed in the order of its ranks.
 
 Rows and weights may be e4m3 with a scale for each row and each column (kernels/fp8_linear).
 
-A token's result does not depend on which other tokens chose its experts, as long as the tile shape,
-which the number of pairs decides, is the same: level *rounding*, and reproducible.
+A token's sums are made in one order of its inputs in every tile shape, but the shape, which the
+number of pairs decides and for an expert's last rows their number, may decide how tensor cores
+round them: level *rounding*, and reproducible.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def choose_tile(
     rows = num_pairs / num_experts
     if element_bytes == 4:
         return ProductTile(16, 32, 32, 4, 2) if rows <= 16 else ProductTile(32, 32, 32, 4, 2)
-    # Measured on an H200 (benchmarks/results/2026-11-27-gpu-h200-moe.json); before sm_90 the last
-    # two do not fit the shared memory.
+    # Measured on an H200 (benchmarks/results/2026-11-27-gpu-h200-moe.json); the last one fills the
+    # shared memory that only sm_90 has twice over, and was tried there alone.
     width = 2 // element_bytes  # e4m3 has twice the depth in as many bytes
     if rows <= 8:
         return ProductTile(16, 64, 128 * width, 4, 4)
@@ -124,7 +125,8 @@ def expert_product(
     Raises:
         ShapeError: shapes or dtypes disagree.
 
-    Sums are fp32 (fp32 products are exact fp32, no tf32) and rounded once.
+    Sums are fp32 (fp32 products are exact fp32, no tf32) and rounded once; of e4m3 they have the 14
+    bits of Hopper's tensor cores.
     """
     num_experts, out_features, in_features = weight.shape
     num_pairs = len(rows.pairs)

@@ -24,11 +24,13 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         ([num_rows, size] e4m3fn, [num_rows, 1] fp32): x is about values * scales, to 1 part in 16
         of each number, and of numbers below 2^-14 of the row's largest to that share of it. A row
-        of zeros has scale 1; one with an infinity or NaN has a NaN.
+        of zeros, or of numbers so small that its scale would be 0, has scale 1; one with an
+        infinity or NaN has a NaN.
     """
     x = x.float()
     largest = x.abs().amax(1, keepdim=True)
-    scales = torch.where(largest == 0.0, 1.0, largest * (1.0 / MAX_FP8))
+    scales = largest * (1.0 / MAX_FP8)
+    scales = torch.where(scales == 0.0, 1.0, scales)
     values = (x / scales).clamp(-MAX_FP8, MAX_FP8)  # a quotient may round to more; NaN stays NaN
     return values.to(FP8), scales
 

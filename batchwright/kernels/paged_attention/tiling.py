@@ -99,9 +99,10 @@ def choose_tiling(
         elif head_dim > 128:
             narrow, wide = TileShape(16, 32, 4, 3), TileShape(64, 32, 8, 3)
         elif head_dim > 64 and architecture // 10 == 9:
-            # Few warps: 256 rows of 1,024 keys in fp8 took 214 us with 4, 169 with 2 and 141 with
-            # 1, in int8 271, 190 (64 keys) and 173 (32); in bf16 252. A prompt of 2,048 tokens with
-            # 8 and with 4: fp8 306 and 140 us, int8 351 and 193; in bf16 95.
+            # 256 rows of 1,024 keys with 4, 2 and 1 warps: in fp8 214, 169 and 141 us, in int8 272,
+            # 191 (64 keys) and 173 (32 keys); in bf16 252. A prompt of 2,048 tokens with 8 and 4
+            # warps: in int8 351 and 190; in fp8 widened to bf16 306 and 173, to fp16 151, then
+            # with 5 stages 140; in bf16 95.
             num_keys, num_stages = (64, 3) if kv_cache_dtype == "fp8" else (32, 4)
             narrow, wide = TileShape(16, num_keys, 1, num_stages), TileShape(64, 64, 4, 5)
         else:

@@ -245,7 +245,8 @@ def _attend(
         other=0.0,
     )
     if q.dtype.element_ty == tl.bfloat16 and k_cache.dtype.element_ty == tl.float8e4nv:
-        # e4m3 to fp16 is one instruction of the card, to bf16 a dozen; both are exact
+        # e4m3 to fp16 is one instruction of the card, to bf16 a dozen. Exact for keys and values;
+        # for queries see the docstring of paged_attention.
         q_rows = q_rows.to(tl.float16)
     top = tl.full([ROWS], float("-inf"), tl.float32)  # largest score so far
     total = tl.zeros([ROWS], tl.float32)  # sum of exp2(score - top)
