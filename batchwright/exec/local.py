@@ -89,13 +89,16 @@ class LocalExecutor:
         self._copy_kv(step)
         hidden = self._forward(step)
         token_ids, sample_logprobs = self._sample(step, hidden)
-        pooled = self._pooler.pool(step, hidden) if len(step.pool_rows) else {}
+        embeddings = None
+        if len(step.pool_rows):
+            pooled = self._pooler.pool(step, hidden)
+            embeddings = {slot: one.numpy() for slot, one in pooled.items()}
         return StepResult(
             step_id=step.step_id,
             token_ids=token_ids,
             sample_logprobs=sample_logprobs,
             score_logprobs=self._score(step, hidden) if len(step.score_tokens) else None,
-            embeddings={slot: one.numpy() for slot, one in pooled.items()},
+            embeddings=embeddings,
         )
 
     def close(self) -> None:
